@@ -1,0 +1,234 @@
+"""The training data: MNIST or the bundled digits, decoded once into tensors, and the loader that shuffles them.
+
+MNIST (LeCun, Cortes and Burges) is read from the four idx files where torchvision keeps them, `<root>/MNIST/raw/`. Each
+is checked against the MD5 of its content, and downloaded from torchvision's mirrors where it is missing or damaged.
+
+The bundled digits are the 1,797 images of "Optical Recognition of Handwritten Digits" (see digits/README.md). They let
+a machine without a network train on something like MNIST.
+"""
+
+import gzip
+import hashlib
+import os
+import queue
+import sys
+import threading
+import time
+import urllib.request
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import TensorDataset
+from tqdm import tqdm
+
+MNIST_FILES = {True: ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+               False: ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}
+MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+             "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+             "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+             "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}
+DIGITS_FILE = Path(__file__).resolve().parent / "digits" / "digits.csv.gz"
+DIGITS_MD5 = "a0339c30a8a5312a1b6f9e5c719dcce5"
+
+PATIENCE = 16  # seconds that the mirrors together may be silent
+TRANSFER_LIMIT = 300  # seconds that one file of at most 10 MB may take, however steadily it trickles
+
+
+class DataError(RuntimeError):
+    """Data that cannot be had; the message says what is wrong and what to do."""
+
+
+class MissingData(DataError):
+    """The files are not there, and could not be downloaded."""
+
+
+class DamagedData(DataError):
+    """A file is there, but its content is not what it has to be."""
+
+
+def mnist(root="../data", batch_size=64, num_workers=4, download=True, train=True, device="cpu"):
+    """Return the loader of MNIST: batches (x, y), x float32 [B, 1, 28, 28] in [-1, 1], y int64 [B].
+
+    The training set is shuffled anew each epoch, the test set (`train=False`) keeps its order; the last, partial batch
+    is kept. `num_workers` is part of the interface but starts none: the images sit in memory, on `device`.
+    Raises MissingData, DamagedData, or DataError where `root` cannot be used.
+    """
+    return BatchLoader(*load_mnist(root, train, download), batch_size, shuffle=train, device=device)
+
+
+def digits(batch_size=64, train=True, device="cpu"):
+    """Return the loader of the bundled digits, like that of `mnist`: 1,497 to train on, 300 held out."""
+    return BatchLoader(*load_digits(train), batch_size, shuffle=train, device=device)
+
+
+class BatchLoader:
+    """Batches of tensors that sit in memory. An epoch's order follows from torch's seed at construction and its number.
+
+    Attributes: `dataset`, a TensorDataset of (images, labels); `batch_size`; `epoch`, the number of the next one.
+    """
+
+    def __init__(self, images, labels, batch_size, shuffle=True, device="cpu"):
+        self.dataset = TensorDataset(images.to(device), labels.to(device))
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = torch.initial_seed()
+        self.epoch = 0
+
+    def __len__(self):
+        return -(-len(self.dataset) // self.batch_size)
+
+    def __iter__(self):
+        images, labels = self.dataset.tensors
+        order = self._next_order().to(images.device)
+        for chosen in order.split(self.batch_size):
+            yield images[chosen], labels[chosen]
+
+    def _next_order(self):
+        """Return the indices of the next epoch, drawn on the CPU: the same on every device, off torch's own stream."""
+        if not self.shuffle:
+            return torch.arange(len(self.dataset))
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        self.epoch += 1
+        return torch.randperm(len(self.dataset), generator=generator)
+
+
+def load_mnist(root="../data", train=True, download=True):
+    """Return the images, float32 [N, 1, 28, 28] in [-1, 1], and labels, int64 [N], of MNIST; N is 60,000 or 10,000.
+
+    Format of the files: http://yann.lecun.com/exdb/mnist/, big-endian sizes (16 bytes before the images, 8 before the
+    labels), then one unsigned byte a value.
+    """
+    images, labels = (read_idx(root, name, download) for name in MNIST_FILES[train])
+    pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 1, 28, 28)
+    return (torch.from_numpy(pixels.astype(np.float32)).div_(127.5).sub_(1),
+            torch.from_numpy(np.frombuffer(labels, np.uint8, offset=8).astype(np.int64)))
+
+
+def load_digits(train=True):
+    """Return images and labels of the bundled digits, like `load_mnist`; every sixth digit is held out of training.
+
+    The 8x8 images, values 0 to 16, are enlarged to 20x20 and padded to 28x28, as MNIST's digits are placed.
+    """
+    if checked_content(DIGITS_FILE, DIGITS_MD5) is None:
+        raise DamagedData(f"{DIGITS_FILE} is missing or damaged; put it back with `git checkout digits`")
+    table = torch.from_numpy(np.loadtxt(DIGITS_FILE, delimiter=",", dtype=np.float32))
+    chosen = (torch.arange(len(table)) % 6 != 5) == train
+    images = (table[chosen, :64] / 8 - 1).view(-1, 1, 8, 8)
+    images = F.interpolate(images, size=(20, 20), mode="bilinear", align_corners=False)
+    return F.pad(images, (4, 4, 4, 4), value=-1.0), table[chosen, 64].long()
+
+
+def read_idx(root, name, download):
+    """Return the content of one idx file, from `name` or `name.gz` under `<root>/MNIST/raw/`, or else downloaded."""
+    raw = Path(root) / "MNIST" / "raw"
+    places = [path for path in (raw / name, raw / f"{name}.gz") if os.path.lexists(path)]
+    for path in places:
+        content = checked_content(path, MNIST_MD5[name])
+        if content is not None:
+            return content
+        print(f"{path} is damaged: its content is not MNIST's", file=sys.stderr)
+    try:
+        if not download:
+            raise MissingData("downloading is switched off")
+        return download_idx(raw, name)
+    except MissingData as error:
+        if places:
+            raise DamagedData(f"{places[0]} is damaged and could not be fetched again ({error}); delete it, or put a "
+                              f"whole {name} or {name}.gz there") from None
+        raise MissingData(f"MNIST is not in {raw} and could not be downloaded ({error}); put its four files there, as "
+                          f"idx or .gz, or connect to a network") from None
+
+
+def checked_content(path, md5):
+    """Return the content of a file, unpacked if it ends in .gz; None where it is missing or its MD5 is another one."""
+    try:
+        content = Path(path).read_bytes()
+        if Path(path).suffix == ".gz":
+            content = gzip.decompress(content)
+    except (FileNotFoundError, IsADirectoryError, gzip.BadGzipFile, EOFError, zlib.error):
+        return None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    return content if hashlib.md5(content, usedforsecurity=False).hexdigest() == md5 else None
+
+
+def download_idx(raw, name):
+    """Download one idx file into the folder `raw`, where torchvision finds it too, and return its content."""
+    temporary = raw / f"{name}.{os.getpid()}.tmp"
+    try:
+        raw.mkdir(parents=True, exist_ok=True)
+        temporary.touch()  # before the download: a folder that cannot be written is said at once
+        content = fetch_idx(name)
+        temporary.write_bytes(content)
+        os.replace(temporary, raw / name)
+    except OSError as error:
+        raise DataError(f"MNIST cannot be written to {raw}: {error.strerror}; choose another folder with --data_dir, "
+                        f"or make room or rights there") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return content
+
+
+def fetch_idx(name):
+    """Return the content of one idx file from the first of torchvision's mirrors that has it whole."""
+    from torchvision.datasets import MNIST  # here, for it takes a second to import and is seldom needed
+
+    failures = []
+    for mirror in MNIST.mirrors:
+        try:
+            content = gzip.decompress(fetch(f"{mirror}{name}.gz", PATIENCE / len(MNIST.mirrors)))
+        except (OSError, EOFError, zlib.error) as error:
+            failures.append(f"{mirror}: {getattr(error, 'reason', error)}")
+        else:
+            if hashlib.md5(content, usedforsecurity=False).hexdigest() == MNIST_MD5[name]:
+                return content
+            failures.append(f"{mirror}: sent something else than MNIST")
+    raise MissingData("; ".join(failures))
+
+
+def fetch(url, silence):
+    """Return the bytes at `url`; raise OSError when it fails, or no byte comes for `silence` seconds.
+
+    A thread of its own does it, to be left behind if need be: looking up a host's name cannot be given a time limit.
+    """
+    received, abandoned = queue.SimpleQueue(), threading.Event()
+
+    def receive():
+        try:
+            with urllib.request.urlopen(url, timeout=silence) as response:
+                received.put(int(response.headers.get("Content-Length") or 0))
+                while not abandoned.is_set() and (chunk := response.read1(1 << 16)):
+                    received.put(chunk)
+            received.put(b"")
+        except Exception as error:  # whatever it is, it belongs to the waiting thread
+            received.put(error)
+
+    threading.Thread(target=receive, daemon=True).start()
+    try:
+        return collect(received, silence, f"downloading {url.rsplit('/', 1)[-1]}")
+    finally:
+        abandoned.set()
+
+
+def collect(received, silence, title):
+    """Join what `receive` puts in the queue: the size in bytes (0: unknown), the chunks, then b"" or an exception."""
+    content, deadline = bytearray(), time.monotonic() + TRANSFER_LIMIT
+    with tqdm(desc=title, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        while time.monotonic() < deadline:
+            try:
+                item = received.get(timeout=silence)
+            except queue.Empty:
+                raise TimeoutError(f"no answer within {silence:g} s") from None
+            if isinstance(item, Exception):
+                raise item
+            if isinstance(item, int):
+                bar.total = item or None
+            elif item:
+                content += item
+                bar.update(len(item))
+            else:
+                return bytes(content)
+    raise TimeoutError(f"not complete after {TRANSFER_LIMIT} s")

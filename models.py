@@ -1,0 +1,154 @@
+"""The networks of an adversarial autoencoder for 28x28 images, and its losses.
+
+Makhzani et al., "Adversarial Autoencoders", arXiv:1511.05644. An encoder E and a decoder R are trained to reconstruct
+images, while a discriminator D learns to tell codes E(x) from draws of the prior N(0, I) and the encoder learns to
+deceive it. With V = E_x[log(1 - D(E(x)))] + E_z[log D(z)], the two play
+
+    min over E, R of { (1 - lambda) max over D of V(D, E) + lambda E_x ||x - R(E(x))||^2 }.
+
+This file needs no other file of the project.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.func import functional_call
+
+REAL, FAKE = 1.0, 0.0  # the discriminator's labels: drawn from the prior, made by the encoder
+
+
+class ConvEncoder(nn.Module):
+    """Images [B, 1, 28, 28] in [-1, 1] to latent codes [B, z_dim], deterministically."""
+
+    def __init__(self, z_dim):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 32, 3, stride=2, padding=1), nn.ReLU(),   # 28x28 -> 14x14
+            nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),  # 14x14 -> 7x7
+            nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.ReLU(),  # 7x7 -> 4x4
+            nn.Flatten(),
+            nn.Linear(64 * 4 * 4, z_dim))
+
+    def forward(self, x):
+        return self.net(x)
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
+
+class ConvDecoder(nn.Module):
+    """Latent codes [B, z_dim] to images [B, 1, 28, 28] in [-1, 1]."""
+
+    def __init__(self, z_dim):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(z_dim, 64 * 4 * 4), nn.ReLU(),
+            nn.Unflatten(1, (64, 4, 4)),
+            nn.ConvTranspose2d(64, 64, 3, stride=2, padding=1, output_padding=0), nn.ReLU(),  # 4x4 -> 7x7
+            nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
+            nn.ConvTranspose2d(64, 32, 3, stride=2, padding=1, output_padding=1), nn.ReLU(),  # 7x7 -> 14x14
+            nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
+            nn.ConvTranspose2d(32, 1, 3, stride=2, padding=1, output_padding=1),              # 14x14 -> 28x28
+            nn.Tanh())
+
+    def forward(self, z):
+        return self.net(z)
+
+
+class Discriminator(nn.Module):
+    """Latent codes [B, z_dim] to logits [B, 1]: above 0 for "drawn from the prior", below 0 for "made by the encoder"."""
+
+    def __init__(self, z_dim):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(z_dim, 512), nn.LeakyReLU(0.2),
+            nn.Linear(512, 512), nn.LeakyReLU(0.2),
+            nn.Linear(512, 1))
+
+    def forward(self, z):
+        return self.net(z)
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
+
+Encoder, Decoder = ConvEncoder, ConvDecoder  # the names that other completions of the assignment use
+
+
+class AdversarialAE(nn.Module):
+    """An adversarial autoencoder with z_dim latent dimensions, its two losses, and samples from it."""
+
+    def __init__(self, z_dim=8):
+        super().__init__()
+        self.z_dim = z_dim
+        self.encoder = ConvEncoder(z_dim)
+        self.decoder = ConvDecoder(z_dim)
+        self.discriminator = Discriminator(z_dim)
+        self._sample_stream = torch.Generator().manual_seed((torch.initial_seed() + 1) % 2**63)
+
+    @property
+    def device(self):
+        return self.encoder.device
+
+    def forward(self, x):
+        """Return the reconstructions [B, 1, 28, 28] of images x and their codes [B, z_dim], in that order."""
+        z = self.encoder(x)
+        return self.decoder(z), z
+
+    def get_loss_autoencoder(self, x, recon_x, z_fake, lambda_=1):
+        """Return the loss of encoder and decoder, a scalar, and a dict of it and its two parts, scalar tensors.
+
+        ae_loss = lambda_ * recon_loss + (1 - lambda_) * gen_loss. recon_loss is the mean squared error over pixels;
+        gen_loss = -E_x[log D(E(x))], the non-saturating form of the encoder's part in the game (Goodfellow et al.,
+        arXiv:1406.2661, section 3). No gradient reaches the discriminator's weights.
+        """
+        recon_loss = F.mse_loss(recon_x, x)
+        gen_loss = cross_entropy(self._judge_with_fixed_weights(z_fake), REAL)
+        ae_loss = lambda_ * recon_loss + (1 - lambda_) * gen_loss
+        return ae_loss, {"gen_loss": gen_loss, "recon_loss": recon_loss, "ae_loss": ae_loss}
+
+    def get_loss_discriminator(self, z_fake):
+        """Return the discriminator's loss, a scalar, and a dict of it, its two halves and its accuracy, scalar tensors.
+
+        disc_loss = -(E_z[log D(z)] + E_x[log(1 - D(E(x)))]) / 2, with as many codes z drawn from the prior as z_fake
+        [B, z_dim] has. accuracy in [0, 1] is over both halves, at logit 0. No gradient reaches the encoder.
+        """
+        z_fake = z_fake.detach()
+        z_real = torch.randn_like(z_fake)
+        logits_real, logits_fake = self.discriminator(torch.cat([z_real, z_fake])).chunk(2)
+        loss_real = cross_entropy(logits_real, REAL)
+        loss_fake = cross_entropy(logits_fake, FAKE)
+        disc_loss = (loss_real + loss_fake) / 2
+        accuracy = torch.cat([logits_real > 0, logits_fake < 0]).float().mean()
+        return disc_loss, {"disc_loss": disc_loss, "loss_real": loss_real, "loss_fake": loss_fake,
+                           "accuracy": accuracy}
+
+    @torch.no_grad()
+    def sample(self, batch_size, generator=None):
+        """Return images [batch_size, 1, 28, 28] decoded from draws of the prior; nothing of the model changes.
+
+        The codes are drawn on the CPU, so that they are the same on every device, from `generator`, or else from a
+        stream of the model's own that torch's seed at construction decides: torch's stream, which training draws
+        from, stays where it is.
+        """
+        z = torch.randn(batch_size, self.z_dim, generator=generator or self._sample_stream).to(self.device)
+        modes = [(module, module.training) for module in self.decoder.modules()]
+        try:
+            return self.decoder.eval()(z)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def _judge_with_fixed_weights(self, z):
+        """Return D(z), differentiable in z but not in the discriminator's weights."""
+        weights = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
+        return functional_call(self.discriminator, weights, z)
+
+
+def cross_entropy(logits, label):
+    """Return the mean binary cross-entropy of logits [B, 1] against one label for all, a scalar."""
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
