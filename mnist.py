@@ -16,6 +16,7 @@ import threading
 import time
 import urllib.request
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -168,7 +169,8 @@ def download_idx(raw, name):
         raise DataError(f"MNIST cannot be written to {raw}: {error.strerror}; choose another folder with --data_dir, "
                         f"or make room or rights there") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it is there only where something failed
+            temporary.unlink()
     return content
 
 

