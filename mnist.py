@@ -34,7 +34,7 @@ MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
 DIGITS_FILE = Path(__file__).resolve().parent / "digits" / "digits.csv.gz"
 DIGITS_MD5 = "a0339c30a8a5312a1b6f9e5c719dcce5"
 
-PATIENCE = 16  # seconds that the mirrors together may be silent
+PATIENCE = 12  # seconds that the mirrors together may be silent
 TRANSFER_LIMIT = 300  # seconds that one file of at most 10 MB may take, however steadily it trickles
 
 

@@ -80,7 +80,10 @@ Encoder, Decoder = ConvEncoder, ConvDecoder  # the names that other completions 
 
 
 class AdversarialAE(nn.Module):
-    """An adversarial autoencoder with z_dim latent dimensions, its two losses, and samples from it."""
+    """An adversarial autoencoder with z_dim latent dimensions, its two losses, and samples from it.
+
+    `sample` draws from `sample_stream`, a torch.Generator on the CPU, whose seed follows from torch's at construction.
+    """
 
     def __init__(self, z_dim=8):
         super().__init__()
@@ -88,7 +91,7 @@ class AdversarialAE(nn.Module):
         self.encoder = ConvEncoder(z_dim)
         self.decoder = ConvDecoder(z_dim)
         self.discriminator = Discriminator(z_dim)
-        self._sample_stream = torch.Generator().manual_seed((torch.initial_seed() + 1) % 2**63)
+        self.sample_stream = torch.Generator().manual_seed((torch.initial_seed() + 1) % 2**63)
 
     @property
     def device(self):
@@ -128,14 +131,13 @@ class AdversarialAE(nn.Module):
                            "accuracy": accuracy}
 
     @torch.no_grad()
-    def sample(self, batch_size, generator=None):
-        """Return images [batch_size, 1, 28, 28] decoded from draws of the prior; nothing of the model changes.
+    def sample(self, batch_size):
+        """Return images [batch_size, 1, 28, 28] in [-1, 1], decoded from draws of the prior, without gradients.
 
-        The codes are drawn on the CPU, so that they are the same on every device, from `generator`, or else from a
-        stream of the model's own that torch's seed at construction decides: torch's stream, which training draws
-        from, stays where it is.
+        No weight, statistic or mode of the model changes, and torch's own random stream, which training draws from,
+        stays where it is. The codes are drawn on the CPU, so that they are the same on every device.
         """
-        z = torch.randn(batch_size, self.z_dim, generator=generator or self._sample_stream).to(self.device)
+        z = torch.randn(batch_size, self.z_dim, generator=self.sample_stream).to(self.device)
         modes = [(module, module.training) for module in self.decoder.modules()]
         try:
             return self.decoder.eval()(z)

@@ -30,6 +30,7 @@ from mnist import DataError, MissingData, digits, mnist
 from models import AdversarialAE
 from utils import TensorBoardLogger, write_atomically
 
+SAMPLE_SEED = 0  # of the codes that every picture of samples is decoded from
 READ_EVERY = 50  # steps between two looks at the losses: for a look, the CPU waits for the device
 
 
@@ -40,8 +41,14 @@ class RunError(RuntimeError):
 # Pictures ------------------------------------------------------------------------------------------------------------
 
 def generate_and_save(model, epoch, summary_writer, batch_size=64):
-    """Save a grid of `batch_size` samples, 8 a row, to TensorBoard (`samples`) and as a PNG under the run's folder."""
+    """Save a grid of `batch_size` samples, 8 a row, to TensorBoard (`samples`) and as a PNG under the run's folder.
+
+    The codes are the same at each call, so that one sees the digits take shape from epoch to epoch.
+    """
     with undisturbed(model):
+        torch.manual_seed(SAMPLE_SEED)
+        if hasattr(model, "sample_stream"):
+            model.sample_stream.manual_seed(SAMPLE_SEED)
         samples = model.sample(batch_size)
     save_grid(samples, 8, "samples", epoch, summary_writer, f"Prior_samples/samples_epoch_{epoch}.png")
 
@@ -60,20 +67,35 @@ def save_reconstruction(model, epoch, summary_writer, data, count=8):
 
 @contextmanager
 def undisturbed(model):
-    """Use a model in evaluation mode and without gradients; its modes and torch's random streams are put back after."""
-    modes = [(module, module.training) for module in model.modules()]
-    stream = getattr(torch, model.device.type) if model.device.type in ("cuda", "mps") else None
-    cpu_state, device_state = torch.get_rng_state(), stream and stream.get_rng_state()
+    """Use a model in evaluation mode and without gradients; its modes and all random streams are put back after."""
+    modes, states = [(module, module.training) for module in model.modules()], random_states(model)
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        torch.set_rng_state(cpu_state)
-        if stream:
-            stream.set_rng_state(device_state)
+        set_random_states(model, states)
         for module, mode in modes:
             module.training = mode
+
+
+def random_states(model):
+    """Return the states of the random streams that training and sampling draw from, tensors on the CPU."""
+    states = {"torch": torch.get_rng_state()}
+    if model.device.type in ("cuda", "mps"):
+        states["device"] = getattr(torch, model.device.type).get_rng_state()
+    if hasattr(model, "sample_stream"):  # a models.AdversarialAE of other hands draws from torch's
+        states["samples"] = model.sample_stream.get_state()
+    return states
+
+
+def set_random_states(model, states):
+    """Put the random streams back to what `random_states` returned."""
+    torch.set_rng_state(states["torch"])
+    if "device" in states:
+        getattr(torch, model.device.type).set_rng_state(states["device"])
+    if "samples" in states:
+        model.sample_stream.set_state(states["samples"])
 
 
 def save_grid(images, columns, tag, epoch, summary_writer, name):
@@ -139,9 +161,9 @@ class StepLog:
 
     def add(self, *values):
         """Take the values of one step: for each logger a dict of scalar tensors or numbers."""
-        self._names = [list(of_logger) for of_logger in values]
+        self._names = [list(own) for own in values]
         self._unread.append(torch.stack([torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
-                                         for of_logger in values for value in of_logger.values()]))
+                                         for own in values for value in own.values()]))
         if len(self._unread) == READ_EVERY:
             self._read()
 
@@ -154,18 +176,17 @@ class StepLog:
     def _read(self):
         rows = torch.stack(self._unread).tolist()  # the CPU waits for the device here
         self._unread = []
+        names = [name for own in self._names for name in own]
         for row in rows:
             self.steps += 1
-            numbers = iter(row)
-            for logger, names in zip(self.loggers, self._names):
-                values = dict(zip(names, numbers))
-                self._check(values)
-                logger.add_values(values)
-                self.totals = {**self.totals, **{name: self.totals.get(name, 0.0) + value
-                                                 for name, value in values.items()}}
+            values = dict(zip(names, row))
+            self._check(values)
+            for logger, own in zip(self.loggers, self._names):
+                logger.add_values({name: values[name] for name in own})
+        sums = {name: sum(column) for name, column in zip(names, zip(*rows))}
+        self.totals = {name: self.totals.get(name, 0.0) + total for name, total in sums.items()}
         if self.progress:
-            names = [name for of_logger in self._names for name in of_logger]
-            self.progress(len(rows), {name: sum(column) / len(rows) for name, column in zip(names, zip(*rows))})
+            self.progress(len(rows), {name: total / len(rows) for name, total in sums.items()})
 
     def _check(self, values):
         if not math.isfinite(values.get("ae_loss", 0.0)):
