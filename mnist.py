@@ -183,7 +183,8 @@ def fetch_idx(name):
         try:
             content = gzip.decompress(fetch(f"{mirror}{name}.gz", PATIENCE / len(MNIST.mirrors)))
         except (OSError, EOFError, zlib.error) as error:
-            failures.append(f"{mirror}: {getattr(error, 'reason', error)}")
+            reason = getattr(error, "reason", error)  # what urllib wraps in its own
+            failures.append(f"{mirror}: {getattr(reason, 'strerror', None) or reason}")
         else:
             if hashlib.md5(content, usedforsecurity=False).hexdigest() == MNIST_MD5[name]:
                 return content

@@ -209,7 +209,7 @@ def main(args):
     loader, trained_on, warning = load_data(args, device)
     run = create_run_folder(args.log_dir)
     say(f"device: {device.type} ({device_name(device)}), torch {torch.__version__}")
-    say(f"data:   {len(loader.dataset):,} images of {trained_on}")
+    say(f"data:   {len(loader.dataset):,} images of {'MNIST' if trained_on == 'mnist' else 'the bundled digits'}")
     say(f"run:    {run}")
     settings = {**vars(args), "trained_on": trained_on, "fallback": warning, "device": device.type,
                 "device_name": device_name(device), "torch": torch.__version__}
@@ -225,7 +225,7 @@ def main(args):
     except OSError as error:
         raise OSError(error.errno, error.strerror, error.filename or str(run)) from None
 
-    say(f"done:   {args.epochs} epochs in {duration(time.monotonic() - start)}; last epoch: {describe(means)}")
+    say(f"done:   {args.epochs} epoch{'s' * (args.epochs > 1)} in {duration(time.monotonic() - start)}; last epoch: {describe(means)}")
     say(f"see:    pictures in {run / 'results'}, curves with: tensorboard --logdir {shlex.quote(str(run))}")
     if warning:
         warn(warning)
@@ -309,7 +309,7 @@ def load_data(args, device):
     except MissingData as error:
         if args.dataset == "mnist":
             raise
-        warning = f"this run trains on the bundled digits instead of MNIST, for {error}"
+        warning = f"this run trains on the bundled digits instead of MNIST: {error}"
     warn(warning)
     return digits(args.batch_size, device=device), "digits", warning
 
