@@ -159,12 +159,14 @@ class ModelGroup(Group):
     def autoencoder_loss(self, logits, lambda_=0.0, x=None, recon_x=None):
         x = images_like_mnist(len(logits)) if x is None else x
         recon_x = torch.zeros_like(x) if recon_x is None else recon_x
-        return self.call(self.judged_model().get_loss_autoencoder, x, recon_x, self.marked_codes(logits), lambda_)
+        with torch.no_grad():
+            return self.call(self.judged_model().get_loss_autoencoder, x, recon_x, self.marked_codes(logits), lambda_)
 
     def discriminator_loss(self, logits):
         """Return the loss, its dict, and the codes that were drawn from the prior for it, [N, 8]."""
         model = self.judged_model()
-        loss, values = self.call(model.get_loss_discriminator, self.marked_codes(logits))
+        with torch.no_grad():
+            loss, values = self.call(model.get_loss_discriminator, self.marked_codes(logits))
         seen = torch.cat(model.discriminator.inputs)
         return loss, values, seen[seen[:, 1] != self.MARK]
 
@@ -303,7 +305,7 @@ class Losses(ModelGroup):
         recon_x, z = model(x)
         self.check_close(model.get_loss_autoencoder(x, recon_x, z, 0)[0], LN2, "zero weights, lambda 0: ae_loss")
         self.check_close(model.get_loss_autoencoder(x, recon_x, z, 1)[0], 0, "zero weights, lambda 1: ae_loss")
-        loss = float(model.get_loss_discriminator(z)[0])
+        loss = model.get_loss_discriminator(z)[0].item()
         self.check(min(abs(loss - LN2), abs(loss - 2 * LN2)) < 1e-5,
                    f"zero weights: disc_loss is {loss:.6g}, neither ln 2 (mean of halves) nor 2 ln 2 (their sum)")
 
@@ -334,7 +336,7 @@ class Losses(ModelGroup):
                 around = []
                 for shift in (1e-6, -2e-6):
                     weight.view(-1)[i] += shift
-                    around.append(float(loss()))
+                    around.append(loss().item())
                 weight.view(-1)[i] += 1e-6
                 self.check_close(gradient.view(-1)[i], (around[0] - around[1]) / 2e-6,
                                  "the gradient that reaches the encoder is not that of ae_loss", 1e-4)
@@ -393,7 +395,7 @@ class Mistakes(ModelGroup):
         for weight in (-60.0, 60.0):  # the real codes' logits come from the prior: large ones of either sign
             with torch.no_grad():
                 model.discriminator.net.weight.fill_(weight)
-            value = float(self.call(model.get_loss_discriminator, z)[1]["loss_real"])
+            value = self.call(model.get_loss_discriminator, z)[1]["loss_real"].item()
             self.check(value > 10, "Mistake 6: loss_real is {:.4g} for a discriminator that takes many of the prior's "
                                    "codes for fake: its label is not 1".format(value))
 
@@ -1395,7 +1397,7 @@ class Cuda(TrainGroup):
         for device in ("cpu", "cuda"):
             model, x = model.to(device), x.to(device)
             recon_x, z = model(x)
-            losses.append(float(model.get_loss_autoencoder(x, recon_x, z, 0.5)[0]))
+            losses.append(model.get_loss_autoencoder(x, recon_x, z, 0.5)[0].item())
         self.check_close(losses[1], losses[0], "the autoencoder's loss on CUDA is not that on the CPU", 1e-3)
 
 
