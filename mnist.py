@@ -68,7 +68,8 @@ def digits(batch_size=64, train=True, device="cpu"):
 class BatchLoader:
     """Batches of tensors that sit in memory. An epoch's order follows from torch's seed at construction and its number.
 
-    Attributes: `dataset`, a TensorDataset of (images, labels); `batch_size`; `epoch`, the number of the next one.
+    Attributes: `dataset`, a TensorDataset of (images, labels); `batch_size`; `epoch`, the number of the next one, from 0;
+    `skip`, how many of its batches are left out.
     """
 
     def __init__(self, images, labels, batch_size, shuffle=True, device="cpu"):
@@ -77,14 +78,16 @@ class BatchLoader:
         self.shuffle = shuffle
         self.seed = torch.initial_seed()
         self.epoch = 0
+        self.skip = 0
 
     def __len__(self):
         return -(-len(self.dataset) // self.batch_size)
 
     def __iter__(self):
         images, labels = self.dataset.tensors
-        order = self._next_order().to(images.device)
-        for chosen in order.split(self.batch_size):
+        batches = self._next_order().to(images.device).split(self.batch_size)[self.skip:]
+        self.skip = 0
+        for chosen in batches:
             yield images[chosen], labels[chosen]
 
     def _next_order(self):

@@ -1,10 +1,12 @@
 """Train an adversarial autoencoder on MNIST:  python train.py  (python train.py --help lists the flags).
 
 Every epoch alternates, batch by batch, one step of the autoencoder's optimizer with one of the discriminator's. A run
-leaves its TensorBoard events, settings, weights and pictures in <log_dir>/<YYYY_mm_dd_HH_MM_SS>/.
+leaves its TensorBoard events, settings, weights and pictures in <log_dir>/<YYYY_mm_dd_HH_MM_SS>/, and goes on from its
+last checkpoint with --resume, to the same weights to the last bit as if it had never been stopped.
 """
 
 import argparse
+import contextlib
 import difflib
 import io
 import json
@@ -13,10 +15,10 @@ import os
 import platform
 import re
 import shlex
+import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -26,16 +28,30 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from checkpoint import CheckpointError, clear_after, latest_run, load_state, locked, run_folder, save_state
 from mnist import DataError, MissingData, digits, mnist
 from models import AdversarialAE
 from utils import TensorBoardLogger, write_atomically
 
 SAMPLE_SEED = 0  # of the codes that every picture of samples is decoded from
+MAY_DIFFER = {"data_dir", "log_dir", "num_workers", "no_cuda", "checkpoint_every", "resume"}  # when a run is resumed
 READ_EVERY = 50  # steps between two looks at the losses: for a look, the CPU waits for the device
 
 
 class RunError(RuntimeError):
     """A run that cannot start or go on; the message says why and what to do."""
+
+
+class FlagError(RunError):
+    """A flag that does not fit the run to be resumed."""
+
+
+class RunStopped(Exception):
+    """A run that a signal stopped, with everything saved; the message says how to go on."""
+
+    def __init__(self, message, signum):
+        super().__init__(message)
+        self.signum = signum
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
@@ -65,7 +81,7 @@ def save_reconstruction(model, epoch, summary_writer, data, count=8):
               f"Reconstruction/reconstruction_{epoch}.png")
 
 
-@contextmanager
+@contextlib.contextmanager
 def undisturbed(model):
     """Use a model in evaluation mode and without gradients; its modes and all random streams are put back after."""
     modes, states = [(module, module.training) for module in model.modules()], random_states(model)
@@ -105,13 +121,15 @@ def save_grid(images, columns, tag, epoch, summary_writer, name):
     summary_writer.add_image(tag, grid, epoch)
     png = io.BytesIO()
     to_pil_image(grid).save(png, "png")
-    write_atomically(Path(summary_writer.log_dir) / "results" / name, png.getvalue())
+    results = Path(summary_writer.log_dir) / "results"
+    results.mkdir(exist_ok=True)
+    write_atomically(results / name, png.getvalue())
 
 
 # Training ------------------------------------------------------------------------------------------------------------
 
 def train_aae(epoch, model, train_loader, logger_ae, logger_disc, optimizer_ae, optimizer_disc, lambda_=1,
-              progress=None):
+              log=None, stop=None):
     """Train for one epoch and return the mean over its steps of every value that the two losses report.
 
     Args:
@@ -121,11 +139,12 @@ def train_aae(epoch, model, train_loader, logger_ae, logger_disc, optimizer_ae, 
         optimizer_ae: of the encoder's and decoder's parameters, and no other.
         optimizer_disc: of the discriminator's parameters, and no other.
         lambda_: the weight of the reconstruction; the adversarial part has 1 - lambda_.
-        progress: called every READ_EVERY steps with (steps since the last call, means over them).
+        log: a StepLog to go on with, if the epoch has been begun; its loggers take the place of the two above.
+        stop: called after each step; where it returns something true, the epoch ends there.
     Raises RunError where the autoencoder's loss is NaN or infinite.
     """
     model.train()
-    log = StepLog(epoch, model.device, (logger_ae, logger_disc), progress)
+    log = log or StepLog(epoch, model.device, (logger_ae, logger_disc))
     for x, _ in train_loader:
         x = x.to(model.device, non_blocking=True)
         recon_x, z_fake = model(x)
@@ -141,22 +160,26 @@ def train_aae(epoch, model, train_loader, logger_ae, logger_disc, optimizer_ae, 
         optimizer_disc.step()
 
         log.add(ae_values, disc_values)
+        if stop and stop():
+            break
     return log.finish()
 
 
 class StepLog:
     """Keeps the values of each step on the device; every READ_EVERY steps reads, checks and hands on all of them.
 
-    So the CPU waits for the device once in READ_EVERY steps. Each of `loggers` gets one `add_values` a step, of numbers.
+    So the CPU waits for the device once in READ_EVERY steps. Each of `loggers` gets one `add_values` a step, of numbers;
+    `progress`, if given, is called with (steps, means over them) after each reading. `steps` and `totals`, the sums over
+    them, are those of the epoch so far, of what has been read.
     """
 
-    def __init__(self, epoch, device, loggers, progress=None):
+    def __init__(self, epoch, device, loggers, progress=None, steps=0, totals=()):
         self.epoch = epoch
         self.device = device
         self.loggers = loggers
         self.progress = progress
-        self.steps = 0    # read and handed on
-        self.totals = {}  # over those steps
+        self.steps = steps
+        self.totals = dict(totals)
         self._unread = []
 
     def add(self, *values):
@@ -183,10 +206,10 @@ class StepLog:
             self._check(values)
             for logger, own in zip(self.loggers, self._names):
                 logger.add_values({name: values[name] for name in own})
-        sums = {name: sum(column) for name, column in zip(names, zip(*rows))}
-        self.totals = {name: self.totals.get(name, 0.0) + total for name, total in sums.items()}
+            for name, value in values.items():
+                self.totals[name] = self.totals.get(name, 0.0) + value
         if self.progress:
-            self.progress(len(rows), {name: total / len(rows) for name, total in sums.items()})
+            self.progress(len(rows), {name: sum(column) / len(rows) for name, column in zip(names, zip(*rows))})
 
     def _check(self, values):
         if not math.isfinite(values.get("ae_loss", 0.0)):
@@ -199,67 +222,193 @@ class StepLog:
 def main(args):
     """Train as the flags say, and return the run's folder. Flags that `args` lacks have their defaults.
 
-    Raises DataError, RunError or OSError for what the user can mend; KeyboardInterrupt, with its message, on Ctrl-C.
+    Raises RunStopped after SIGINT, SIGTERM or SIGUSR1, with everything saved; DataError, CheckpointError, RunError or
+    OSError for what the user can mend.
     """
+    given = set(getattr(args, "given", vars(args)))
     args = argparse.Namespace(**{**vars(parse_args([])), **vars(args)})
-    start = time.monotonic()
+    if not args.resume:
+        return train_run(args)
+    resume = latest_run(args.log_dir) if args.resume == "latest" else args.resume
+    run = run_folder(resume)
+    with locked(run):
+        state = load_state(resume)
+        return train_run(resumed_args(args, given, state["settings"]), run, state)
+
+
+def train_run(args, run=None, state=None):
+    """Train a new run from the beginning, or a stopped one from its state; return the run's folder."""
     torch.manual_seed(args.seed)
     device = choose_device(args)
     keep_freed_memory()
-    loader, trained_on, warning = load_data(args, device)
-    run = create_run_folder(args.log_dir)
-    say(f"device: {device.type} ({device_name(device)}), torch {torch.__version__}")
-    say(f"data:   {len(loader.dataset):,} images of {'MNIST' if trained_on == 'mnist' else 'the bundled digits'}")
-    say(f"run:    {run}")
+    loader, trained_on, warning = load_data(args, device, state and state["settings"])
     settings = {**vars(args), "trained_on": trained_on, "fallback": warning, "device": device.type,
                 "device_name": device_name(device), "torch": torch.__version__}
-    write_atomically(run / "hparams.json", (json.dumps(settings, indent=2, default=str) + "\n").encode())
-
-    model = AdversarialAE(z_dim=args.z_dim).to(device)
-    try:
-        with SummaryWriter(run) as writer:
-            means = train(model, loader, args, writer)
-    except KeyboardInterrupt:
-        save_weights(model, run)
-        raise KeyboardInterrupt(f"interrupted; the weights and pictures so far are in {run}") from None
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, error.filename or str(run)) from None
-
-    say(f"done:   {args.epochs} epoch{'s' * (args.epochs > 1)} in {duration(time.monotonic() - start)}; last epoch: {describe(means)}")
+    with contextlib.ExitStack() as stack:
+        if run is None:
+            run = create_run_folder(args.log_dir)
+            stack.enter_context(locked(run))
+        say(f"device: {device.type} ({device_name(device)}), torch {torch.__version__}")
+        say(f"data:   {len(loader.dataset):,} images of {'MNIST' if trained_on == 'mnist' else 'the bundled digits'}")
+        say(f"run:    {run}")
+        session = Session(run, settings, loader, AdversarialAE(z_dim=args.z_dim).to(device), args, state)
+        try:
+            session.train()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped at once; {resume_hint(run)}") from None
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, error.filename or str(run)) from None
+    say(f"done:   {args.epochs} epoch{'s' * (args.epochs > 1)} in {duration(session.seconds)}; last epoch: "
+        f"{describe(session.means)}")
     say(f"see:    pictures in {run / 'results'}, curves with: tensorboard --logdir {shlex.quote(str(run))}")
     if warning:
         warn(warning)
     return run
 
 
-def train(model, loader, args, writer):
-    """Train for all epochs with their pictures, curves and weights; return the last epoch's means."""
-    optimizer_ae, optimizer_disc = build_optimizers(model, args)
-    logger_ae = TensorBoardLogger(writer, name="generator")
-    logger_disc = TensorBoardLogger(writer, name="discriminator")
-    shown = one_of_each_label(loader.dataset)
-    generate_and_save(model, 0, writer)
-    save_reconstruction(model, 0, writer, shown, count=len(shown))
-    with tqdm(total=args.epochs * len(loader), unit="step", disable=None, dynamic_ncols=True) as bar:
-        for epoch in range(1, args.epochs + 1):
-            start = time.monotonic()
-            bar.set_description(f"epoch {epoch}/{args.epochs}")
+class Session:
+    """A run as it trains: all that changes from step to step, and so all that a resume needs."""
 
-            def progress(steps, means):
-                bar.set_postfix_str(describe(means), refresh=False)
-                bar.update(steps)
+    PARTS = ("optimizer_ae", "optimizer_disc", "logger_ae", "logger_disc")
 
-            means = train_aae(epoch, model, loader, logger_ae, logger_disc, optimizer_ae, optimizer_disc,
-                              args.lambda_, progress)
-            if not sys.stdout.isatty():
-                say(f"epoch {epoch}/{args.epochs}: {describe(means)}, {time.monotonic() - start:.1f} s")
-            generate_and_save(model, epoch, writer)
-            if epoch == 1 or epoch % 5 == 0:
-                save_reconstruction(model, epoch, writer, shown, count=len(shown))
-            save_weights(model, writer.log_dir)
-    logger_ae.flush()
-    logger_disc.flush()
-    return means
+    def __init__(self, run, settings, loader, model, args, state=None):
+        self.run, self.loader, self.model, self.args, self.resumed = run, loader, model, args, state
+        self.settings = {name: value for name, value in json.loads(json.dumps(settings, default=str)).items()
+                         if name not in ("given", "resume")}
+        self.optimizer_ae, self.optimizer_disc = build_optimizers(model, args)
+        self.logger_ae = TensorBoardLogger(None, name="generator")
+        self.logger_disc = TensorBoardLogger(None, name="discriminator")
+        self.epoch = 0    # whole epochs done
+        self.steps = 0    # steps done of the next one
+        self.totals = {}  # sums over those steps
+        self.means = {}   # over the last whole epoch
+        self.seconds = 0.0
+        self._started = time.monotonic()
+        if state:
+            self.load_state_dict(state)
+
+    def train(self):
+        """Train to the last epoch, with pictures, curves and checkpoints."""
+        if self.resumed:
+            clear_after(self.run, self.resumed)
+        write_atomically(self.run / "hparams.json", (json.dumps(self.settings, indent=2) + "\n").encode())
+        shown = one_of_each_label(self.loader.dataset)
+        with SummaryWriter(self.run) as writer, stop_signals() as received:
+            self.logger_ae.summary_writer = self.logger_disc.summary_writer = writer
+            if not self.resumed:
+                self.save_pictures(writer, shown)
+                self.save(writer)
+            with tqdm(total=self.args.epochs * len(self.loader), initial=self.epoch * len(self.loader) + self.steps,
+                      unit="step", disable=None, dynamic_ncols=True) as bar:
+                while self.epoch < self.args.epochs:
+                    self.train_epoch(bar, received)
+                    if self.steps == 0:
+                        self.save_pictures(writer, shown)
+                    if received or self.steps == 0 and self.epoch % self.args.checkpoint_every == 0:
+                        self.save(writer)
+                    if received and self.epoch < self.args.epochs:
+                        raise RunStopped(f"stopped by {signal.Signals(received[0]).name} after {self.epoch} epochs and "
+                                         f"{self.steps} steps; {resume_hint(self.run)}", received[0])
+            self.save(writer)  # with the loggers' windows open, for a resume with more epochs goes on with them
+            self.logger_ae.flush()
+            self.logger_disc.flush()
+
+    def train_epoch(self, bar, received):
+        """Train what is left of the next epoch, or the part of it until a signal is received."""
+        start, epochs, epoch = time.monotonic(), self.args.epochs, self.epoch + 1
+        bar.set_description(f"epoch {epoch}/{epochs}")
+
+        def progress(steps, means):
+            bar.set_postfix_str(describe(means), refresh=False)
+            bar.update(steps)
+
+        loggers = (self.logger_ae, self.logger_disc)
+        log = StepLog(epoch, self.model.device, loggers, progress, self.steps, self.totals)
+        self.loader.epoch, self.loader.skip = self.epoch, self.steps
+        means = train_aae(epoch, self.model, self.loader, *loggers, self.optimizer_ae, self.optimizer_disc,
+                          self.args.lambda_, log, stop=lambda: received)
+        if log.steps < len(self.loader):
+            self.steps, self.totals = log.steps, log.totals
+            return
+        self.epoch, self.steps, self.totals, self.means = epoch, 0, {}, means
+        if not sys.stdout.isatty():
+            say(f"epoch {epoch}/{epochs}: {describe(means)}, {time.monotonic() - start:.1f} s")
+
+    def save_pictures(self, writer, shown):
+        """Save samples, and at epoch 0, 1 and every fifth reconstructions of the images `shown`."""
+        generate_and_save(self.model, self.epoch, writer)
+        if self.epoch == 1 or self.epoch % 5 == 0:
+            save_reconstruction(self.model, self.epoch, writer, shown, count=len(shown))
+
+    def save(self, writer):
+        """Save everything that a resume needs, and the weights."""
+        writer.flush()  # what is logged so far belongs to this state, what comes later does not
+        self.seconds += time.monotonic() - self._started
+        self._started = time.monotonic()
+        save_state(self.run, self.state_dict(), self.model)
+
+    def state_dict(self):
+        """Return where the run stands, without the model's weights."""
+        return {"settings": self.settings, "epoch": self.epoch, "steps": self.steps, "totals": self.totals,
+                "means": self.means, "seconds": self.seconds, "random": random_states(self.model),
+                **{name: getattr(self, name).state_dict() for name in self.PARTS}}
+
+    def load_state_dict(self, state):
+        """Go on from where a run stood."""
+        try:
+            self.model.load_state_dict(state["model"])
+            for name in self.PARTS:
+                getattr(self, name).load_state_dict(state[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"the checkpoint of {self.run} does not fit models.py or train.py as they are now: "
+                                  f"{' '.join(str(error).split())[:200]}") from None
+        for name in ("epoch", "steps", "totals", "means", "seconds"):
+            setattr(self, name, state[name])
+        set_random_states(self.model, state["random"])
+        for name in ("device", "torch"):
+            if self.settings[name] != state["settings"][name]:
+                warn(f"the run began with {name} {state['settings'][name]} and goes on with {self.settings[name]}: the results "
+                     f"will not be the same to the last bit")
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Give a list that SIGINT, SIGTERM and SIGUSR1 put their number in; a second SIGINT raises KeyboardInterrupt."""
+    received = []
+
+    def handle(signum, frame):
+        if signum == signal.SIGINT and signum in received:
+            raise KeyboardInterrupt
+        received.append(signum)
+
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield received
+        return
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def resumed_args(args, given, settings):
+    """Return a stopped run's flags, with those that may differ as they are given now; refuse the others by name."""
+    for name in sorted(given & set(settings) - MAY_DIFFER - {"epochs"}):
+        if getattr(args, name) != settings[name]:
+            raise FlagError(f"--{name} {getattr(args, name)} contradicts the run, which has {settings[name]}; leave the flag "
+                            f"out, or begin a new run")
+    if "epochs" in given and args.epochs < settings["epochs"]:
+        raise FlagError(f"--epochs {args.epochs} is less than the run's {settings['epochs']}; give more, or leave it out")
+    now = {name: getattr(args, name) for name in given & (MAY_DIFFER | {"epochs"})}
+    flags = {name: settings[name] for name in vars(args) if name in settings}
+    return argparse.Namespace(**{**vars(args), **flags, **now})
+
+
+def resume_hint(run):
+    """Return the command that goes on with a run."""
+    return f"go on with: python {shlex.quote(os.path.relpath(__file__))} --resume {shlex.quote(str(run))}"
 
 
 def build_optimizers(model, args):
@@ -300,14 +449,18 @@ def device_name(device):
     return f"{cpu}, {torch.get_num_threads()} threads"
 
 
-def load_data(args, device):
-    """Return the loader, the name of what is in it, and a warning where it is not what was hoped for, else None."""
-    if args.dataset == "digits":
-        return digits(args.batch_size, device=device), "digits", None
+def load_data(args, device, settings=None):
+    """Return the loader, the name of what is in it, and a warning where it is not what was hoped for, else None.
+
+    With the settings of a stopped run, it is what that was trained on or nothing.
+    """
+    dataset, warning = (settings["trained_on"], settings["fallback"]) if settings else (args.dataset, None)
+    if dataset == "digits":
+        return digits(args.batch_size, device=device), "digits", warning
     try:
         return mnist(args.data_dir, args.batch_size, args.num_workers, device=device), "mnist", None
     except MissingData as error:
-        if args.dataset == "mnist":
+        if dataset == "mnist":
             raise
         warning = f"this run trains on the bundled digits instead of MNIST: {error}"
     warn(warning)
@@ -337,13 +490,6 @@ def one_of_each_label(dataset):
     return torch.stack([images[(labels == label).nonzero()[0, 0]] for label in labels.unique()])
 
 
-def save_weights(model, run):
-    """Save the model's state_dict, on the CPU, as <run>/checkpoints/model_checkpoint.pt."""
-    content = io.BytesIO()
-    torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, content)
-    write_atomically(Path(run) / "checkpoints" / "model_checkpoint.pt", content.getvalue())
-
-
 # The command line ----------------------------------------------------------------------------------------------------
 
 class OneLineParser(argparse.ArgumentParser):
@@ -354,7 +500,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse_args(argv=None):
-    """Return the flags as a Namespace; on a wrong one, say so and exit with status 2."""
+    """Return the flags as a Namespace, with the names of those that are in argv as `given`.
+
+    On a wrong one, say so and exit with status 2.
+    """
     parser = OneLineParser(description="Train an adversarial autoencoder on MNIST.", allow_abbrev=False,
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--z_dim", type=number(int, 1), default=8, help="dimensions of the latent code")
@@ -375,11 +524,17 @@ def parse_args(argv=None):
     parser.add_argument("--num_workers", type=number(int, 0), default=0,
                         help="of the data loader; MNIST sits in memory, so that none are started")
     parser.add_argument("--log_dir", default="AAE_logs/", help="folder to make the run's own folder in")
+    parser.add_argument("--checkpoint_every", type=number(int, 1), default=10, help="epochs from one checkpoint to the next")
+    parser.add_argument("--resume", metavar="RUN",
+                        help="go on with a stopped run, given by its folder, or with the `latest` one under --log_dir; "
+                             "--epochs may be raised")
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA where there is one")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         close = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=1)
         parser.error(f"unknown flag {unknown[0]}" + (f", perhaps {close[0]} is meant" if close else ""))
+    parser.set_defaults(**dict.fromkeys(vars(args)))
+    args.given = [name for name, value in vars(parser.parse_args(argv)).items() if value is not None]
     return args
 
 
@@ -428,16 +583,21 @@ def cli(argv=None):
     try:
         main(parse_args(argv))
         return 0
-    except (DataError, RunError) as error:
-        message = str(error)
-    except OSError as error:
-        message = (f"{error.filename or 'a file'} cannot be written: {error.strerror}; make room or rights there, or "
-                   f"choose another folder with --log_dir")
+    except RunStopped as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        return 128 + stop.signum
     except KeyboardInterrupt as interruption:
         print(f"\n{interruption or 'interrupted'}", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
+    except FlagError as error:
+        status, message = 2, str(error)
+    except (CheckpointError, DataError, RunError) as error:
+        status, message = 1, str(error)
+    except OSError as error:
+        status, message = 1, (f"{error.filename or 'a file'} cannot be written: {error.strerror}; make room or rights there, "
+                              f"or choose another folder with --log_dir")
     print(f"train.py: error: {message}", file=sys.stderr)
-    return 1
+    return status
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ class Networks(ModelGroup):
 
     def test_decoder_ends_in_tanh(self):
         images = zeroed(self.named_network("ConvDecoder", "Decoder")(8)).eval()(torch.randn(2, 8))
-        self.check(not images.any(), f"with all weights 0 the decoder makes {float(images.mean()):.3g}, not 0, the middle of "
+        self.check(not images.any(), f"with all weights 0 the decoder makes {images.mean().item():.3g}, not 0, the middle of "
                                      f"[-1, 1]: end it with tanh (a sigmoid makes 0.5)")
 
     def test_discriminator_returns_one_logit_each(self):
@@ -762,8 +762,9 @@ class Training(TrainGroup):
     def test_progress_counts_every_step(self):
         calls, model = [], TinyAAE()
         optimizers = [torch.optim.SGD(part.parameters(), 0.0) for part in (model.encoder, model.discriminator)]
-        self.train.train_aae(1, model, [(images_like_mnist(2), None)] * 120, ValueList(), ValueList(), *optimizers,
-                             progress=lambda steps, means: calls.append((steps, set(means))))
+        loggers = (ValueList(), ValueList())
+        log = self.train.StepLog(1, "cpu", loggers, progress=lambda steps, means: calls.append((steps, set(means))))
+        self.train.train_aae(1, model, [(images_like_mnist(2), None)] * 120, *loggers, *optimizers, log=log)
         self.assertEqual([steps for steps, _ in calls], [50, 50, 20])
         self.assertIn("accuracy", calls[0][1])
 
@@ -865,6 +866,15 @@ class Logging(Group):
         self.assertEqual([step for step, _ in points], [step for step, _ in expected])
         np.testing.assert_allclose([value for _, value in points], [value for _, value in expected], rtol=1e-6)
 
+    def test_state_carries_the_open_window(self):
+        logger, other = (self.utils.TensorBoardLogger(self.writer, avg_window=4, name="part") for _ in range(2))
+        for i in range(3):
+            logger.add_values({"value": torch.tensor(float(i))})
+        other.load_state_dict(json.loads(json.dumps(logger.state_dict())))
+        other.add_values({"value": 7})
+        self.assertEqual(other.global_step, 4)
+        self.assert_points("part/value", [(4, 2.5)])
+
     def test_means_of_windows(self):
         logger = self.utils.TensorBoardLogger(self.writer, avg_window=4, name="part")
         values = np.random.default_rng(0).normal(size=10)
@@ -905,7 +915,10 @@ class Logging(Group):
 
     def test_writing_is_all_or_nothing(self):
         path = self.folder() / "new" / "file"
-        self.utils.write_atomically(path, b"first")
+        self.utils.write_atomically(path, b"zeroth")
+        self.utils.write_atomically(path, b"first", keep=path.with_name("old"))
+        self.assertEqual(path.with_name("old").read_bytes(), b"zeroth")
+        path.with_name("old").unlink()
         with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")):
             with self.assertRaises(OSError) as caught:
                 self.utils.write_atomically(path, b"second")
@@ -1354,12 +1367,250 @@ class WholeRun(TrainGroup):
                 process.kill()
         run, = log_dir.iterdir()
         self.assertEqual(process.returncode, 130, err)
-        self.assertEqual(err.strip(), f"interrupted; the weights and pictures so far are in {run}")
+        self.assertRegex(err, rf"stopped by SIGINT after \d+ epochs and \d+ steps; go on with: python .*train.py --resume {run}")
         self.models.AdversarialAE().load_state_dict(torch.load(run / "checkpoints/model_checkpoint.pt", weights_only=True))
         self.assertGreaterEqual(len(read_events(run).Images("samples")), 2)
         pictures = list((run / "results").rglob("*"))
         self.assertGreaterEqual(len([read_png(file) for file in pictures if file.is_file()]), 4)
         self.assertEqual([file for file in pictures if file.suffix == ".tmp"], [])
+
+
+class Resume(TrainGroup):
+    """Runs that are stopped, and go on as if they had not been."""
+
+    needs = ("train", "mnist", "models", "checkpoint")
+    STEPS = 2  # of an epoch of a hundred digits in batches of 64
+
+    def stop_after(self, steps, *flags, signum=signal.SIGTERM):
+        """Train until a signal comes right after so many steps; return the run's folder and what was raised."""
+        log_dir = self.folder()
+        add, count = self.train.StepLog.add, iter(range(1, 1000))
+
+        def add_and_stop(log, *values):
+            add(log, *values)
+            if next(count) == steps:
+                signal.raise_signal(signum)
+
+        with mock.patch.object(self.train.StepLog, "add", add_and_stop), self.assertRaises(self.train.RunStopped) as caught:
+            with self.few_digits, contextlib.redirect_stdout(io.StringIO()):
+                self.train.main(self.train.parse_args(["--dataset", "digits", "--no-cuda", "--log_dir", str(log_dir), *flags]))
+        run, = log_dir.iterdir()
+        return run, caught.exception
+
+    def go_on(self, run, *flags):
+        with self.few_digits:
+            return self.run_cli("--resume", run, *flags)
+
+    def contents(self, run):
+        """Return what a run has left, in a form in which two runs can be compared exactly."""
+        state = self.checkpoint.load_state(run)
+        flat = {}
+
+        def flatten(name, value):
+            if isinstance(value, dict):
+                for key in value:
+                    flatten(f"{name}/{key}", value[key])
+            elif isinstance(value, list):
+                flatten(name, dict(enumerate(value)))
+            else:
+                flat[name] = value.numpy().tobytes() if torch.is_tensor(value) else value
+
+        for part in ("model", "optimizer_ae", "optimizer_disc", "logger_ae", "logger_disc", "random", "epoch", "steps", "totals",
+                     "means"):
+            flatten(part, state[part])
+        events = read_events(run)
+        for tag in events.Tags()["scalars"]:
+            flat[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["images"]:
+            flat[tag] = [(event.step, event.encoded_image_string) for event in events.Images(tag)]
+        for file in (run / "results").rglob("*.png"):
+            flat[str(file.relative_to(run))] = file.read_bytes()
+        return flat
+
+    def assert_same_run(self, run, other):
+        contents, others = self.contents(run), self.contents(other)
+        self.assertEqual(contents.keys(), others.keys())
+        self.assertEqual([name for name in contents if contents[name] != others[name]], [])
+
+    def test_resumed_run_is_the_uninterrupted_one(self):
+        with mock.patch.object(self.train.TensorBoardLogger.__init__, "__defaults__", (3, None)):  # windows across every stop
+            whole, _ = self.train_quietly("--epochs", "4")
+            for steps in (1, 2, 5):  # within an epoch, at its end, and within a later one
+                run, stopped = self.stop_after(steps, "--epochs", "4")
+                self.assertIn(f"after {steps // self.STEPS} epochs and {steps % self.STEPS} steps", str(stopped))
+                self.assertEqual(self.go_on(run)[0], 0)
+                self.assert_same_run(run, whole)
+
+    def test_more_epochs_are_the_longer_run(self):
+        with mock.patch.object(self.train.TensorBoardLogger.__init__, "__defaults__", (3, None)):
+            whole, _ = self.train_quietly("--epochs", "4")
+            run, _ = self.train_quietly("--epochs", "2")
+            self.assertEqual(self.go_on(run, "--epochs", "4")[0], 0)
+            self.assert_same_run(run, whole)
+            self.assertEqual(json.loads((run / "hparams.json").read_text())["epochs"], 4)
+
+    def test_finished_run_stays_as_it_is(self):
+        run, _ = self.train_quietly("--epochs", "2")
+        before = self.contents(run)
+        status, out, _ = self.go_on(run)
+        self.assertEqual(status, 0)
+        self.assertIn("done:", out)
+        self.assertEqual(self.contents(run), before)
+
+    def test_killed_run_goes_on_from_its_checkpoint(self):
+        whole, _ = self.train_quietly("--epochs", "3", "--checkpoint_every", "1")
+        log_dir = self.folder()
+        save_state, count = self.train.save_state, iter(range(100))
+
+        def save_and_die(*args):  # as a kill would: with later events and pictures already written
+            if next(count) == 2:
+                raise Stop
+            save_state(*args)
+
+        with mock.patch.object(self.train, "save_state", save_and_die), self.few_digits, self.assertRaises(Stop), \
+                contextlib.redirect_stdout(io.StringIO()):
+            self.train.main(self.train.parse_args(["--dataset", "digits", "--no-cuda", "--epochs", "3", "--checkpoint_every", "1",
+                                                   "--log_dir", str(log_dir)]))
+        run, = log_dir.iterdir()
+        (run / "checkpoints" / "training_state.pt.tmp").write_bytes(b"half")
+        self.assertEqual(self.checkpoint.load_state(run)["epoch"], 1)
+        self.assertEqual(self.go_on(run)[0], 0)
+        self.assert_same_run(run, whole)
+        self.assertEqual(list(run.rglob("*.tmp")), [])
+
+    def test_signals_have_their_exit_status_and_the_command_to_go_on(self):
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+            if not hasattr(signal, name):
+                continue
+            signum = getattr(signal, name)
+            before = signal.getsignal(signum)
+            run, stopped = self.stop_after(1, "--epochs", "2", signum=signum)
+            self.assertEqual(signal.getsignal(signum), before, "the handler was not put back")
+            with mock.patch.object(self.train, "main", side_effect=stopped):
+                status, _, err = self.run_cli()
+            self.assertEqual(status, 128 + signum)
+            self.assertRegex(err, f"{name} after 0 epochs and 1 steps; go on with: python .*train.py --resume {run}")
+
+    def test_second_interrupt_stops_at_once(self):
+        with self.train.stop_signals() as received:
+            signal.raise_signal(signal.SIGINT)
+            self.assertEqual(received, [signal.SIGINT])
+            with self.assertRaises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+    def test_latest_run(self):
+        log_dir = self.folder()
+        with self.few_digits:
+            for _ in range(2):
+                self.assertEqual(self.run_cli("--dataset", "digits", "--epochs", 1, "--log_dir", log_dir, "--no-cuda")[0], 0)
+            (log_dir / "2999_01_01_00_00_00").mkdir()  # has no checkpoint
+            _, out, _ = self.run_cli("--resume", "latest", "--log_dir", log_dir)
+        self.assertIn(str(sorted(log_dir.iterdir())[1]), out)
+
+    def assert_refused(self, result, status, *fragments):
+        self.assertEqual(result[0], status, result[2])
+        self.assertEqual(len(result[2].strip().splitlines()), 1, result[2])
+        for fragment in fragments:
+            self.assertIn(str(fragment), result[2])
+
+    def test_contradicting_flags_are_refused_by_name(self):
+        run, _ = self.train_quietly("--epochs", "2", "--z_dim", "3")
+        before = self.contents(run)
+        for flag, value in (("--z_dim", 8), ("--batch_size", 32), ("--lambda_", 1), ("--ae_lr", 0.1), ("--d_lr", 0.1),
+                            ("--seed", 1), ("--dataset", "auto"), ("--epochs", 1)):
+            self.assert_refused(self.go_on(run, flag, value), 2, flag)
+        self.assertEqual(self.go_on(run, "--z_dim", 3, "--num_workers", 2)[0], 0)
+        self.assertEqual(self.contents(run), before)
+
+    def test_what_cannot_be_resumed(self):
+        run, _ = self.train_quietly("--epochs", "1")
+        empty, file = self.folder(), self.folder() / "training_state.pt"
+        file.write_bytes(b"")
+        for wrong in (empty, empty / "none", file, run / "checkpoints" / "model_checkpoint.pt", "latest"):
+            self.assert_refused(self.run_cli("--resume", wrong, "--log_dir", empty), 1, empty if wrong == "latest" else wrong)
+
+    def test_damaged_checkpoint_is_refused_and_the_one_before_offered(self):
+        run, _ = self.train_quietly("--epochs", "2", "--checkpoint_every", "1")
+        whole, current = self.contents(run), run / "checkpoints" / "training_state.pt"
+        previous, content = current.with_name("training_state.previous.pt"), current.read_bytes()
+        random = np.random.default_rng(0)
+        damages = [lambda: content[:random.integers(len(content))], lambda: b"", lambda: b"not a checkpoint", self.weights_alone]
+        damages += [lambda: self.flipped(content, random)] * 4
+        for damage in damages:
+            current.write_bytes(damage())
+            self.assert_refused(self.go_on(run), 1, current, f"--resume {previous}")
+        self.assertEqual(self.go_on(previous)[0], 0)
+        self.assertEqual(self.contents(run), whole)
+        previous.write_bytes(b"")
+        current.write_bytes(b"")
+        self.assert_refused(self.go_on(run), 1, current)
+
+    def weights_alone(self):
+        return self.checkpoint.packed(self.models.AdversarialAE().state_dict())
+
+    def flipped(self, content, random):
+        """Return the content with one bit of some tensor's data the other way."""
+        content, place = bytearray(content), int(random.integers(len(content) // 4, len(content) // 2))
+        content[place] ^= 1 << int(random.integers(8))
+        return bytes(content)
+
+    def test_checkpoint_of_another_architecture(self):
+        run, _ = self.train_quietly("--epochs", "1")
+        before = self.contents(run)
+
+        class Wider(self.models.AdversarialAE):
+            def __init__(self, z_dim):
+                super().__init__(z_dim)
+                self.encoder.extra = nn.Linear(2, 2)
+
+        with mock.patch.object(self.train, "AdversarialAE", Wider):
+            self.assert_refused(self.go_on(run), 1, run, "does not fit models.py")
+        self.assertEqual(self.contents(run), before)
+
+    def test_a_run_in_use_is_refused(self):
+        run, _ = self.train_quietly("--epochs", "1")
+        if self.checkpoint.fcntl is None:
+            self.skipTest("runs are not locked here")
+        with self.checkpoint.locked(run):
+            self.assert_refused(self.go_on(run), 1, run, "in use")
+        self.assertEqual(self.go_on(run)[0], 0)
+
+    def test_full_disk_leaves_the_last_checkpoint(self):
+        log_dir = self.folder()
+        fsync, count = os.fsync, iter(range(100))
+
+        def full(file):  # hparams, 2 pictures, 2 files of a checkpoint, 2 pictures, then the second checkpoint
+            if next(count) == 7:
+                raise OSError(28, "No space left on device")
+            fsync(file)
+
+        with mock.patch("os.fsync", full), self.few_digits:
+            self.assert_refused(self.run_cli("--dataset", "digits", "--epochs", 2, "--checkpoint_every", 1, "--no-cuda",
+                                             "--log_dir", log_dir), 1, "training_state.pt", "No space left")
+        run, = log_dir.iterdir()
+        self.assertEqual(self.checkpoint.load_state(run)["epoch"], 0)
+        self.assertEqual(list(run.rglob("*.tmp")), [])
+        self.assertEqual(self.go_on(run)[0], 0)
+        self.assert_same_run(run, self.train_quietly("--epochs", "2")[0])
+
+    def test_removed_run_folder_is_said_and_does_not_come_back(self):
+        log_dir = self.folder()
+        save_pictures = self.train.Session.save_pictures
+
+        def remove_folder(session, *args):
+            if session.epoch:
+                os.rename(session.run, log_dir / "elsewhere")
+            save_pictures(session, *args)
+
+        with mock.patch.object(self.train.Session, "save_pictures", remove_folder), self.few_digits:
+            result = self.run_cli("--dataset", "digits", "--epochs", 2, "--no-cuda", "--log_dir", log_dir)
+        self.assert_refused(result, 1, log_dir, "No such file")
+        self.assertEqual([folder.name for folder in log_dir.iterdir()], ["elsewhere"])
+
+    def test_training_state_may_be_loaded_safely(self):
+        run, _ = self.train_quietly("--epochs", "1")
+        state = torch.load(run / "checkpoints" / "training_state.pt", weights_only=True)
+        self.assertEqual((state["epoch"], state["steps"]), (1, 0))
 
 
 @unittest.skipUnless(torch.cuda.is_available(), "there is no CUDA here")

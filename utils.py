@@ -38,6 +38,14 @@ class TensorBoardLogger:
             self.summary_writer.add_scalar(self.prefix + name, mean, self.global_step)
         self._sums, self._counts = {}, {}
 
+    def state_dict(self):
+        """Return where the logger stands: its step and the open window."""
+        return {"global_step": self.global_step, "sums": to_numbers(self._sums), "counts": dict(self._counts)}
+
+    def load_state_dict(self, state):
+        """Go on from where another logger stood."""
+        self.global_step, self._sums, self._counts = state["global_step"], dict(state["sums"]), dict(state["counts"])
+
 
 def to_numbers(values):
     """Return a dict of scalar tensors or plain numbers as one of floats. The CPU waits for the device, once."""
@@ -48,19 +56,23 @@ def to_numbers(values):
     return {name: float(value) for name, value in values.items()}
 
 
-def write_atomically(path, content):
+def write_atomically(path, content, keep=None):
     """Write bytes to a file so that whoever looks finds either all of them or what was there before.
 
-    Folders that are missing are made. Raises OSError with the path as its `filename`.
+    What was there before is kept as the file `keep`, if that is given. The file's folder is made where it is missing,
+    but not the one around it: a run's folder that somebody removed does not come back with a part of its files.
+    Raises OSError with the path as its `filename`.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None

@@ -1,0 +1,143 @@
+"""What a run needs to go on after it was stopped or killed, in one file: <run>/checkpoints/training_state.pt.
+
+It is written whole or not at all, and the one before it stays as training_state.previous.pt. Beside it lies
+model_checkpoint.pt, the weights alone, for everybody else.
+"""
+
+import io
+import os
+import pickle
+import zipfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from utils import write_atomically
+
+try:
+    import fcntl
+except ImportError:  # Windows: runs are not locked there
+    fcntl = None
+
+FORMAT = "adversarial autoencoder, training state 1"
+CURRENT, PREVIOUS, WEIGHTS = "training_state.pt", "training_state.previous.pt", "model_checkpoint.pt"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint or run that cannot be gone on with; the message says why and what to do."""
+
+
+def save_state(run, state, model):
+    """Write a dict of tensors, numbers, strings, lists and dicts as the run's training state, and the model's weights."""
+    folder = Path(run) / "checkpoints"
+    state = {"format": FORMAT, "model": weights_on_cpu(model), "events": event_sizes(run), **state}
+    write_atomically(folder / CURRENT, packed(state), keep=folder / PREVIOUS)
+    write_atomically(folder / WEIGHTS, packed(state["model"]))
+
+
+def run_folder(resume):
+    """Return the run's folder for what --resume names: that folder, or one of the training states in it."""
+    path = Path(resume)
+    if path.is_dir():
+        return path
+    if path.is_file() and path.parent.name == "checkpoints" and path.name in (CURRENT, PREVIOUS):
+        return path.parent.parent
+    raise CheckpointError(f"{path} is no run's folder, and no {CURRENT} or {PREVIOUS} in its checkpoints/")
+
+
+def latest_run(log_dir):
+    """Return the newest run's folder under `log_dir` that has a training state; raise CheckpointError without one."""
+    states = [state for name in (CURRENT, PREVIOUS) for state in Path(log_dir).glob(f"*/checkpoints/{name}")]
+    if not states:
+        raise CheckpointError(f"no run in {log_dir} can be resumed; name its folder, or another place with --log_dir")
+    return max(states, key=lambda state: state.parent.parent.name).parent.parent
+
+
+def load_state(resume):
+    """Return the training state for what --resume names, with its own path as `path`.
+
+    Raises CheckpointError where there is none, or it is damaged or something else.
+    """
+    if Path(resume).is_file():
+        return read_state(resume)
+    current, previous = (Path(resume) / "checkpoints" / name for name in (CURRENT, PREVIOUS))
+    if not current.exists() and previous.exists():  # killed between the two renames of write_atomically
+        return read_state(previous)
+    if not current.exists():
+        raise CheckpointError(f"{resume} cannot be resumed, for it has no checkpoints/{CURRENT}; begin a new run")
+    try:
+        return read_state(current)
+    except CheckpointError as error:
+        with suppress(CheckpointError):
+            read_state(previous)
+            error = CheckpointError(f"{error}; the one before it is whole: --resume {previous}")
+        raise error from None
+
+
+def read_state(path):
+    """Return the training state in a file; raise CheckpointError if it is damaged or no training state."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:  # what torch.save writes; torch.load checks no sums
+            damaged = archive.testzip()
+        state = None if damaged else torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, NotImplementedError):
+        state = None
+    if state is None:
+        raise CheckpointError(f"{path} is damaged, or no checkpoint")
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is no training state of this version of the program; {CURRENT} is one, "
+                              f"{WEIGHTS} is not")
+    return {**state, "path": str(path)}
+
+
+def clear_after(run, state):
+    """Take a run back to where it was when a training state was saved: remove what was logged and begun since then."""
+    current = Path(run) / "checkpoints" / CURRENT
+    if state["path"] != str(current):
+        os.replace(state["path"], current)
+    for file in Path(run).rglob("*.tmp"):
+        file.unlink()
+    for file in Path(run).glob("events.out.tfevents.*"):
+        if file.name not in state["events"]:
+            file.unlink()
+        elif file.stat().st_size > state["events"][file.name]:
+            os.truncate(file, state["events"][file.name])
+
+
+def event_sizes(run):
+    """Return the size in bytes of each of the run's event files."""
+    return {file.name: file.stat().st_size for file in Path(run).glob("events.out.tfevents.*")}
+
+
+@contextmanager
+def locked(run):
+    """Hold a run for this process alone; raise CheckpointError where another one has it. The lock ends with the process."""
+    if fcntl is None:
+        yield
+        return
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise CheckpointError(f"{run} is in use by another process; wait until it ends, or stop it") from None
+    try:
+        yield
+    finally:
+        os.close(folder)
+
+
+def weights_on_cpu(model):
+    return {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+
+
+def packed(value):
+    """Return what torch.save writes of a value, as bytes."""
+    content = io.BytesIO()
+    torch.save(value, content)
+    return content.getvalue()
