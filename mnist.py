@@ -9,6 +9,8 @@ a machine without a network train on something like MNIST.
 
 import gzip
 import hashlib
+import http.client
+import io
 import os
 import queue
 import sys
@@ -61,7 +63,7 @@ def mnist(root="../data", batch_size=64, num_workers=4, download=True, train=Tru
 
 
 def digits(batch_size=64, train=True, device="cpu"):
-    """Return the loader of the bundled digits, like that of `mnist`: 1,497 to train on, 300 held out."""
+    """Return the loader of the bundled digits, like that of `mnist`: 1,498 to train on, 299 held out."""
     return BatchLoader(*load_digits(train), batch_size, shuffle=train, device=device)
 
 
@@ -116,9 +118,10 @@ def load_digits(train=True):
 
     The 8x8 images, values 0 to 16, are enlarged to 20x20 and padded to 28x28, as MNIST's digits are placed.
     """
-    if checked_content(DIGITS_FILE, DIGITS_MD5) is None:
-        raise DamagedData(f"{DIGITS_FILE} is missing or damaged; put it back with `git checkout digits`")
-    table = torch.from_numpy(np.loadtxt(DIGITS_FILE, delimiter=",", dtype=np.float32))
+    content = checked_content(DIGITS_FILE, DIGITS_MD5)
+    if content is None:
+        raise DamagedData(f"{DIGITS_FILE} is missing or damaged; put it back, for example with: git checkout -- digits")
+    table = torch.from_numpy(np.loadtxt(io.BytesIO(content), delimiter=",", dtype=np.float32))
     chosen = (torch.arange(len(table)) % 6 != 5) == train
     images = (table[chosen, :64] / 8 - 1).view(-1, 1, 8, 8)
     images = F.interpolate(images, size=(20, 20), mode="bilinear", align_corners=False)
@@ -129,18 +132,24 @@ def read_idx(root, name, download):
     """Return the content of one idx file, from `name` or `name.gz` under `<root>/MNIST/raw/`, or else downloaded."""
     raw = Path(root) / "MNIST" / "raw"
     places = [path for path in (raw / name, raw / f"{name}.gz") if os.path.lexists(path)]
+    damaged = []
     for path in places:
         content = checked_content(path, MNIST_MD5[name])
         if content is not None:
+            for other in damaged:
+                print(f"{other} is damaged; {path} is read instead", file=sys.stderr)
             return content
-        print(f"{path} is damaged: its content is not MNIST's", file=sys.stderr)
+        damaged.append(path)
     try:
         if not download:
             raise MissingData("downloading is switched off")
-        return download_idx(raw, name)
+        content = download_idx(raw, name)
+        for path in damaged:
+            print(f"{path} is damaged; {name} was downloaded again", file=sys.stderr)
+        return content
     except MissingData as error:
-        if places:
-            raise DamagedData(f"{places[0]} is damaged and could not be fetched again ({error}); delete it, or put a "
+        if damaged:
+            raise DamagedData(f"{damaged[0]} is damaged and could not be fetched again ({error}); delete it, or put a "
                               f"whole {name} or {name}.gz there") from None
         raise MissingData(f"MNIST is not in {raw} and could not be downloaded ({error}); put its four files there, as "
                           f"idx or .gz, or connect to a network") from None
@@ -185,7 +194,7 @@ def fetch_idx(name):
     for mirror in MNIST.mirrors:
         try:
             content = gzip.decompress(fetch(f"{mirror}{name}.gz", PATIENCE / len(MNIST.mirrors)))
-        except (OSError, EOFError, zlib.error) as error:
+        except (OSError, EOFError, ValueError, zlib.error, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)  # what urllib wraps in its own
             failures.append(f"{mirror}: {getattr(reason, 'strerror', None) or reason}")
         else:

@@ -82,7 +82,8 @@ Encoder, Decoder = ConvEncoder, ConvDecoder  # the names that other completions 
 class AdversarialAE(nn.Module):
     """An adversarial autoencoder with z_dim latent dimensions, its two losses, and samples from it.
 
-    `sample` draws from `sample_stream`, a torch.Generator on the CPU, whose seed follows from torch's at construction.
+    `sample` draws from `sample_stream`, a torch.Generator on the CPU. Its seed follows from torch's at construction; later,
+    sample_stream.manual_seed sets it.
     """
 
     def __init__(self, z_dim=8):
@@ -137,7 +138,7 @@ class AdversarialAE(nn.Module):
         No weight, statistic or mode of the model changes, and torch's own random stream, which training draws from,
         stays where it is. The codes are drawn on the CPU, so that they are the same on every device.
         """
-        z = torch.randn(batch_size, self.z_dim, generator=self.sample_stream).to(self.device)
+        z = torch.randn(batch_size, self.z_dim, generator=self.sample_stream).to(next(self.decoder.parameters()))
         modes = [(module, module.training) for module in self.decoder.modules()]
         try:
             return self.decoder.eval()(z)

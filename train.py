@@ -33,7 +33,7 @@ from mnist import DataError, MissingData, digits, mnist
 from models import AdversarialAE
 from utils import TensorBoardLogger, write_atomically
 
-SAMPLE_SEED = 0  # of the codes that every picture of samples is decoded from
+SAMPLE_SEED = 0
 MAY_DIFFER = {"data_dir", "log_dir", "num_workers", "no_cuda", "checkpoint_every", "resume"}  # when a run is resumed
 READ_EVERY = 50  # steps between two looks at the losses: for a look, the CPU waits for the device
 
@@ -62,9 +62,7 @@ def generate_and_save(model, epoch, summary_writer, batch_size=64):
     The codes are the same at each call, so that one sees the digits take shape from epoch to epoch.
     """
     with undisturbed(model):
-        torch.manual_seed(SAMPLE_SEED)
-        if hasattr(model, "sample_stream"):
-            model.sample_stream.manual_seed(SAMPLE_SEED)
+        torch.manual_seed(SAMPLE_SEED)  # for a model that draws from torch's stream; ours has its own, which is put back
         samples = model.sample(batch_size)
     save_grid(samples, 8, "samples", epoch, summary_writer, f"Prior_samples/samples_epoch_{epoch}.png")
 
@@ -185,7 +183,7 @@ class StepLog:
     def add(self, *values):
         """Take the values of one step: for each logger a dict of scalar tensors or numbers."""
         self._names = [list(own) for own in values]
-        self._unread.append(torch.stack([torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
+        self._unread.append(torch.stack([torch.as_tensor(value, dtype=torch.float32, device=self.device).detach().reshape(())
                                          for own in values for value in own.values()]))
         if len(self._unread) == READ_EVERY:
             self._read()
@@ -298,20 +296,26 @@ class Session:
             if not self.resumed:
                 self.save_pictures(writer, shown)
                 self.save(writer)
-            with tqdm(total=self.args.epochs * len(self.loader), initial=self.epoch * len(self.loader) + self.steps,
-                      unit="step", disable=None, dynamic_ncols=True) as bar:
-                while self.epoch < self.args.epochs:
-                    self.train_epoch(bar, received)
-                    if self.steps == 0:
-                        self.save_pictures(writer, shown)
-                    if received or self.steps == 0 and self.epoch % self.args.checkpoint_every == 0:
-                        self.save(writer)
-                    if received and self.epoch < self.args.epochs:
-                        raise RunStopped(f"stopped by {signal.Signals(received[0]).name} after {self.epoch} epochs and "
-                                         f"{self.steps} steps; {resume_hint(self.run)}", received[0])
-            self.save(writer)  # with the loggers' windows open, for a resume with more epochs goes on with them
-            self.logger_ae.flush()
-            self.logger_disc.flush()
+            try:
+                self.train_epochs(writer, shown, received)
+            finally:  # after the last checkpoint, for a resume goes on with the loggers' open windows
+                self.logger_ae.flush()
+                self.logger_disc.flush()
+
+    def train_epochs(self, writer, shown, received):
+        """Train, save pictures of each epoch and checkpoints, until the last epoch is done or a signal is received."""
+        with tqdm(total=self.args.epochs * len(self.loader), initial=self.epoch * len(self.loader) + self.steps,
+                  bar_format="{desc}|{bar}|{remaining} left{postfix}", disable=None, dynamic_ncols=True) as bar:
+            while self.epoch < self.args.epochs:
+                self.train_epoch(bar, received)
+                if self.steps == 0:
+                    self.save_pictures(writer, shown)
+                if received or self.steps == 0 and self.epoch % self.args.checkpoint_every == 0:
+                    self.save(writer)
+                if received and self.epoch < self.args.epochs:
+                    raise RunStopped(f"stopped by {signal.Signals(received[0]).name} after {self.epoch} epochs and "
+                                     f"{self.steps} steps; {resume_hint(self.run)}", received[0])
+        self.save(writer)
 
     def train_epoch(self, bar, received):
         """Train what is left of the next epoch, or the part of it until a signal is received."""
@@ -319,7 +323,8 @@ class Session:
         bar.set_description(f"epoch {epoch}/{epochs}")
 
         def progress(steps, means):
-            bar.set_postfix_str(describe(means), refresh=False)
+            bar.set_postfix_str(f"recon {means['recon_loss']:.3f}, gen {means['gen_loss']:.3f}, disc {means['disc_loss']:.3f}, "
+                                f"acc {means['accuracy']:.0%}", refresh=False)
             bar.update(steps)
 
         loggers = (self.logger_ae, self.logger_disc)
@@ -331,7 +336,7 @@ class Session:
             self.steps, self.totals = log.steps, log.totals
             return
         self.epoch, self.steps, self.totals, self.means = epoch, 0, {}, means
-        if not sys.stdout.isatty():
+        if bar.disable or not sys.stdout.isatty():
             say(f"epoch {epoch}/{epochs}: {describe(means)}, {time.monotonic() - start:.1f} s")
 
     def save_pictures(self, writer, shown):
@@ -504,6 +509,31 @@ def parse_args(argv=None):
 
     On a wrong one, say so and exit with status 2.
     """
+    parser, argv = make_parser(), with_negative_numbers(sys.argv[1:] if argv is None else argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], re.findall(r"--[\w-]+", parser.format_usage()), n=1)
+        parser.error(f"unknown flag {unknown[0]}" + (f", perhaps {close[0]} is meant" if close else ""))
+    parser.set_defaults(**dict.fromkeys(vars(args)))
+    args.given = [name for name, value in vars(parser.parse_args(argv)).items() if value is not None]
+    return args
+
+
+def with_negative_numbers(argv):
+    """Join each flag with a negative number after it by "=": argparse takes -1e-3 or -inf alone for another flag."""
+    joined = []
+    for word in argv:
+        with contextlib.suppress(ValueError):
+            if word.startswith("-") and joined and joined[-1].startswith("--") and "=" not in joined[-1]:
+                float(word)
+                joined[-1] += f"={word}"
+                continue
+        joined.append(word)
+    return joined
+
+
+def make_parser():
+    """Return the parser of the command line."""
     parser = OneLineParser(description="Train an adversarial autoencoder on MNIST.", allow_abbrev=False,
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--z_dim", type=number(int, 1), default=8, help="dimensions of the latent code")
@@ -529,26 +559,20 @@ def parse_args(argv=None):
                         help="go on with a stopped run, given by its folder, or with the `latest` one under --log_dir; "
                              "--epochs may be raised")
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA where there is one")
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        close = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=1)
-        parser.error(f"unknown flag {unknown[0]}" + (f", perhaps {close[0]} is meant" if close else ""))
-    parser.set_defaults(**dict.fromkeys(vars(args)))
-    args.given = [name for name, value in vars(parser.parse_args(argv)).items() if value is not None]
-    return args
+    return parser
 
 
-def number(convert, low, high=math.inf):
-    """Return a type for argparse: numbers of type `convert` within [low, high], neither NaN nor infinite."""
+def number(convert, low, high=2**31 - 1):
+    """Return a type for argparse: numbers of type `convert` within [low, high], not NaN."""
     kind = {int: "a whole number", float: "a number"}[convert]
-    bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+    bounds = f"from {low} to {high}"
 
     def parse(text):
         try:
             value = convert(text)
         except ValueError:
             value = math.nan
-        if not (low <= value <= high and math.isfinite(value)):
+        if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text!r} is not {kind} {bounds}")
         return value
 
@@ -587,12 +611,16 @@ def cli(argv=None):
         print(f"\n{stop}", file=sys.stderr)
         return 128 + stop.signum
     except KeyboardInterrupt as interruption:
-        print(f"\n{interruption or 'interrupted'}", file=sys.stderr)
+        print(f"\n{str(interruption) or 'interrupted'}", file=sys.stderr)
         return 128 + signal.SIGINT
     except FlagError as error:
         status, message = 2, str(error)
     except (CheckpointError, DataError, RunError) as error:
         status, message = 1, str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        status, message = 1, "there is not enough memory; try a smaller --batch_size or --z_dim"
     except OSError as error:
         status, message = 1, (f"{error.filename or 'a file'} cannot be written: {error.strerror}; make room or rights there, "
                               f"or choose another folder with --log_dir")

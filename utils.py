@@ -51,7 +51,8 @@ def to_numbers(values):
     """Return a dict of scalar tensors or plain numbers as one of floats. The CPU waits for the device, once."""
     tensors = {name: value for name, value in values.items() if torch.is_tensor(value)}
     if tensors:
-        numbers = torch.stack([value.reshape(()) for value in tensors.values()]).tolist()
+        device = next(iter(tensors.values())).device
+        numbers = torch.stack([value.to(device).reshape(()) for value in tensors.values()]).tolist()
         values = {**values, **dict(zip(tensors, numbers))}
     return {name: float(value) for name, value in values.items()}
 
