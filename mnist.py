@@ -157,11 +157,13 @@ def read_idx(root, name, download):
 
 def checked_content(path, md5):
     """Return the content of a file, unpacked if it ends in .gz; None where it is missing or its MD5 is another one."""
+    if not Path(path).is_file():  # a folder, or a pipe that would never end
+        return None
     try:
         content = Path(path).read_bytes()
         if Path(path).suffix == ".gz":
             content = gzip.decompress(content)
-    except (FileNotFoundError, IsADirectoryError, gzip.BadGzipFile, EOFError, zlib.error):
+    except (gzip.BadGzipFile, EOFError, zlib.error):
         return None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None

@@ -625,6 +625,33 @@ def read_events(folder):
     return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
 
 
+def run_contents(run):
+    """Return all that a run has left, by name, in a form in which two runs can be compared to the last bit."""
+    from checkpoint import load_state
+
+    contents = {}
+
+    def flatten(name, value):
+        if isinstance(value, (dict, list)):
+            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+                flatten(f"{name}/{key}", part)
+        else:
+            contents[name] = value.numpy().tobytes() if torch.is_tensor(value) else value
+
+    flatten("state", {name: value for name, value in load_state(run).items()
+                      if name not in ("settings", "events", "seconds", "path")})
+    events = read_events(run)
+    for tag in events.Tags()["scalars"]:
+        contents[tag] = sorted((event.step, event.value) for event in events.Scalars(tag))
+    for tag in events.Tags()["images"]:  # sorted: files of one second and one process may be read in another order
+        contents[tag] = sorted((event.step, event.encoded_image_string) for event in events.Images(tag))
+    weights = torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)
+    flatten("model_checkpoint.pt", dict(weights))
+    for file in (run / "results").rglob("*.png"):
+        contents[str(file.relative_to(run))] = read_png(file).tobytes()
+    return contents
+
+
 def read_png(file):
     """Return the pixels of a picture's red channel, [H, W]."""
     from PIL import Image
@@ -1395,6 +1422,16 @@ class WholeRun(TrainGroup):
         log_dir = self.folder()
         self.assertNotEqual(*(self.train.create_run_folder(log_dir) for _ in range(2)))
 
+    def test_closed_standard_output_does_not_end_a_run(self):
+        log_dir = self.folder()
+        command = [sys.executable, str(HERE / "train.py"), "--dataset", "digits", "--epochs", "1", "--no-cuda", "--log_dir",
+                   str(log_dir)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            process.stdout.close()
+            err = process.stderr.read()
+        self.assertEqual((process.returncode, err), (0, ""))
+        self.assertEqual(len(list(log_dir.glob("*/checkpoints/model_checkpoint.pt"))), 1)
+
     @unittest.skipIf(os.name == "nt", "Windows has no SIGINT to send")
     def test_interrupted_run_leaves_everything_readable(self):
         log_dir = self.folder()
@@ -1447,34 +1484,8 @@ class Resume(TrainGroup):
         with self.few_digits:
             return self.run_cli("--resume", run, *flags)
 
-    def contents(self, run):
-        """Return what a run has left, in a form in which two runs can be compared exactly."""
-        state = self.checkpoint.load_state(run)
-        flat = {}
-
-        def flatten(name, value):
-            if isinstance(value, dict):
-                for key in value:
-                    flatten(f"{name}/{key}", value[key])
-            elif isinstance(value, list):
-                flatten(name, dict(enumerate(value)))
-            else:
-                flat[name] = value.numpy().tobytes() if torch.is_tensor(value) else value
-
-        for part in ("model", "optimizer_ae", "optimizer_disc", "logger_ae", "logger_disc", "random", "epoch", "steps", "totals",
-                     "means"):
-            flatten(part, state[part])
-        events = read_events(run)
-        for tag in events.Tags()["scalars"]:
-            flat[tag] = sorted((event.step, event.value) for event in events.Scalars(tag))
-        for tag in events.Tags()["images"]:  # sorted: files of one second and one process may be read in another order
-            flat[tag] = sorted((event.step, event.encoded_image_string) for event in events.Images(tag))
-        for file in (run / "results").rglob("*.png"):
-            flat[str(file.relative_to(run))] = file.read_bytes()
-        return flat
-
     def assert_same_run(self, run, other):
-        contents, others = self.contents(run), self.contents(other)
+        contents, others = run_contents(run), run_contents(other)
         self.assertEqual(contents.keys(), others.keys())
         self.assertEqual([name for name in contents if contents[name] != others[name]], [])
 
@@ -1497,11 +1508,11 @@ class Resume(TrainGroup):
 
     def test_finished_run_stays_as_it_is(self):
         run, _ = self.train_quietly("--epochs", "2")
-        before = self.contents(run)
+        before = run_contents(run)
         status, out, _ = self.go_on(run)
         self.assertEqual(status, 0)
         self.assertIn("done:", out)
-        self.assertEqual(self.contents(run), before)
+        self.assertEqual(run_contents(run), before)
 
     def test_killed_run_goes_on_from_its_checkpoint(self):
         whole, _ = self.train_quietly("--epochs", "3", "--checkpoint_every", "1")
@@ -1562,12 +1573,12 @@ class Resume(TrainGroup):
 
     def test_contradicting_flags_are_refused_by_name(self):
         run, _ = self.train_quietly("--epochs", "2", "--z_dim", "3")
-        before = self.contents(run)
+        before = run_contents(run)
         for flag, value in (("--z_dim", 8), ("--batch_size", 32), ("--lambda_", 1), ("--ae_lr", 0.1), ("--d_lr", 0.1),
                             ("--seed", 1), ("--dataset", "auto"), ("--epochs", 1)):
             self.assert_refused(self.go_on(run, flag, value), 2, flag)
         self.assertEqual(self.go_on(run, "--z_dim", 3, "--num_workers", 2)[0], 0)
-        self.assertEqual(self.contents(run), before)
+        self.assertEqual(run_contents(run), before)
 
     def test_what_cannot_be_resumed(self):
         run, _ = self.train_quietly("--epochs", "1")
@@ -1578,7 +1589,7 @@ class Resume(TrainGroup):
 
     def test_damaged_checkpoint_is_refused_and_the_one_before_offered(self):
         run, _ = self.train_quietly("--epochs", "2", "--checkpoint_every", "1")
-        whole, current = self.contents(run), run / "checkpoints" / "training_state.pt"
+        whole, current = run_contents(run), run / "checkpoints" / "training_state.pt"
         previous, content = current.with_name("training_state.previous.pt"), current.read_bytes()
         random = np.random.default_rng(0)
         damages = [lambda: content[:random.integers(len(content))], lambda: b"", lambda: b"not a checkpoint", self.weights_alone]
@@ -1587,7 +1598,7 @@ class Resume(TrainGroup):
             current.write_bytes(damage())
             self.assert_refused(self.go_on(run), 1, current, f"--resume {previous}")
         self.assertEqual(self.go_on(previous)[0], 0)
-        self.assertEqual(self.contents(run), whole)
+        self.assertEqual(run_contents(run), whole)
         previous.write_bytes(b"")
         current.write_bytes(b"")
         self.assert_refused(self.go_on(run), 1, current)
@@ -1603,7 +1614,7 @@ class Resume(TrainGroup):
 
     def test_checkpoint_of_another_architecture(self):
         run, _ = self.train_quietly("--epochs", "1")
-        before = self.contents(run)
+        before = run_contents(run)
 
         class Wider(self.models.AdversarialAE):
             def __init__(self, z_dim):
@@ -1612,7 +1623,7 @@ class Resume(TrainGroup):
 
         with mock.patch.object(self.train, "AdversarialAE", Wider):
             self.assert_refused(self.go_on(run), 1, run, "does not fit models.py")
-        self.assertEqual(self.contents(run), before)
+        self.assertEqual(run_contents(run), before)
 
     def test_a_run_in_use_is_refused(self):
         run, _ = self.train_quietly("--epochs", "1")
