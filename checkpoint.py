@@ -6,13 +6,15 @@ model_checkpoint.pt, the weights alone, for everybody else.
 
 import io
 import os
+import re
+import sys
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
-from utils import write_atomically
+from utils import sync, write_atomically
 
 try:
     import fcntl
@@ -27,11 +29,14 @@ class CheckpointError(RuntimeError):
     """A checkpoint or run that cannot be gone on with; the message says why and what to do."""
 
 
-def save_state(run, state, model):
-    """Write a dict of tensors, numbers, strings, lists and dicts as the run's training state, and the model's weights."""
+def save_state(run, state, model, keep=True):
+    """Write a dict of tensors, numbers, strings, lists and dicts as the run's training state, and the model's weights.
+
+    The state before it becomes the previous one if `keep`, else it is replaced.
+    """
     folder = Path(run) / "checkpoints"
-    state = {"format": FORMAT, "model": weights_on_cpu(model), "events": event_sizes(run), **state}
-    write_atomically(folder / CURRENT, packed(state), keep=folder / PREVIOUS)
+    state = {"format": FORMAT, "model": weights_on_cpu(model), "events": settled_events(run), **state}
+    write_atomically(folder / CURRENT, packed(state), keep=folder / PREVIOUS if keep else None)
     write_atomically(folder / WEIGHTS, packed(state["model"]))
 
 
@@ -39,10 +44,19 @@ def run_folder(resume):
     """Return the run's folder for what --resume names: that folder, or one of the training states in it."""
     path = Path(resume)
     if path.is_dir():
+        if not has_state(path):
+            raise CheckpointError(f"{path} cannot be resumed, for it has no checkpoints/{CURRENT}; name another run's folder, or "
+                                  f"begin a new run")
         return path
-    if path.is_file() and path.parent.name == "checkpoints" and path.name in (CURRENT, PREVIOUS):
-        return path.parent.parent
+    folder = Path(os.path.abspath(path)).parent
+    if path.is_file() and folder.name == "checkpoints" and path.name in (CURRENT, PREVIOUS):
+        return folder.parent
     raise CheckpointError(f"{path} is no run's folder, and no {CURRENT} or {PREVIOUS} in its checkpoints/")
+
+
+def has_state(run):
+    """Return whether a run has got as far as to its first training state."""
+    return any((Path(run) / "checkpoints" / name).exists() for name in (CURRENT, PREVIOUS))
 
 
 def latest_run(log_dir):
@@ -56,15 +70,13 @@ def latest_run(log_dir):
 def load_state(resume):
     """Return the training state for what --resume names, with its own path as `path`.
 
-    Raises CheckpointError where there is none, or it is damaged or something else.
+    Raises CheckpointError where it is damaged or something else.
     """
     if Path(resume).is_file():
         return read_state(resume)
     current, previous = (Path(resume) / "checkpoints" / name for name in (CURRENT, PREVIOUS))
-    if not current.exists() and previous.exists():  # killed between the two renames of write_atomically
+    if not current.exists():  # killed between the two renames of write_atomically
         return read_state(previous)
-    if not current.exists():
-        raise CheckpointError(f"{resume} cannot be resumed, for it has no checkpoints/{CURRENT}; begin a new run")
     try:
         return read_state(current)
     except CheckpointError as error:
@@ -99,10 +111,13 @@ def read_state(path):
 def clear_after(run, state):
     """Take a run back to where it was when a training state was saved: remove what was logged and begun since then."""
     current = Path(run) / "checkpoints" / CURRENT
-    if state["path"] != str(current):
+    if os.path.abspath(state["path"]) != os.path.abspath(current):
         os.replace(state["path"], current)
     for file in Path(run).rglob("*.tmp"):
         file.unlink()
+    for file in Path(run).glob("results/*/*_*.png"):
+        if int(re.search(r"\d*$", file.stem)[0] or 0) > state["epoch"]:
+            file.unlink()
     for file in Path(run).glob("events.out.tfevents.*"):
         if file.name not in state["events"]:
             file.unlink()
@@ -110,9 +125,12 @@ def clear_after(run, state):
             os.truncate(file, state["events"][file.name])
 
 
-def event_sizes(run):
-    """Return the size in bytes of each of the run's event files."""
-    return {file.name: file.stat().st_size for file in Path(run).glob("events.out.tfevents.*")}
+def settled_events(run):
+    """Wait until the run's event files are on the disk, as far as they are written; return the size of each in bytes."""
+    files = list(Path(run).glob("events.out.tfevents.*"))
+    for file in files:
+        sync(file)
+    return {file.name: file.stat().st_size for file in files}
 
 
 @contextmanager
@@ -121,16 +139,15 @@ def locked(run):
     if fcntl is None:
         yield
         return
-    folder = os.open(run, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(folder)
-        raise CheckpointError(f"{run} is in use by another process; wait until it ends, or stop it") from None
-    try:
+    with open(Path(run) / ".lock", "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{run} is in use by another process; wait until it ends, or stop it") from None
+        except OSError as error:  # a file system without locks
+            print(f"WARNING: {run} cannot be locked ({error.strerror}): see to it that no other process resumes it",
+                  file=sys.stderr)
         yield
-    finally:
-        os.close(folder)
 
 
 def weights_on_cpu(model):

@@ -28,7 +28,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, clear_after, latest_run, load_state, locked, run_folder, save_state
+from checkpoint import CheckpointError, clear_after, has_state, latest_run, load_state, locked, run_folder, save_state
 from mnist import DataError, MissingData, digits, mnist
 from models import AdversarialAE
 from utils import TensorBoardLogger, write_atomically
@@ -242,7 +242,7 @@ def train_run(args, run=None, state=None):
     loader, trained_on, warning = load_data(args, device, state and state["settings"])
     settings = {**vars(args), "trained_on": trained_on, "fallback": warning, "device": device.type,
                 "device_name": device_name(device), "torch": torch.__version__}
-    with contextlib.ExitStack() as stack:
+    with stop_signals() as received, contextlib.ExitStack() as stack:
         if run is None:
             run = create_run_folder(args.log_dir)
             stack.enter_context(locked(run))
@@ -251,7 +251,7 @@ def train_run(args, run=None, state=None):
         say(f"run:    {run}")
         session = Session(run, settings, loader, AdversarialAE(z_dim=args.z_dim).to(device), args, state)
         try:
-            session.train()
+            session.train(received)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped at once; {resume_hint(run)}") from None
         except OSError as error:
@@ -285,17 +285,17 @@ class Session:
         if state:
             self.load_state_dict(state)
 
-    def train(self):
-        """Train to the last epoch, with pictures, curves and checkpoints."""
+    def train(self, received):
+        """Train to the last epoch, with pictures, curves and checkpoints, or until there is a signal in `received`."""
         if self.resumed:
             clear_after(self.run, self.resumed)
         write_atomically(self.run / "hparams.json", (json.dumps(self.settings, indent=2) + "\n").encode())
         shown = one_of_each_label(self.loader.dataset)
-        with SummaryWriter(self.run) as writer, stop_signals() as received:
+        with SummaryWriter(self.run) as writer:
             self.logger_ae.summary_writer = self.logger_disc.summary_writer = writer
             if not self.resumed:
                 self.save_pictures(writer, shown)
-                self.save(writer)
+            self.save(writer, keep=False)  # of a resumed run too: its settings may be new, its weights older than its state
             try:
                 self.train_epochs(writer, shown, received)
             finally:  # after the last checkpoint, for a resume goes on with the loggers' open windows
@@ -310,12 +310,13 @@ class Session:
                 self.train_epoch(bar, received)
                 if self.steps == 0:
                     self.save_pictures(writer, shown)
-                if received or self.steps == 0 and self.epoch % self.args.checkpoint_every == 0:
+                signals = tuple(received)  # one that comes later is seen after the next step
+                last = self.epoch == self.args.epochs
+                if signals or last or self.steps == 0 and self.epoch % self.args.checkpoint_every == 0:
                     self.save(writer)
-                if received and self.epoch < self.args.epochs:
-                    raise RunStopped(f"stopped by {signal.Signals(received[0]).name} after {self.epoch} epochs and "
-                                     f"{self.steps} steps; {resume_hint(self.run)}", received[0])
-        self.save(writer)
+                if signals and not last:
+                    raise RunStopped(f"stopped by {signal.Signals(signals[0]).name} after {self.epoch} epochs and "
+                                     f"{self.steps} steps; {resume_hint(self.run)}", signals[0])
 
     def train_epoch(self, bar, received):
         """Train what is left of the next epoch, or the part of it until a signal is received."""
@@ -345,35 +346,42 @@ class Session:
         if self.epoch == 1 or self.epoch % 5 == 0:
             save_reconstruction(self.model, self.epoch, writer, shown, count=len(shown))
 
-    def save(self, writer):
-        """Save everything that a resume needs, and the weights."""
+    def save(self, writer, keep=True):
+        """Save everything that a resume needs, and the weights; `keep` the state before."""
         writer.flush()  # what is logged so far belongs to this state, what comes later does not
         self.seconds += time.monotonic() - self._started
         self._started = time.monotonic()
-        save_state(self.run, self.state_dict(), self.model)
+        save_state(self.run, self.state_dict(), self.model, keep)
 
     def state_dict(self):
         """Return where the run stands, without the model's weights."""
         return {"settings": self.settings, "epoch": self.epoch, "steps": self.steps, "totals": self.totals,
                 "means": self.means, "seconds": self.seconds, "random": random_states(self.model),
-                **{name: getattr(self, name).state_dict() for name in self.PARTS}}
+                "types": self.types(), **{name: getattr(self, name).state_dict() for name in self.PARTS}}
+
+    def types(self):
+        """Return the names of the optimizers' classes, whose states do not say whose they are."""
+        return [type(optimizer).__name__ for optimizer in (self.optimizer_ae, self.optimizer_disc)]
 
     def load_state_dict(self, state):
         """Go on from where a run stood."""
+        differing = [name for name in ("device", "device_name", "torch") if self.settings[name] != state["settings"][name]]
         try:
+            if state["types"] != self.types():
+                raise ValueError(f"its optimizers are {state['types']}, not {self.types()}")
             self.model.load_state_dict(state["model"])
             for name in self.PARTS:
                 getattr(self, name).load_state_dict(state[name])
+            for name in ("epoch", "steps", "totals", "means", "seconds"):
+                setattr(self, name, state[name])
+            set_random_states(self.model, {name: stream for name, stream in state["random"].items()
+                                           if name != "device" or "device" not in differing})
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"the checkpoint of {self.run} does not fit models.py or train.py as they are now: "
                                   f"{' '.join(str(error).split())[:200]}") from None
-        for name in ("epoch", "steps", "totals", "means", "seconds"):
-            setattr(self, name, state[name])
-        set_random_states(self.model, state["random"])
-        for name in ("device", "torch"):
-            if self.settings[name] != state["settings"][name]:
-                warn(f"the run began with {name} {state['settings'][name]} and goes on with {self.settings[name]}: the results "
-                     f"will not be the same to the last bit")
+        for name in differing:
+            warn(f"the run began with {state['settings'][name]} and goes on with {self.settings[name]} ({name}): the results may "
+                 f"not be the same to the last bit")
 
 
 @contextlib.contextmanager
@@ -390,7 +398,7 @@ def stop_signals():
         yield received
         return
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-    before = {number: signal.signal(number, handle) for number in numbers}
+    before = {number: signal.signal(number, handle) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield received
     finally:
@@ -412,7 +420,9 @@ def resumed_args(args, given, settings):
 
 
 def resume_hint(run):
-    """Return the command that goes on with a run."""
+    """Return what to do to go on with a run."""
+    if not has_state(run):
+        return "it had no checkpoint yet, so begin a new run"
     return f"go on with: python {shlex.quote(os.path.relpath(__file__))} --resume {shlex.quote(str(run))}"
 
 
@@ -592,15 +602,17 @@ def duration(seconds):
     return f"{hours} h {minutes:02} min {seconds:02} s" if hours else f"{minutes} min {seconds:02} s"
 
 
-def say(text):
+def say(text, stream=None):
+    """Print a line; where nobody can read it any more, or its disk is full, the run goes on without."""
+    stream = stream or sys.stdout
     try:
-        print(text, flush=True)
-    except BrokenPipeError:  # whoever read it has gone; the run goes on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(text, file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def warn(text):
-    print(f"WARNING: {text}", file=sys.stderr, flush=True)
+    say(f"WARNING: {text}", sys.stderr)
 
 
 def cli(argv=None):
@@ -611,10 +623,10 @@ def cli(argv=None):
         main(parse_args(argv))
         return 0
     except RunStopped as stop:
-        print(f"\n{stop}", file=sys.stderr)
+        say(f"\n{stop}", sys.stderr)
         return 128 + stop.signum
     except KeyboardInterrupt as interruption:
-        print(f"\n{str(interruption) or 'interrupted'}", file=sys.stderr)
+        say(f"\n{str(interruption) or 'interrupted'}", sys.stderr)
         return 128 + signal.SIGINT
     except FlagError as error:
         status, message = 2, str(error)
@@ -627,7 +639,7 @@ def cli(argv=None):
     except OSError as error:
         status, message = 1, (f"{error.filename or 'a file'} cannot be written: {error.strerror}; make room or rights there, "
                               f"or choose another folder with --log_dir")
-    print(f"train.py: error: {message}", file=sys.stderr)
+    say(f"train.py: error: {message}", sys.stderr)
     return status
 
 

@@ -1549,6 +1549,27 @@ class Resume(TrainGroup):
             self.assertEqual(status, 128 + signum)
             self.assertRegex(err, f"{name} after 0 epochs and 1 steps; go on with: python .*train.py --resume {run}")
 
+    def test_signal_after_the_last_step_of_an_epoch(self):
+        log_dir, describe = self.folder(), self.train.describe
+
+        def signal_late(means):  # the line of an epoch is printed after its last step
+            signal.raise_signal(signal.SIGTERM)
+            return describe(means)
+
+        with mock.patch.object(self.train, "describe", signal_late), self.few_digits:
+            status, _, err = self.run_cli("--dataset", "digits", "--epochs", 3, "--no-cuda", "--log_dir", log_dir)
+        run, = log_dir.iterdir()
+        state = self.checkpoint.load_state(run)
+        self.assertEqual(status, 128 + signal.SIGTERM)
+        self.assertIn(f"after {state['epoch']} epochs and {state['steps']} steps", err)
+
+    def test_ignored_signals_stay_ignored(self):
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.addCleanup(signal.signal, signal.SIGINT, before)
+        with self.train.stop_signals() as received:
+            signal.raise_signal(signal.SIGINT)
+        self.assertEqual(received, [])
+
     def test_second_interrupt_stops_at_once(self):
         with self.train.stop_signals() as received:
             signal.raise_signal(signal.SIGINT)
@@ -1597,6 +1618,7 @@ class Resume(TrainGroup):
         for damage in damages:
             current.write_bytes(damage())
             self.assert_refused(self.go_on(run), 1, current, f"--resume {previous}")
+        self.assertEqual(self.checkpoint.load_state(previous)["epoch"], 1)
         self.assertEqual(self.go_on(previous)[0], 0)
         self.assertEqual(run_contents(run), whole)
         previous.write_bytes(b"")
@@ -1625,6 +1647,60 @@ class Resume(TrainGroup):
             self.assert_refused(self.go_on(run), 1, run, "does not fit models.py")
         self.assertEqual(run_contents(run), before)
 
+    def test_checkpoint_of_another_optimizer(self):
+        run, _ = self.train_quietly("--epochs", "1")
+        build = self.train.build_optimizers
+        with mock.patch.object(self.train, "build_optimizers", lambda model, args:
+                               (torch.optim.RMSprop(model.encoder.parameters()), build(model, args)[1])):
+            self.assert_refused(self.go_on(run, "--epochs", 2), 1, run, "RMSprop")
+
+    def test_a_run_of_another_device_goes_on_with_a_warning(self):
+        run, _ = self.train_quietly("--epochs", "1")
+        state = self.checkpoint.load_state(run)
+        state["settings"]["device"], state["random"]["device"] = "cuda", torch.zeros(16, dtype=torch.uint8)
+        del state["path"]
+        (run / "checkpoints" / "training_state.pt").write_bytes(self.checkpoint.packed(state))
+        status, _, err = self.go_on(run, "--epochs", 2)
+        self.assertEqual(status, 0)
+        self.assertIn("began with cuda and goes on with cpu", err)
+
+    def test_more_epochs_survive_a_kill(self):
+        run, _ = self.train_quietly("--epochs", "2")
+        with mock.patch.object(self.train, "train_aae", side_effect=Stop), self.assertRaises(Stop):
+            self.go_on(run, "--epochs", 4)
+        self.assertEqual(self.go_on(run)[0], 0)
+        self.assert_same_run(run, self.train_quietly("--epochs", "4")[0])
+
+    def test_weights_older_than_the_state_are_written_again(self):
+        run, weights = self.train_quietly("--epochs", "2")
+        (run / "checkpoints" / "model_checkpoint.pt").unlink()
+        self.assertEqual(self.go_on(run)[0], 0)
+        self.assertTrue(same(weights, torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)))
+
+    def test_pictures_after_the_checkpoint_are_removed(self):
+        run, _ = self.train_quietly("--epochs", "2")
+        late = run / "results" / "Prior_samples" / "samples_epoch_10.png"
+        late.write_bytes(b"half")
+        self.assertEqual(self.go_on(run)[0], 0)
+        self.assertFalse(late.exists())
+
+    def test_state_named_from_within_its_folder(self):
+        run, _ = self.train_quietly("--epochs", "1")
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(run / "checkpoints")
+        self.assertEqual(self.go_on("training_state.pt")[0], 0)
+        os.chdir(run)
+        self.assertEqual(self.go_on(".")[0], 0)
+
+    def test_file_system_without_locks(self):
+        if self.checkpoint.fcntl is None:
+            self.skipTest("runs are not locked here")
+        run, _ = self.train_quietly("--epochs", "1")
+        with mock.patch.object(self.checkpoint.fcntl, "flock", side_effect=OSError(38, "Function not implemented")):
+            status, _, err = self.go_on(run)
+        self.assertEqual(status, 0)
+        self.assertIn("cannot be locked", err)
+
     def test_a_run_in_use_is_refused(self):
         run, _ = self.train_quietly("--epochs", "1")
         if self.checkpoint.fcntl is None:
@@ -1634,11 +1710,10 @@ class Resume(TrainGroup):
         self.assertEqual(self.go_on(run)[0], 0)
 
     def test_full_disk_leaves_the_last_checkpoint(self):
-        log_dir = self.folder()
-        fsync, count = os.fsync, iter(range(100))
+        log_dir, fsync = self.folder(), os.fsync
 
-        def full(file):  # hparams, 2 pictures, 2 files of a checkpoint, 2 pictures, then the second checkpoint
-            if next(count) == 7:
+        def full(file):  # while a second training state is written
+            if all(any(log_dir.glob(f"*/checkpoints/training_state.pt{ending}")) for ending in ("", ".tmp")):
                 raise OSError(28, "No space left on device")
             fsync(file)
 

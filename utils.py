@@ -75,8 +75,19 @@ def write_atomically(path, content, keep=None):
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
+        sync(path.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         with suppress(OSError):  # it is there only where something failed
             temporary.unlink()
+
+
+def sync(path):
+    """Wait until a file, or the names in a folder, are on the disk; Windows cannot do that for folders."""
+    if os.name != "nt":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

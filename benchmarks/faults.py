@@ -1,7 +1,7 @@
 """Kill, stop and starve runs, go on with them, and compare with an uninterrupted one:  python benchmarks/faults.py
 
 The runs are the command line's own, on the bundled digits and the CPU. Then come some hundreds of generated bad inputs.
-Both print a table; the exit status is 0 only if nothing was lost. MEASURED
+Both print a table; the exit status is 0 only if nothing was lost. It takes some ten minutes on two cores.
 """
 
 import argparse
@@ -31,7 +31,7 @@ sys.path.insert(0, str(PROJECT))
 
 import mnist  # noqa: E402
 import train  # noqa: E402
-from checkpoint import packed  # noqa: E402
+from checkpoint import has_state, packed  # noqa: E402
 from unittests import run_contents  # noqa: E402
 
 TRAIN = [sys.executable, str(PROJECT / "train.py")]
@@ -52,9 +52,9 @@ class Tally:
                 f"{self.tried - self.survived + self.runs - self.identical:>6}")
 
 
-def start(log_dir, run=None, **options):
+def start(log_dir, run=None, program=TRAIN, **options):
     """Start a new run, or go on with one; return the process once it trains, and the run's folder."""
-    command = [*TRAIN, "--resume", str(run)] if run else [*TRAIN, *FLAGS, "--log_dir", str(log_dir)]
+    command = [*program, "--resume", str(run)] if run else [*program, *FLAGS, "--log_dir", str(log_dir)]
     process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
     for line in process.stdout:
         if line.startswith("run:"):
@@ -65,19 +65,20 @@ def start(log_dir, run=None, **options):
 def until_done(log_dir, strike, tally, reference, enough):
     """Strike runs until each is done, and begin new ones until there were enough strikes; compare each with the reference.
 
-    `strike(process, run)` waits for its moment and strikes; it returns whether the process ended as it should have.
+    `strike(process, run)` waits for its moment and returns "done" if the run was done before, else "well" or "badly": how it
+    took the strike. It has survived if it took it well and could then be gone on with.
     """
     with tqdm(total=enough, desc=tally.name, disable=None) as bar:
         while tally.tried < enough:
-            run = None
-            while True:
+            run, taken = None, None
+            while taken != "done":
                 process, run = start(log_dir, run)
-                finished = strike(process, run, tally)
+                tally.survived += taken == "well"
+                taken = strike(process, run)
                 process.communicate()
-                bar.update(tally.tried - bar.n)
-                if finished:
-                    break
-                if not any((run / "checkpoints").glob("training_state*.pt")):  # struck before there was anything to lose
+                tally.tried += taken != "done"
+                bar.update(taken != "done")
+                if not has_state(run):  # struck before there was anything to lose
                     run = None
             compare(run, reference, tally)
 
@@ -93,50 +94,77 @@ def compare(run, reference, tally):
         print(f"{tally.name}: {run} differs in {differing[:5]}", file=sys.stderr)
 
 
-def kill_at_random(process, run, tally):
-    """Kill at a random moment of the first second and a half; return whether the run was done before."""
+def kill_at_random(process, run):
+    """Kill at a random moment of the first second and a half."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(random.uniform(0, 1.5))
-    return kill(process, run, tally)
+    return kill(process)
 
 
-def kill_while_saving(process, run, tally):
-    """Kill while one of the first checkpoints is being written; return whether the run was done before."""
+def kill_while_saving(process, run):
+    """Kill while one of the first checkpoints is being written."""
     temporary = run / "checkpoints" / "training_state.pt.tmp"
     for _ in range(random.randint(1, 3)):
+        while temporary.exists() and process.poll() is None:
+            pass
         while not temporary.exists() and process.poll() is None:
             pass
-        moment = time.monotonic() + random.uniform(0, 0.02)
-        while time.monotonic() < moment:
-            pass
-    return kill(process, run, tally)
+    moment = time.monotonic() + random.uniform(0, 0.01)
+    while time.monotonic() < moment:
+        pass
+    return kill(process)
 
 
-def kill(process, run, tally):
+def kill(process):
     if process.poll() is None:
         process.kill()
         process.wait()
-        tally.tried += 1
-        tally.survived += 1  # that it can be gone on with shows when it is
-        return False
-    return process.returncode == 0
+        return "well"
+    return "done" if process.returncode == 0 else "badly"
+
+
+def wait_for_its_death(process, run):
+    """Wait for a process that kills itself, see `die_at`."""
+    process.communicate()
+    return {0: "done", -signal.SIGKILL: "well"}.get(process.returncode, "badly")
 
 
 def stop(signum):
-    def strike(process, run, tally):
+    """Return a strike that sends a signal within the first three seconds."""
+    def strike(process, run):
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(random.uniform(0, 3))
         if process.poll() is not None:
-            return process.returncode == 0
+            return "done" if process.returncode == 0 else "badly"
         process.send_signal(signum)
         _, err = process.communicate(timeout=60)
         if process.returncode == 0:  # it came after the last step
-            return True
-        tally.tried += 1
-        tally.survived += process.returncode == 128 + signum and f"go on with: python train.py --resume {run}\n" in err
-        return False
+            return "done"
+        if process.returncode == 128 + signum and f"go on with: python train.py --resume {run}\n" in err:
+            return "well"
+        print(f"status {process.returncode}: {err}", file=sys.stderr)
+        return "badly"
 
     return strike
+
+
+def die_at(count, argv):
+    """Run the command line and die by SIGKILL before the count-th call that changes the disk from within a checkpoint."""
+    import utils
+
+    calls = iter(range(1, 10**9))
+
+    def dying(function):
+        def call(*args):
+            if next(calls) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args)
+
+        return call
+
+    for name in ("replace", "fsync", "truncate"):
+        setattr(utils.os, name, dying(getattr(os, name)))
+    sys.exit(train.cli(argv))
 
 
 def starve(log_dir, reference, tally, tries):
@@ -144,7 +172,7 @@ def starve(log_dir, reference, tally, tries):
     import resource
 
     for _ in tqdm(range(tries), desc=tally.name, disable=None):
-        size = int(10 ** random.uniform(4.3, 6.6))
+        size = int(10 ** random.uniform(4.3, 6.5))
         process, run = start(log_dir, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
         _, err = process.communicate(timeout=120)
         count_full(process, err, tally)
@@ -155,7 +183,7 @@ def fill(log_dir, reference, tally, tries):
     """Train on a file system of a few MB until it is full, enlarge it, and go on. Needs the right to mount one."""
     for _ in tqdm(range(tries), desc=tally.name, disable=None):
         place = Path(tempfile.mkdtemp(dir=log_dir))
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={random.randint(200, 14000)}k", "tmpfs", str(place)], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={random.randint(200, 10000)}k", "tmpfs", str(place)], check=True)
         try:
             process, run = start(place)
             _, err = process.communicate(timeout=120)
@@ -177,11 +205,18 @@ def count_full(process, err, tally):
 
 def finish(log_dir, run, reference, tally):
     """Go on with a run, or begin it again where it had no checkpoint yet, and compare."""
-    if not any((run / "checkpoints").glob("training_state*.pt")):
-        run = None
-    process, run = start(log_dir, run)
+    process, run = start(log_dir, run if has_state(run) else None)
     process.communicate()
     compare(run, reference, tally)
+
+
+def step_by_step(log_dir, reference, tally, counts):
+    """Kill a run before a certain call that changes the disk, for every count, and go on."""
+    for count in tqdm(counts, desc=tally.name, disable=None):
+        process, run = start(log_dir, program=[sys.executable, __file__, "--die_at", str(count)])
+        tally.tried += 1
+        tally.survived += wait_for_its_death(process, run) == "well"
+        finish(log_dir, run, reference, tally)
 
 
 def faults(folder):
@@ -196,6 +231,8 @@ def faults(folder):
                                  ("SIGUSR1", stop(signal.SIGUSR1), 3)):
         tallies.append(Tally(name))
         until_done(folder / name.replace(" ", "_"), strike, tallies[-1], reference, enough)
+    tallies.append(Tally("SIGKILL before the n-th fsync, rename, cut"))
+    step_by_step(folder / "steps", reference, tallies[-1], range(12, 34, 2))  # the first checkpoints and pictures
     tallies.append(Tally("every write fails beyond n bytes"))
     starve(folder / "starved", reference, tallies[-1], 4)
     if os.geteuid() == 0 and shutil.which("mount"):
@@ -219,9 +256,9 @@ class BadInputs:
         self.patches = [mock.patch.object(train, "digits", lambda batch_size, device: mnist.BatchLoader(*few, batch_size)),
                         mock.patch("torchvision.datasets.MNIST.mirrors", [])]
 
-    def case(self, kind, argv, run=None, kept=True):
-        """Run one command line. A refused one must leave the folder of `run` as it was, if `kept`, byte for byte."""
-        before = fingerprint(run) if run and kept else None
+    def case(self, kind, argv, run=None):
+        """Run one command line. A refused one must leave the folder `run`, if given, as it was, byte for byte."""
+        before = fingerprint(run) if run else None
         counts = self.counts.setdefault(kind, {"cases": 0, "refused": 0, "ran": 0, "tracebacks": 0, "damaged": 0})
         counts["cases"] += 1
         out, err = io.StringIO(), io.StringIO()
@@ -232,7 +269,7 @@ class BadInputs:
                 status = stopped.code
             except BaseException as error:
                 status = f"{type(error).__name__}: {error}"
-        names = [str(word) for word in argv if "\n" in str(word)]  # a path may hold a line break, the sentence may not
+        names = [str(word) for word in argv if len(str(word)) > 1 and "\n" in str(word)]  # a path may hold a line break, the sentence may not
         text = err.getvalue()
         for name in names:
             text = text.replace(name, "path")
@@ -257,11 +294,11 @@ class BadInputs:
                 cases()
         return self.counts
 
-    def small_run(self):
-        """Train two epochs, and return the run's folder."""
+    def small_run(self, epochs="2"):
+        """Train for a few epochs, and return the run's folder."""
         log_dir = Path(tempfile.mkdtemp(dir=self.folder))
         with contextlib.redirect_stdout(io.StringIO()):
-            return train.main(train.parse_args(["--dataset", "digits", "--no-cuda", "--epochs", "2", "--checkpoint_every", "1",
+            return train.main(train.parse_args(["--dataset", "digits", "--no-cuda", "--epochs", epochs, "--checkpoint_every", "1",
                                                 "--log_dir", str(log_dir)]))
 
     def flags(self):
@@ -291,12 +328,15 @@ class BadInputs:
                 argv = ["--no-cuda", "--epochs", "1", flag, path]
                 argv += ["--dataset", "mnist"] if flag == "--data_dir" else ["--dataset", "digits"] if flag == "--log_dir" else []
                 self.case("wrong paths", argv + ([] if flag == "--log_dir" else ["--log_dir", self.folder / "paths"]))
+        longer = {name: value for name, value in run_contents(self.small_run("3")).items() if name.startswith("state")}
         for name in ("hparams.json", "checkpoints", "results", "results/Prior_samples", "checkpoints/training_state.pt",
                      "checkpoints/model_checkpoint.pt", "results/Prior_samples/samples_epoch_3.png"):
             for path in self.wrong_paths()[:6]:
                 run = self.small_run()
                 self.replace(run / name, path)
-                self.case("wrong kinds of file in a run", ["--resume", run, "--epochs", "3"], run, kept=False)
+                status = self.case("wrong kinds of file in a run", ["--resume", run, "--epochs", "3"])
+                if status == 0 and not longer.items() <= run_contents(run).items():
+                    self.counts["wrong kinds of file in a run"]["damaged"] += 1
         for name in mnist.MNIST_FILES[True]:
             for path in self.wrong_paths()[:6]:
                 root = Path(tempfile.mkdtemp(dir=self.folder))
@@ -377,7 +417,10 @@ def main():
     parser = argparse.ArgumentParser(description="Kill, stop and starve runs, and feed them bad input.")
     parser.add_argument("--seed", type=int, default=0, help="of the moments, sizes and damages")
     parser.add_argument("--only", choices=("faults", "input"), help="one of the two tables")
-    args = parser.parse_args()
+    parser.add_argument("--die_at", type=int, help=argparse.SUPPRESS)  # for the processes that this script starts
+    args, argv = parser.parse_known_args()
+    if args.die_at:
+        die_at(args.die_at, argv)
     random.seed(args.seed)
     print(f"torch {torch.__version__}, {train.device_name(torch.device('cpu'))}")
     lost = 0
