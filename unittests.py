@@ -936,7 +936,8 @@ class Logging(Group):
         self.assertEqual(to_numbers.call_count, 2)
 
     def test_any_shape_and_precision_of_a_scalar(self):
-        values = {"a": torch.ones(1), "b": torch.ones((), dtype=torch.float64), "c": torch.tensor(1), "d": np.float32(1), "e": True}
+        values = {"a": torch.ones(1), "b": torch.ones((), dtype=torch.float64), "c": torch.tensor(1), "d": np.float32(1),
+                  "e": True}
         logger = self.utils.TensorBoardLogger(self.writer, avg_window=1)
         logger.add_values(values)
         for name in values:
@@ -1127,7 +1128,8 @@ class Data(Group):
     def test_silent_network_is_given_up(self):
         with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection and never answers
             self.mirrors(f"http://127.0.0.1:{silent.getsockname()[1]}/")
-            with mock.patch.object(self.mnist, "PATIENCE", 1), self.assertRaisesRegex(self.mnist.MissingData, "no answer|timed out"):
+            with mock.patch.object(self.mnist, "PATIENCE", 1), \
+                    self.assertRaisesRegex(self.mnist.MissingData, "no answer|timed out"):
                 self.mnist.load_mnist(self.root)
 
     def test_silent_name_service_is_given_up(self):
