@@ -6,6 +6,7 @@ A test that fails says in words what is wrong. The other groups are about this p
 """
 
 import contextlib
+import gc
 import gzip
 import hashlib
 import http.server
@@ -24,6 +25,7 @@ import tempfile
 import threading
 import time
 import unittest
+import warnings
 from argparse import Namespace
 from pathlib import Path
 from unittest import mock
@@ -1111,6 +1113,8 @@ class Data(Group):
         self.assertEqual(list(self.raw.iterdir()), [])
 
     def test_answers_that_are_no_http(self):
+        self.enterContext(warnings.catch_warnings(action="ignore", category=ResourceWarning))
+        self.addCleanup(gc.collect)  # before the line above ends: urllib leaves the socket of a broken redirect open
         for answer in (b"nonsense\r\n\r\n", b"HTTP/1.0 200 OK\r\nContent-Length: xyz\r\n\r\n",
                        b"HTTP/1.0 302 Found\r\nLocation: http://[\r\n\r\n",
                        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nhalf"):
