@@ -72,6 +72,12 @@ class Group(unittest.TestCase):
         return Path(folder.name)
 
 
+def setUpModule():
+    """Let SIGINT through: a job in the background may have it ignored, and the processes that it starts too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    unittest.addModuleCleanup(signal.signal, signal.SIGINT, before)
+
+
 class Recorder(nn.Module):
     """Stands in for a network and keeps what goes in and what comes out."""
 
