@@ -1691,12 +1691,13 @@ class Resume(TrainGroup):
         self.assertEqual(self.go_on(run)[0], 0)
         self.assertTrue(same(weights, torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)))
 
-    def test_pictures_after_the_checkpoint_are_removed(self):
+    def test_what_came_after_the_checkpoint_is_removed(self):
         run, _ = self.train_quietly("--epochs", "2")
-        late = run / "results" / "Prior_samples" / "samples_epoch_10.png"
-        late.write_bytes(b"half")
+        late = [run / "results" / "Prior_samples" / "samples_epoch_10.png", run / "events.out.tfevents.9999999999.host.1.0"]
+        for file in late:
+            file.write_bytes(b"half")
         self.assertEqual(self.go_on(run)[0], 0)
-        self.assertFalse(late.exists())
+        self.assertEqual([file.name for file in late if file.exists()], [])
 
     def test_state_named_from_within_its_folder(self):
         run, _ = self.train_quietly("--epochs", "1")
