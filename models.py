@@ -9,6 +9,8 @@ deceive it. With V = E_x[log(1 - D(E(x)))] + E_z[log D(z)], the two play
 This file needs no other file of the project.
 """
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -53,6 +55,8 @@ class ConvDecoder(nn.Module):
             nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
             nn.ConvTranspose2d(32, 1, 3, stride=2, padding=1, output_padding=1),              # 14x14 -> 28x28
             nn.Tanh())
+        # Start at MNIST's mean pixel, -0.74: from a brighter start, the first steps drive tanh into -1, where no gradient is left.
+        nn.init.constant_(self.net[-2].bias, math.atanh(-0.74))
 
     def forward(self, z):
         return self.net(z)
@@ -85,6 +89,8 @@ class AdversarialAE(nn.Module):
     `sample` draws from `sample_stream`, a torch.Generator on the CPU. Its seed follows from torch's at construction; later,
     sample_stream.manual_seed sets it.
     """
+
+    capturable = True  # the losses copy nothing between host and device, so that a CUDA graph can hold them
 
     def __init__(self, z_dim=8):
         super().__init__()
