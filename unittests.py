@@ -808,7 +808,6 @@ class Training(TrainGroup):
         with self.assertRaisesRegex(self.train.RunError, r"at step 2 of epoch 1\b"):
             self.trained(batches)
 
-
     def test_takes_off_with_seeds_that_start_bright(self):
         for seed in (1, 2):  # with the decoder's last bias as torch draws it, every fourth seed ended in black images
             torch.manual_seed(seed)
@@ -818,6 +817,113 @@ class Training(TrainGroup):
                 means = self.train.train_aae(epoch, model, loader, ValueList(), ValueList(), *optimizers, 0.995)
             self.check(means["recon_loss"] < 0.25, f"with seed {seed} the reconstruction loss stays at {means['recon_loss']:.3f}: "
                        "the first steps drive the decoder's tanh to -1 everywhere; start its last bias at the mean pixel")
+
+
+    def test_bf16_differs_by_rounding_alone(self):
+        def after_one_step(precision):
+            torch.manual_seed(1)
+            model, x = self.models.AdversarialAE(), images_like_mnist(16)
+            optimizers = self.train.build_optimizers(model, self.train.parse_args([]))
+            with mock.patch.object(model, "get_loss_discriminator", wraps=model.get_loss_discriminator) as judged:
+                values = self.train.train_step(model, *optimizers, 0.5, x, precision)
+            self.assertEqual(judged.call_args.args[0].dtype, torch.float32)  # the codes, and so the prior's draws beside them
+            return model, {**values[0], **values[1]}
+
+        (model, values), (rounded, rounded_values) = (after_one_step(precision) for precision in ("fp32", "bf16"))
+        for name, value in values.items():
+            self.check_close(rounded_values[name], value, f"{name} in bf16 is not that in fp32", 0.02)
+        self.assertNotEqual(rounded_values["ae_loss"], values["ae_loss"])
+        self.assertEqual({weight.dtype for weight in rounded.parameters()}, {torch.float32})
+        self.assertEqual({value.dtype for value in rounded_values.values()}, {torch.float32})
+        self.assertFalse(any(value.requires_grad for value in rounded_values.values()))
+
+
+class Hardware(TrainGroup):
+    """Precisions and CUDA graphs, as far as they can be tried without the hardware."""
+
+    needs = (*TrainGroup.needs, "device")
+
+    def processor(self, text):
+        """Let the processor say this of itself."""
+        file = self.folder() / "cpuinfo"
+        file.write_text(text)
+        patch = mock.patch.object(self.device, "CPUINFO", file)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def assert_refused(self, precision, words):
+        log_dir = self.folder()
+        status, _, err = self.run_cli("--dataset", "digits", "--no-cuda", "--epochs", 1, "--precision", precision, "--log_dir", log_dir)
+        self.assertEqual((status, err.count("\n"), list(log_dir.iterdir())), (2, 1, []))
+        self.assertIn(words, err)
+
+    def test_what_the_hardware_cannot_do_well_is_refused(self):
+        self.assert_refused("tf32", "needs an NVIDIA GPU")
+        self.processor("model name\t: Old\nflags\t\t: fpu avx2 avx512f avx512_bf16x\n")
+        self.assertEqual(self.device.device_name(torch.device("cpu")), f"Old, {torch.get_num_threads()} threads")
+        self.assert_refused("bf16", "AVX512-BF16")
+        self.processor("nothing\n")
+        self.assert_refused("bf16", "AVX512-BF16")
+
+    def test_bf16_run_is_repeated_and_resumed_to_the_bit(self):
+        self.processor("flags\t\t: fpu amx_bf16\n")
+        flags = ("--epochs", "2", "--precision", "bf16")
+        with mock.patch.object(self.train, "train_step", wraps=self.train.train_step) as step:
+            run, weights = self.train_quietly(*flags)
+        self.assertEqual({call.kwargs["precision"] for call in step.call_args_list}, {"bf16"})
+        self.assertEqual(json.loads((run / "hparams.json").read_text())["precision"], "bf16")
+        stopped, _ = self.train_quietly("--epochs", "1", *flags[2:])
+        with self.few_digits:
+            self.assertEqual(self.run_cli("--resume", stopped, "--epochs", 2)[0], 0)
+        resumed = torch.load(stopped / "checkpoints" / "model_checkpoint.pt", weights_only=True)
+        self.check(same(resumed, weights), "a resumed bf16 run has other weights than one in one go")
+
+    def test_tf32_is_set_for_tf32_alone(self):
+        cuda, before = torch.device("cuda"), torch.backends.cudnn.conv.fp32_precision
+        self.addCleanup(setattr, torch.backends.cudnn.conv, "fp32_precision", before)
+        self.addCleanup(setattr, torch.backends.cuda.matmul, "fp32_precision", torch.backends.cuda.matmul.fp32_precision)
+        with mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)):
+            for precision, expected in (("tf32", "tf32"), ("bf16", "ieee"), ("fp32", "ieee")):
+                self.device.set_precision(precision, cuda)
+                self.assertEqual(torch.backends.cudnn.conv.fp32_precision, expected)
+                self.assertEqual(torch.backends.cuda.matmul.fp32_precision, expected)
+        with mock.patch("torch.cuda.get_device_capability", return_value=(7, 5)):
+            for precision in ("tf32", "bf16"):
+                self.assertRaises(self.device.PrecisionError, self.device.set_precision, precision, cuda)
+
+    def test_every_batch_is_trained_once_whether_run_or_replayed(self):
+        capturing, trained = [], []
+
+        class Graph:
+            """Records what is run while it is the one that captures, and runs it again on what its input holds by then."""
+
+            def replay(self):
+                self.recorded()
+
+        def step(x):
+            def run():
+                trained.append(x.tolist())
+                return values.fill_(x.sum())
+
+            values = torch.zeros(())
+            if not capturing:
+                return run()
+            capturing[-1].recorded = run
+            return values
+
+        @contextlib.contextmanager
+        def graph(one):
+            capturing.append(one)
+            yield
+            capturing.remove(one)
+
+        batches = [torch.arange(start, start + count).float() for start in range(0, 600, 100) for count in (4, 4, 3)]
+        with mock.patch.multiple("torch.cuda", CUDAGraph=Graph, graph=graph, Stream=mock.Mock(), stream=mock.MagicMock(),
+                                 current_stream=mock.Mock()):
+            captured = self.device.CapturedStep(step)
+            sums = [float(captured(batch)) for batch in batches]
+        self.assertEqual(trained, [batch.tolist() for batch in batches])
+        self.assertEqual(sums, [float(batch.sum()) for batch in batches])
 
 
 class Pictures(TrainGroup):
@@ -1809,6 +1915,41 @@ class Cuda(TrainGroup):
             recon_x, z = model(x)
             losses.append(model.get_loss_autoencoder(x, recon_x, z, 0.5)[0].item())
         self.check_close(losses[1], losses[0], "the autoencoder's loss on CUDA is not that on the CPU", 1e-3)
+
+    def trained_for_200_steps(self, capturable):
+        """Return weights and values after 200 steps, captured or not; batches of two sizes, the same draws."""
+        torch.manual_seed(0)
+        model, images = self.models.AdversarialAE().cuda(), images_like_mnist(64).cuda()
+        model.capturable = capturable
+        args = self.train.parse_args([])
+        optimizers = self.train.build_optimizers(model, args)
+        step = self.train.build_step(model, *optimizers, args)
+        self.assertEqual(isinstance(step, self.train.CapturedStep), capturable)
+        values = [torch.stack([value.clone() for part in step(images[:32] if number % 4 == 3 else images) for value in part.values()])
+                  for number in range(200)]
+        return model.state_dict(), torch.stack(values).cpu()
+
+    def test_captured_step_is_the_eager_step(self):
+        self.addCleanup(torch.use_deterministic_algorithms, False)
+        self.train.choose_device(deterministic=True)
+        self.train.set_precision("fp32", torch.device("cuda"))
+        (weights, values), (eager_weights, eager_values) = (self.trained_for_200_steps(capturable) for capturable in (True, False))
+        torch.testing.assert_close(values, eager_values, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(weights, eager_weights, rtol=1e-3, atol=1e-4)
+
+    def test_every_precision_trains(self):
+        for precision in ("fp32", "tf32", "bf16"):
+            state = self.train_on_cuda("--precision", precision)
+            self.assertTrue(all(tensor.isfinite().all() and tensor.dtype == torch.float32 for tensor in state.values()))
+
+    def test_resumed_to_the_bit(self):
+        self.addCleanup(torch.use_deterministic_algorithms, False)
+        weights = self.train_on_cuda("--deterministic")
+        log_dir = self.folder()
+        self.run_cli("--dataset", "digits", "--epochs", 1, "--deterministic", "--log_dir", log_dir)
+        self.assertEqual(self.run_cli("--resume", "latest", "--epochs", 2, "--log_dir", log_dir)[0], 0)
+        [file] = log_dir.glob("*/checkpoints/model_checkpoint.pt")
+        self.assertTrue(same(torch.load(file, weights_only=True), weights))
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def measure(args):
     import train
 
     flags = train.parse_args(["--dataset", args.dataset, "--data_dir", args.data_dir, *["--no-cuda"] * args.no_cuda])
-    device = train.choose_device(flags)
+    device = train.choose_device(flags.no_cuda)
     torch.manual_seed(flags.seed)
     epoch = project_epoch(flags, device, args.steps) if args.way == "project" else \
         plain_epoch(flags, device, args.steps, args.workers)
