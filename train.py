@@ -262,9 +262,7 @@ def train_run(args, run=None, state=None):
         say(f"device: {device.type} ({device_name(device)}), torch {torch.__version__}")
         say(f"data:   {len(loader.dataset):,} images of {'MNIST' if trained_on == 'mnist' else 'the bundled digits'}")
         say(f"run:    {run}")
-        layout = torch.channels_last if args.precision == "bf16" else torch.preserve_format  # what measures fastest
-        model = AdversarialAE(z_dim=args.z_dim).to(device, memory_format=layout)
-        session = Session(run, settings, loader, model, args, state)
+        session = Session(run, settings, loader, build_model(args, device), args, state)
         try:
             session.train(received)
         except KeyboardInterrupt:
@@ -443,6 +441,12 @@ def resume_hint(run):
     if not has_state(run):
         return "it had no checkpoint yet, so begin a new run"
     return f"go on with: python {shlex.quote(os.path.relpath(__file__))} --resume {shlex.quote(str(run))}"
+
+
+def build_model(args, device):
+    """Return the model on the device, in the memory layout that measures fastest for the precision."""
+    layout = torch.channels_last if args.precision == "bf16" else torch.preserve_format
+    return AdversarialAE(z_dim=args.z_dim).to(device, memory_format=layout)
 
 
 def build_optimizers(model, args):
