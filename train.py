@@ -24,13 +24,15 @@ from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, clear_after, has_state, latest_run, load_state, locked, run_folder, save_state
 from device import CapturedStep, PrecisionError, choose_device, device_name, keep_freed_memory, set_precision
-from mnist import DataError, MissingData, digits, mnist
+from metrics import ks_distance
+from mnist import DataError, MissingData, digits, load_digits, load_mnist, mnist
 from models import AdversarialAE
 from utils import TensorBoardLogger, write_atomically
 
@@ -123,6 +125,48 @@ def save_grid(images, columns, tag, epoch, summary_writer, name):
     results = Path(summary_writer.log_dir) / "results"
     results.mkdir(exist_ok=True)
     write_atomically(results / name, png.getvalue())
+
+
+# Measurements on test images -----------------------------------------------------------------------------------------
+
+def reconstruct(model, images):
+    """Return reconstructions [N, 1, 28, 28] and codes [N, z_dim] of images, batch by batch; `undisturbed` is the caller's."""
+    reconstructions, codes = zip(*(model(batch) for batch in images.split(500)))
+    return torch.cat(reconstructions), torch.cat(codes)
+
+
+def measure(model, images):
+    """Return the codes [N, z_dim] of images, on the CPU, and a dict: their reconstruction loss and distance to the prior."""
+    with undisturbed(model):
+        reconstructions, codes = reconstruct(model, images)
+        recon_loss = torch.nn.functional.mse_loss(reconstructions, images)
+    codes = codes.float().cpu()
+    return codes, {"recon_loss": recon_loss.item(), "ks_distance": ks_distance(codes)}
+
+
+def save_measurements(model, epoch, summary_writer, images):
+    """Write what `measure` finds to TensorBoard, as curves (`test/`) and a histogram of each dimension (`codes/`)."""
+    codes, values = measure(model, images)
+    for name, value in values.items():
+        summary_writer.add_scalar(f"test/{name}", value, epoch)
+    for dimension, column in enumerate(codes.T):
+        summary_writer.add_histogram(f"codes/{dimension}", column, epoch)
+
+
+def save_summary(model, epoch, summary_writer, images, labels, settings, means):
+    """Write what a finished run has come to to TensorBoard: 1,000 test codes for the projector, and settings with results.
+
+    `settings` and `means`, the last epoch's, are dicts; the results are curves of one point each (`final/`).
+    """
+    codes, values = measure(model, images)
+    summary_writer.add_embedding(codes[:1000], labels[:1000].tolist(), (images[:1000].cpu() + 1) / 2, epoch, "codes")
+    results = {"final/recon_loss": means["recon_loss"], "final/accuracy": means["accuracy"],
+               **{f"final/test_{name}": value for name, value in values.items()}}
+    known = {name: value for name, value in settings.items() if isinstance(value, (bool, int, float, str))}
+    for summary in hparams(known, results):  # SummaryWriter.add_hparams would make a second run of them
+        summary_writer.file_writer.add_summary(summary)
+    for name, value in results.items():
+        summary_writer.add_scalar(name, value, epoch)
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -262,7 +306,8 @@ def train_run(args, run=None, state=None):
         say(f"device: {device.type} ({device_name(device)}), torch {torch.__version__}")
         say(f"data:   {len(loader.dataset):,} images of {'MNIST' if trained_on == 'mnist' else 'the bundled digits'}")
         say(f"run:    {run}")
-        session = Session(run, settings, loader, build_model(args, device), args, state)
+        test = load_test(args, trained_on, device)
+        session = Session(run, settings, loader, test, build_model(args, device), args, state)
         try:
             session.train(received)
         except KeyboardInterrupt:
@@ -282,8 +327,8 @@ class Session:
 
     PARTS = ("optimizer_ae", "optimizer_disc", "logger_ae", "logger_disc")
 
-    def __init__(self, run, settings, loader, model, args, state=None):
-        self.run, self.loader, self.model, self.args, self.resumed = run, loader, model, args, state
+    def __init__(self, run, settings, loader, test, model, args, state=None):
+        self.run, self.loader, self.test, self.model, self.args, self.resumed = run, loader, test, model, args, state
         self.settings = {name: value for name, value in json.loads(json.dumps(settings, default=str)).items()
                          if name not in ("given", "resume")}
         self.optimizer_ae, self.optimizer_disc = build_optimizers(model, args)
@@ -312,6 +357,8 @@ class Session:
             self.save(writer, keep=False)  # of a resumed run too: its settings may be new, its weights older than its state
             try:
                 self.train_epochs(writer, shown, received)
+                if self.test:
+                    save_summary(self.model, self.epoch, writer, *self.test, self.settings, self.means)
             finally:  # after the last checkpoint, for a resume goes on with the loggers' open windows
                 self.logger_ae.flush()
                 self.logger_disc.flush()
@@ -355,10 +402,12 @@ class Session:
             say(f"epoch {epoch}/{epochs}: {describe(means)}, {time.monotonic() - start:.1f} s")
 
     def save_pictures(self, writer, shown):
-        """Save samples, and at epoch 0, 1 and every fifth reconstructions of the images `shown`."""
+        """Save samples, and at epoch 0, 1 and every fifth reconstructions of the images `shown`, and measurements."""
         generate_and_save(self.model, self.epoch, writer)
         if self.epoch == 1 or self.epoch % 5 == 0:
             save_reconstruction(self.model, self.epoch, writer, shown, count=len(shown))
+            if self.test:
+                save_measurements(self.model, self.epoch, writer, self.test[0])
 
     def save(self, writer, keep=True):
         """Save everything that a resume needs, and the weights; `keep` the state before."""
@@ -445,8 +494,9 @@ def resume_hint(run):
 
 def build_model(args, device):
     """Return the model on the device, in the memory layout that measures fastest for the precision."""
+    other = {} if args.posterior == "deterministic" else {"posterior": args.posterior}  # the assignment has no such argument
     layout = torch.channels_last if args.precision == "bf16" else torch.preserve_format
-    return AdversarialAE(z_dim=args.z_dim).to(device, memory_format=layout)
+    return AdversarialAE(z_dim=args.z_dim, **other).to(device, memory_format=layout)
 
 
 def build_optimizers(model, args):
@@ -479,6 +529,16 @@ def load_data(args, device, settings=None):
         warning = f"this run trains on the bundled digits instead of MNIST: {error}"
     warn(warning)
     return digits(args.batch_size, device=device), "digits", warning
+
+
+def load_test(args, trained_on, device):
+    """Return images and labels that are not trained on; None, with a warning, where MNIST's test files cannot be had."""
+    try:
+        images, labels = load_digits(train=False) if trained_on == "digits" else load_mnist(args.data_dir, train=False)
+    except MissingData as error:
+        warn(f"nothing is measured on test images: {error}")
+        return None
+    return images.to(device), labels
 
 
 def create_run_folder(log_dir):
@@ -546,6 +606,8 @@ def make_parser():
     parser = OneLineParser(description="Train an adversarial autoencoder on MNIST.", allow_abbrev=False,
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--z_dim", type=number(int, 1), default=8, help="dimensions of the latent code")
+    parser.add_argument("--posterior", choices=("deterministic", "gaussian", "universal"), default="deterministic",
+                        help="the encoder's q(z|x): a function of the image alone, Gaussian, or of any form")
     parser.add_argument("--batch_size", type=number(int, 1), default=64, help="images per step")
     parser.add_argument("--lambda_", type=number(float, 0, 1), default=0.995,
                         help="weight of the reconstruction in [0, 1]; the adversarial part has the rest")

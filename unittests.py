@@ -558,6 +558,46 @@ class Promises(ModelGroup):
         for part, count in expected.items():
             self.assertEqual(sum(weight.numel() for weight in getattr(model, part).parameters()), count, part)
 
+    def test_every_posterior_keeps_the_interface(self):
+        x = images_like_mnist(5)
+        for posterior in self.models.ENCODERS:
+            torch.manual_seed(0)
+            model = self.models.AdversarialAE(z_dim=3, posterior=posterior)
+            recon_x, z = model(x)
+            self.assertEqual((recon_x.shape, z.shape, model.sample(2).shape), ((5, 1, 28, 28), (5, 3), (2, 1, 28, 28)))
+            model.get_loss_autoencoder(x, recon_x, z, 0.5)[0].backward()
+            self.assertTrue(all(weight.grad.abs().sum() > 0 for weight in model.encoder.parameters()), posterior)
+            model.zero_grad()
+            model.get_loss_discriminator(z)[0].backward()
+            self.assertTrue(all(weight.grad is None for weight in model.encoder.parameters()), posterior)
+            with torch.no_grad():
+                again, evaluated = model.encoder(x), [model.eval().encoder(x) for _ in range(2)]
+            for one, other in ((z, again), evaluated):
+                self.assertEqual(torch.equal(one, other), posterior == "deterministic", posterior)
+        self.assertRaises(KeyError, self.models.AdversarialAE, posterior="normal")
+
+    def test_gaussian_codes_have_the_mean_and_variance_that_the_network_gives(self):
+        encoder = self.models.ENCODERS["gaussian"](2)
+        outputs = torch.tensor([3.0, -1.0, math.log(4), math.log(0.25)]).expand(100_000, 4)
+        with mock.patch.object(encoder.net, "forward", return_value=outputs):
+            z = encoder(torch.zeros(100_000, 1, 28, 28))
+        for dimension, (mean, deviation) in enumerate([(3, 2), (-1, 0.5)]):
+            self.check_close(z[:, dimension].mean(), mean, f"mean of dimension {dimension}", 0.02)
+            self.check_close(z[:, dimension].std(), deviation, f"standard deviation of dimension {dimension}", 0.02)
+        self.check_close(z.T.corrcoef()[0, 1], 0, "correlation of the two dimensions", 0.02)
+
+    def test_universal_noise_does_more_than_shift_the_code(self):
+        encoder, x = self.models.ENCODERS["universal"](2), images_like_mnist(2)
+        with torch.no_grad():
+            torch.manual_seed(1)
+            first = encoder(x[:1])
+            torch.manual_seed(1)
+            other = encoder(x[1:])
+            torch.manual_seed(2)
+            shift = encoder(x[:1]) - first
+            torch.manual_seed(2)
+            self.check(not torch.allclose(encoder(x[1:]) - other, shift, atol=1e-6), "noise is added to the code, whatever the image")
+
 
 # Groups on the other files -------------------------------------------------------------------------------------------
 
@@ -630,7 +670,7 @@ def read_events(folder):
     """Return TensorBoard's own reader of the event files in a folder, with everything loaded."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "histograms": 0}).Reload()
 
 
 def run_contents(run):
@@ -653,6 +693,10 @@ def run_contents(run):
         contents[tag] = sorted((event.step, event.value) for event in events.Scalars(tag))
     for tag in events.Tags()["images"]:  # sorted: files of one second and one process may be read in another order
         contents[tag] = sorted((event.step, event.encoded_image_string) for event in events.Images(tag))
+    for tag in events.Tags()["histograms"]:
+        contents[tag] = sorted((event.step, tuple(event.histogram_value.bucket)) for event in events.Histograms(tag))
+    for file in (*run.glob("[0-9]*/*/*"), *run.glob("*.pbtxt")):  # the projector's
+        contents[str(file.relative_to(run))] = file.read_bytes()
     weights = torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)
     flatten("model_checkpoint.pt", dict(weights))
     for file in (run / "results").rglob("*.png"):
@@ -1479,6 +1523,56 @@ class WholeRun(TrainGroup):
                          (3, 0.995, "digits", None))
         self.assertEqual([file.name for file in run.rglob("*.tmp")], [])
 
+    def test_test_images_are_measured(self):
+        run, state = self.train_quietly("--epochs", "6", "--z_dim", "3")
+        images, labels = self.mnist.load_digits(train=False)
+        model = self.models.AdversarialAE(z_dim=3)
+        model.load_state_dict(state)
+        with torch.no_grad():
+            recon_x, codes = model(images)
+        events = read_events(run)
+        for tag in ("test/recon_loss", "test/ks_distance"):
+            self.assertEqual([event.step for event in events.Scalars(tag)], [0, 1, 5])
+        for dimension in range(3):
+            histograms = events.Histograms(f"codes/{dimension}")
+            self.assertEqual([(event.step, event.histogram_value.num) for event in histograms], [(0, 299), (1, 299), (5, 299)])
+        [loss], [distance] = events.Scalars("final/test_recon_loss"), events.Scalars("final/test_ks_distance")
+        self.assertEqual((loss.step, distance.step), (6, 6))
+        self.check_close(loss.value, (recon_x - images).square().mean(), "the reconstruction loss of the test images", 1e-4)
+        self.check_close(distance.value, self.train.ks_distance(codes), "the codes' distance to the prior", 1e-4)
+
+    def test_settings_and_results_are_in_the_same_run(self):
+        from tensorboard.plugins.hparams import plugin_data_pb2
+
+        run, _ = self.train_quietly("--epochs", "1", "--z_dim", "3")
+        self.assertEqual(len(list(run.rglob("events.out.tfevents.*"))), 1)
+        content = read_events(run).SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+        settings = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+        self.assertEqual((settings["z_dim"].number_value, settings["posterior"].string_value), (3, "deterministic"))
+
+    def test_projector_has_codes_pictures_and_labels(self):
+        run, state = self.train_quietly("--epochs", "1", "--z_dim", "3")
+        images, labels = self.mnist.load_digits(train=False)
+        model = self.models.AdversarialAE(z_dim=3)
+        model.load_state_dict(state)
+        with torch.no_grad():
+            codes = model(images)[1]
+        folder = run / "00001" / "codes"
+        np.testing.assert_allclose(np.loadtxt(folder / "tensors.tsv"), codes, rtol=1e-3, atol=1e-4)
+        self.assertEqual((folder / "metadata.tsv").read_text().split(), [str(label) for label in labels.tolist()])
+        sprite = read_png(folder / "sprite.png")
+        np.testing.assert_allclose(sprite[:28, 28:56], 127.5 * (images[1, 0] + 1), atol=1.5)
+        self.assertIn("00001/codes/tensors.tsv", (run / "projector_config.pbtxt").read_text())
+
+    def test_without_test_files_a_run_goes_on_with_a_warning(self):
+        def missing(*args, **kwargs):
+            raise self.mnist.MissingData("gone")
+
+        with mock.patch.object(self.train, "load_digits", missing), contextlib.redirect_stderr(io.StringIO()) as err:
+            run, _ = self.train_quietly("--epochs", "1")
+        self.assertIn("WARNING: nothing is measured on test images: gone", err.getvalue())
+        self.assertNotIn("test/recon_loss", read_events(run).Tags()["scalars"])
+
     def test_inputs_of_reconstructions_stay_the_same_and_have_all_labels(self):
         run, _ = self.train_quietly("--epochs", "1")
         first, later = (read_png(run / f"results/Reconstruction/reconstruction_{epoch}.png") for epoch in (0, 1))
@@ -1628,6 +1722,16 @@ class Resume(TrainGroup):
                 self.assertIn(f"after {steps // self.STEPS} epochs and {steps % self.STEPS} steps", str(stopped))
                 self.assertEqual(self.go_on(run)[0], 0)
                 self.assert_same_run(run, whole)
+
+    def test_every_posterior_is_resumed(self):
+        for posterior in ("gaussian", "universal"):
+            whole, weights = self.train_quietly("--epochs", "2", "--posterior", posterior)
+            self.models.AdversarialAE(posterior=posterior).load_state_dict(weights)
+            run, _ = self.stop_after(3, "--epochs", "2", "--posterior", posterior)
+            self.assertEqual(self.go_on(run, "--posterior", "deterministic")[0], 2)
+            self.assertEqual(self.go_on(run)[0], 0)
+            self.assert_same_run(run, whole)
+            self.assertEqual(json.loads((run / "hparams.json").read_text())["posterior"], posterior)
 
     def test_more_epochs_are_the_longer_run(self):
         with mock.patch.object(self.train.TensorBoardLogger.__init__, "__defaults__", (3, None)):
