@@ -38,6 +38,7 @@ from utils import TensorBoardLogger, write_atomically
 
 SAMPLE_SEED = 0
 MAY_DIFFER = {"data_dir", "log_dir", "num_workers", "no_cuda", "checkpoint_every", "resume"}  # when a run is resumed
+HYPERPARAMETERS = ("z_dim", "lambda_", "posterior", "ae_lr", "d_lr", "batch_size", "epochs", "seed", "precision", "trained_on")
 READ_EVERY = 50  # steps between two looks at the losses: for a look, the CPU waits for the device
 
 
@@ -140,8 +141,8 @@ def measure(model, images):
     with undisturbed(model):
         reconstructions, codes = reconstruct(model, images)
         recon_loss = torch.nn.functional.mse_loss(reconstructions, images)
-    codes = codes.float().cpu()
-    return codes, {"recon_loss": recon_loss.item(), "ks_distance": ks_distance(codes)}
+    distance = ks_distance(codes.cpu() if codes.device.type == "mps" else codes)  # MPS has no float64
+    return codes.cpu(), {"recon_loss": recon_loss.item(), "ks_distance": distance}
 
 
 def save_measurements(model, epoch, summary_writer, images):
@@ -162,8 +163,8 @@ def save_summary(model, epoch, summary_writer, images, labels, settings, means):
     summary_writer.add_embedding(codes[:1000], labels[:1000].tolist(), (images[:1000].cpu() + 1) / 2, epoch, "codes")
     results = {"final/recon_loss": means["recon_loss"], "final/accuracy": means["accuracy"],
                **{f"final/test_{name}": value for name, value in values.items()}}
-    known = {name: value for name, value in settings.items() if isinstance(value, (bool, int, float, str))}
-    for summary in hparams(known, results):  # SummaryWriter.add_hparams would make a second run of them
+    shown = {name: settings[name] for name in HYPERPARAMETERS}
+    for summary in hparams(shown, results):  # SummaryWriter.add_hparams would make a second run of them
         summary_writer.file_writer.add_summary(summary)
     for name, value in results.items():
         summary_writer.add_scalar(name, value, epoch)
