@@ -3,6 +3,11 @@
 On CUDA, the captured step against the eager one: losses and weights after 200 steps from the same weights and draws. Then, on any
 device, whole runs of train.py in every precision that the hardware has, with several seeds: does a precision change the result
 more than a seed does? Finished runs in --runs are not repeated.
+
+Two cores of an AMD EPYC (Zen 5), torch 2.15.0, 20 epochs, seeds 42, 1 and 2, mean (minimum..maximum) in fp32 and bf16:
+recon_loss 0.0471 (0.0469..0.0474) and 0.0471 (0.0468..0.0476), accuracy 0.725 (0.717..0.729) and 0.725 (0.720..0.730), test MSE
+0.0522 (0.0513..0.0531) and 0.0515 (0.0507..0.0521), mean variance of the codes 1.01 (0.98..1.03) and 0.98 (0.93..1.05), largest
+covariance of two dimensions 0.099 (0.081..0.116) and 0.069 (0.062..0.077). Nobody has run it on CUDA yet.
 """
 
 import argparse
@@ -69,16 +74,17 @@ def figures(state, images):
 
 
 def print_table(found):
-    """Print each figure's mean and range over the seeds, and whether it lies within the range of fp32."""
+    """Print each figure's mean and range over the seeds, and mark a range that has nothing in common with that of fp32."""
     print(f"\n{'':<24}" + "".join(f"{precision:<30}" for precision in found))
     for name in next(iter(found["fp32"].values())):
         columns = {precision: [one[name] for one in runs.values()] for precision, runs in found.items()}
         line = f"{name:<24}"
         for precision, values in columns.items():
-            inside = min(columns["fp32"]) <= mean(values) <= max(columns["fp32"])
-            line += f"{f'{mean(values):.4f} ({min(values):.4f}..{max(values):.4f}){chr(32) if inside else chr(42)}':<30}"
+            apart = min(values) > max(columns["fp32"]) or max(values) < min(columns["fp32"])
+            line += f"{f'{mean(values):.4f} ({min(values):.4f}..{max(values):.4f})' + '*' * apart:<30}"
         print(line)
-    print("mean (minimum..maximum) over the seeds; * the mean is outside the range of fp32")
+    print("mean (minimum..maximum) over the seeds; * has nothing in common with fp32's range, which is so for one figure in ten where "
+          "three seeds each are drawn alike")
 
 
 def main():
