@@ -624,8 +624,8 @@ def make_parser():
     parser.add_argument("--deterministic", action="store_true",
                         help="on CUDA use only kernels that give the same bits each time, which is slower")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
-                        help="of the products in the networks; tf32 (CUDA) and bf16 (CUDA, or processors made for it) are "
-                             "faster; refused where they are not")
+                        help="of the products in the networks; tf32 (CUDA) and bf16 (CUDA, or processors made for it) round "
+                             "more, and are refused where they would be slow")
     parser.add_argument("--num_workers", type=number(int, 0), default=0,
                         help="of the data loader; MNIST sits in memory, so that none are started")
     parser.add_argument("--log_dir", default="AAE_logs/", help="folder to make the run's own folder in")
