@@ -89,6 +89,15 @@ def load_state(resume):
 
 def read_state(path):
     """Return the training state in a file; raise CheckpointError if it is damaged or no training state."""
+    state = read_packed(path)
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is no training state of this version of the program; {CURRENT} is one, "
+                              f"{WEIGHTS} is not")
+    return {**state, "path": str(path)}
+
+
+def read_packed(path):
+    """Return what torch.save wrote into a file, on the CPU; raise CheckpointError if it is missing or damaged."""
     if not Path(path).is_file():
         raise CheckpointError(f"{path} is missing, or no file")
     try:
@@ -98,15 +107,11 @@ def read_state(path):
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:  # what torch.save writes; torch.load checks no sums
             damaged = archive.testzip()
-        state = None if damaged else torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if not damaged:
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception:  # the two readers raise a dozen kinds for what is no archive of theirs
-        state = None
-    if state is None:
-        raise CheckpointError(f"{path} is damaged, or no checkpoint")
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is no training state of this version of the program; {CURRENT} is one, "
-                              f"{WEIGHTS} is not")
-    return {**state, "path": str(path)}
+        pass
+    raise CheckpointError(f"{path} is damaged, or no checkpoint")
 
 
 def clear_after(run, state):

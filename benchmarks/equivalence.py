@@ -38,7 +38,7 @@ def captured_and_eager(args, device):
         torch.manual_seed(args.seeds[0])
         flags = train.parse_args(["--data_dir", args.data_dir])
         loader, _, _ = train.load_data(flags, device)
-        model = train.build_model(flags, device)
+        model = train.build_model(flags.z_dim).to(device)
         model.capturable = capturable
         step = train.build_step(model, *train.build_optimizers(model, flags), flags)
         values = [torch.stack([value.clone() for part in step(x) for value in part.values()])
@@ -64,7 +64,7 @@ def finished_run(args, precision, seed):
 @torch.no_grad()
 def figures(state, images):
     """Return what a run has learnt, measured on test images, as a dict of numbers."""
-    model = train.AdversarialAE(z_dim=state["settings"]["z_dim"])
+    model = train.build_model(state["settings"]["z_dim"])
     model.load_state_dict(state["model"])
     recon, codes = (torch.cat(outputs) for outputs in zip(*(model.eval()(batch) for batch in images.split(1000))))
     off_diagonal = torch.cov(codes.T) - torch.diag(torch.var(codes, 0))

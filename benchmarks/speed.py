@@ -38,7 +38,7 @@ def project_epoch(args, device, steps, way):
     loader, _, _ = train.load_data(args, device)
     images, labels = (tensor[:steps * args.batch_size] for tensor in loader.dataset.tensors)
     loader = mnist.BatchLoader(images, labels, args.batch_size, device=device)
-    model = train.build_model(args, device)
+    model = train.place(train.build_model(args.z_dim), device, args.precision)
     model.capturable = way != "eager"
     writer = SummaryWriter(tempfile.mkdtemp())
     loggers = [train.TensorBoardLogger(writer, name=name) for name in ("generator", "discriminator")]
