@@ -150,7 +150,7 @@ def save_measurements(model, epoch, summary_writer, images):
     codes, values = measure(model, images)
     for name, value in values.items():
         summary_writer.add_scalar(f"test/{name}", value, epoch)
-    for dimension, column in enumerate(codes.T):
+    for dimension, column in enumerate(codes.T if epoch else ()):  # before training all are one spike, which flattens the rest
         summary_writer.add_histogram(f"codes/{dimension}", column, epoch)
 
 
