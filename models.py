@@ -9,6 +9,8 @@ deceive it. With V = E_x[log(1 - D(E(x)))] + E_z[log D(z)], the two play
 This file needs no other file of the project.
 """
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -39,6 +41,39 @@ class ConvEncoder(nn.Module):
         return next(self.parameters()).device
 
 
+class GaussianEncoder(ConvEncoder):
+    """Images to codes drawn from q(z|x) = N(mean(x), diag(exp(log_variance(x)))), which the network gives.
+
+    The draw is mean + exp(log_variance / 2) * noise, so that gradients pass through it (Kingma and Welling,
+    arXiv:1312.6114, section 2.4). Every call draws anew, also in evaluation mode.
+    """
+
+    def __init__(self, z_dim):
+        super().__init__(2 * z_dim)
+
+    def forward(self, x):
+        mean, log_variance = self.net(x).float().chunk(2, dim=1)
+        return mean + (log_variance / 2).exp() * torch.randn_like(mean)
+
+
+class UniversalEncoder(ConvEncoder):
+    """Images to codes drawn from q(z|x) of any form: noise from N(0, I) is a further input (Makhzani et al., section 2).
+
+    It joins the image's HIDDEN features, and a hidden layer mixes the two. Every call draws anew, also in evaluation mode.
+    """
+
+    HIDDEN, NOISE = 128, 16
+
+    def __init__(self, z_dim):
+        super().__init__(self.HIDDEN)
+        self.mix = nn.Sequential(nn.Linear(self.HIDDEN + self.NOISE, self.HIDDEN), nn.ReLU(), nn.Linear(self.HIDDEN, z_dim))
+
+    def forward(self, x):
+        features = F.relu(self.net(x))
+        noise = torch.randn(len(x), self.NOISE, device=x.device)
+        return self.mix(torch.cat([features, noise], dim=1))
+
+
 class ConvDecoder(nn.Module):
     """Latent codes [B, z_dim] to images [B, 1, 28, 28] in [-1, 1]."""
 
@@ -53,6 +88,8 @@ class ConvDecoder(nn.Module):
             nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
             nn.ConvTranspose2d(32, 1, 3, stride=2, padding=1, output_padding=1),              # 14x14 -> 28x28
             nn.Tanh())
+        # Start at MNIST's mean pixel, -0.74: from a brighter start, the first steps drive tanh into -1, where no gradient is left.
+        nn.init.constant_(self.net[-2].bias, math.atanh(-0.74))
 
     def forward(self, z):
         return self.net(z)
@@ -77,19 +114,24 @@ class Discriminator(nn.Module):
 
 
 Encoder, Decoder = ConvEncoder, ConvDecoder  # the names that other completions of the assignment use
+ENCODERS = {"deterministic": ConvEncoder, "gaussian": GaussianEncoder, "universal": UniversalEncoder}  # by their q(z|x)
 
 
 class AdversarialAE(nn.Module):
     """An adversarial autoencoder with z_dim latent dimensions, its two losses, and samples from it.
 
+    `posterior` names the encoder's q(z|x), one of ENCODERS: a function of the image alone, Gaussian, or of any form.
+
     `sample` draws from `sample_stream`, a torch.Generator on the CPU. Its seed follows from torch's at construction; later,
     sample_stream.manual_seed sets it.
     """
 
-    def __init__(self, z_dim=8):
+    capturable = True  # the losses copy nothing between host and device, so that a CUDA graph can hold them
+
+    def __init__(self, z_dim=8, posterior="deterministic"):
         super().__init__()
         self.z_dim = z_dim
-        self.encoder = ConvEncoder(z_dim)
+        self.encoder = ENCODERS[posterior](z_dim)
         self.decoder = ConvDecoder(z_dim)
         self.discriminator = Discriminator(z_dim)
         self.sample_stream = torch.Generator().manual_seed((torch.initial_seed() + 1) % 2**63)

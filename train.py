@@ -12,7 +12,6 @@ import io
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import signal
@@ -20,21 +19,26 @@ import sys
 import threading
 import time
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, clear_after, has_state, latest_run, load_state, locked, run_folder, save_state
-from mnist import DataError, MissingData, digits, mnist
+from device import CapturedStep, PrecisionError, choose_device, device_name, keep_freed_memory, set_precision
+from metrics import ks_distance
+from mnist import DataError, MissingData, digits, load_digits, load_mnist, mnist
 from models import AdversarialAE
 from utils import TensorBoardLogger, write_atomically
 
 SAMPLE_SEED = 0
 MAY_DIFFER = {"data_dir", "log_dir", "num_workers", "no_cuda", "checkpoint_every", "resume"}  # when a run is resumed
+HYPERPARAMETERS = ("z_dim", "lambda_", "posterior", "ae_lr", "d_lr", "batch_size", "epochs", "seed", "precision", "trained_on")
 READ_EVERY = 50  # steps between two looks at the losses: for a look, the CPU waits for the device
 
 
@@ -124,10 +128,52 @@ def save_grid(images, columns, tag, epoch, summary_writer, name):
     write_atomically(results / name, png.getvalue())
 
 
+# Measurements on test images -----------------------------------------------------------------------------------------
+
+def reconstruct(model, images):
+    """Return reconstructions [N, 1, 28, 28] and codes [N, z_dim] of images, batch by batch; `undisturbed` is the caller's."""
+    reconstructions, codes = zip(*(model(batch) for batch in images.split(500)))
+    return torch.cat(reconstructions), torch.cat(codes)
+
+
+def measure(model, images):
+    """Return the codes [N, z_dim] of images, on the CPU, and a dict: their reconstruction loss and distance to the prior."""
+    with undisturbed(model):
+        reconstructions, codes = reconstruct(model, images)
+        recon_loss = torch.nn.functional.mse_loss(reconstructions, images)
+    distance = ks_distance(codes.cpu() if codes.device.type == "mps" else codes)  # MPS has no float64
+    return codes.cpu(), {"recon_loss": recon_loss.item(), "ks_distance": distance}
+
+
+def save_measurements(model, epoch, summary_writer, images):
+    """Write what `measure` finds to TensorBoard, as curves (`test/`) and a histogram of each dimension (`codes/`)."""
+    codes, values = measure(model, images)
+    for name, value in values.items():
+        summary_writer.add_scalar(f"test/{name}", value, epoch)
+    for dimension, column in enumerate(codes.T):
+        summary_writer.add_histogram(f"codes/{dimension}", column, epoch)
+
+
+def save_summary(model, epoch, summary_writer, images, labels, settings, means):
+    """Write what a finished run has come to to TensorBoard: 1,000 test codes for the projector, and settings with results.
+
+    `settings` and `means`, the last epoch's, are dicts; the results are curves of one point each (`final/`).
+    """
+    codes, values = measure(model, images)
+    summary_writer.add_embedding(codes[:1000], labels[:1000].tolist(), (images[:1000].cpu() + 1) / 2, epoch, "codes")
+    results = {"final/recon_loss": means["recon_loss"], "final/accuracy": means["accuracy"],
+               **{f"final/test_{name}": value for name, value in values.items()}}
+    shown = {name: settings[name] for name in HYPERPARAMETERS}
+    for summary in hparams(shown, results):  # SummaryWriter.add_hparams would make a second run of them
+        summary_writer.file_writer.add_summary(summary)
+    for name, value in results.items():
+        summary_writer.add_scalar(name, value, epoch)
+
+
 # Training ------------------------------------------------------------------------------------------------------------
 
 def train_aae(epoch, model, train_loader, logger_ae, logger_disc, optimizer_ae, optimizer_disc, lambda_=1,
-              log=None, stop=None):
+              log=None, step=None, stop=None):
     """Train for one epoch and return the mean over its steps of every value that the two losses report.
 
     Args:
@@ -138,29 +184,40 @@ def train_aae(epoch, model, train_loader, logger_ae, logger_disc, optimizer_ae, 
         optimizer_disc: of the discriminator's parameters, and no other.
         lambda_: the weight of the reconstruction; the adversarial part has 1 - lambda_.
         log: a StepLog to go on with, if the epoch has been begun; its loggers take the place of the two above.
+        step: takes a batch on the device and returns its values, as `train_step` does, which it stands in for.
         stop: called after each step; where it returns something true, the epoch ends there.
     Raises RunError where the autoencoder's loss is NaN or infinite.
     """
     model.train()
     log = log or StepLog(epoch, model.device, (logger_ae, logger_disc))
+    step = step or partial(train_step, model, optimizer_ae, optimizer_disc, lambda_)
     for x, _ in train_loader:
-        x = x.to(model.device, non_blocking=True)
-        recon_x, z_fake = model(x)
-        ae_loss, ae_values = model.get_loss_autoencoder(x, recon_x, z_fake, lambda_)
-        disc_loss, disc_values = model.get_loss_discriminator(z_fake.detach())
-
-        optimizer_ae.zero_grad()
-        ae_loss.backward()
-        optimizer_ae.step()
-
-        optimizer_disc.zero_grad()  # after ae_loss.backward(), which may have left gradients on the discriminator
-        disc_loss.backward()
-        optimizer_disc.step()
-
-        log.add(ae_values, disc_values)
+        log.add(*step(x.to(model.device, non_blocking=True)))
         if stop and stop():
             break
     return log.finish()
+
+
+def train_step(model, optimizer_ae, optimizer_disc, lambda_, x, precision="fp32"):
+    """Take one step of each optimizer for images x [B, 1, 28, 28]; return the values that the two losses report, two dicts.
+
+    With `precision` "bf16", the layers of the networks compute in bfloat16; weights, codes, losses and optimizers stay in
+    float32.
+    """
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        recon_x, z_fake = (output.float() for output in model(x))
+        ae_loss, ae_values = model.get_loss_autoencoder(x, recon_x, z_fake, lambda_)
+        disc_loss, disc_values = model.get_loss_discriminator(z_fake.detach())
+
+    optimizer_ae.zero_grad()
+    ae_loss.backward()
+    optimizer_ae.step()
+
+    optimizer_disc.zero_grad()  # after ae_loss.backward(), which may have left gradients on the discriminator
+    disc_loss.backward()
+    optimizer_disc.step()
+    return tuple({name: torch.as_tensor(value).detach() for name, value in values.items()}
+                 for values in (ae_values, disc_values))
 
 
 class StepLog:
@@ -183,7 +240,7 @@ class StepLog:
     def add(self, *values):
         """Take the values of one step: for each logger a dict of scalar tensors or numbers."""
         self._names = [list(own) for own in values]
-        self._unread.append(torch.stack([torch.as_tensor(value, dtype=torch.float32, device=self.device).detach().reshape(())
+        self._unread.append(torch.stack([torch.as_tensor(value, dtype=torch.float32, device=self.device).reshape(())
                                          for own in values for value in own.values()]))
         if len(self._unread) == READ_EVERY:
             self._read()
@@ -237,7 +294,8 @@ def main(args):
 def train_run(args, run=None, state=None):
     """Train a new run from the beginning, or a stopped one from its state; return the run's folder."""
     torch.manual_seed(args.seed)
-    device = choose_device(args)
+    device = choose_device(args.no_cuda, args.deterministic)
+    set_precision(args.precision, device)
     keep_freed_memory()
     loader, trained_on, warning = load_data(args, device, state and state["settings"])
     settings = {**vars(args), "trained_on": trained_on, "fallback": warning, "device": device.type,
@@ -249,7 +307,8 @@ def train_run(args, run=None, state=None):
         say(f"device: {device.type} ({device_name(device)}), torch {torch.__version__}")
         say(f"data:   {len(loader.dataset):,} images of {'MNIST' if trained_on == 'mnist' else 'the bundled digits'}")
         say(f"run:    {run}")
-        session = Session(run, settings, loader, AdversarialAE(z_dim=args.z_dim).to(device), args, state)
+        test = load_test(args, trained_on, device)
+        session = Session(run, settings, loader, test, build_model(args, device), args, state)
         try:
             session.train(received)
         except KeyboardInterrupt:
@@ -269,11 +328,12 @@ class Session:
 
     PARTS = ("optimizer_ae", "optimizer_disc", "logger_ae", "logger_disc")
 
-    def __init__(self, run, settings, loader, model, args, state=None):
-        self.run, self.loader, self.model, self.args, self.resumed = run, loader, model, args, state
+    def __init__(self, run, settings, loader, test, model, args, state=None):
+        self.run, self.loader, self.test, self.model, self.args, self.resumed = run, loader, test, model, args, state
         self.settings = {name: value for name, value in json.loads(json.dumps(settings, default=str)).items()
                          if name not in ("given", "resume")}
         self.optimizer_ae, self.optimizer_disc = build_optimizers(model, args)
+        self.step = build_step(model, self.optimizer_ae, self.optimizer_disc, args)
         self.logger_ae = TensorBoardLogger(None, name="generator")
         self.logger_disc = TensorBoardLogger(None, name="discriminator")
         self.epoch = 0    # whole epochs done
@@ -298,6 +358,8 @@ class Session:
             self.save(writer, keep=False)  # of a resumed run too: its settings may be new, its weights older than its state
             try:
                 self.train_epochs(writer, shown, received)
+                if self.test:
+                    save_summary(self.model, self.epoch, writer, *self.test, self.settings, self.means)
             finally:  # after the last checkpoint, for a resume goes on with the loggers' open windows
                 self.logger_ae.flush()
                 self.logger_disc.flush()
@@ -332,7 +394,7 @@ class Session:
         log = StepLog(epoch, self.model.device, loggers, progress, self.steps, self.totals)
         self.loader.epoch, self.loader.skip = self.epoch, self.steps
         means = train_aae(epoch, self.model, self.loader, *loggers, self.optimizer_ae, self.optimizer_disc,
-                          self.args.lambda_, log, stop=lambda: received)
+                          self.args.lambda_, log, self.step, stop=lambda: received)
         if log.steps < len(self.loader):
             self.steps, self.totals = log.steps, log.totals
             return
@@ -341,10 +403,12 @@ class Session:
             say(f"epoch {epoch}/{epochs}: {describe(means)}, {time.monotonic() - start:.1f} s")
 
     def save_pictures(self, writer, shown):
-        """Save samples, and at epoch 0, 1 and every fifth reconstructions of the images `shown`."""
+        """Save samples, and at epoch 0, 1 and every fifth reconstructions of the images `shown`, and measurements."""
         generate_and_save(self.model, self.epoch, writer)
         if self.epoch == 1 or self.epoch % 5 == 0:
             save_reconstruction(self.model, self.epoch, writer, shown, count=len(shown))
+            if self.test:
+                save_measurements(self.model, self.epoch, writer, self.test[0])
 
     def save(self, writer, keep=True):
         """Save everything that a resume needs, and the weights; `keep` the state before."""
@@ -371,7 +435,10 @@ class Session:
                 raise ValueError(f"its optimizers are {state['types']}, not {self.types()}")
             self.model.load_state_dict(state["model"])
             for name in self.PARTS:
-                getattr(self, name).load_state_dict(state[name])
+                part = getattr(self, name)
+                for group, own in zip(state[name].get("param_groups", ()), getattr(part, "param_groups", ())):
+                    group.update({flag: own[flag] for flag in ("fused", "capturable") if flag in own})  # those of this device
+                part.load_state_dict(state[name])
             for name in ("epoch", "steps", "totals", "means", "seconds"):
                 setattr(self, name, state[name])
             set_random_states(self.model, {name: stream for name, stream in state["random"].items()
@@ -426,42 +493,25 @@ def resume_hint(run):
     return f"go on with: python {shlex.quote(os.path.relpath(__file__))} --resume {shlex.quote(str(run))}"
 
 
+def build_model(args, device):
+    """Return the model on the device, in the memory layout that measures fastest for the precision."""
+    other = {} if args.posterior == "deterministic" else {"posterior": args.posterior}  # the assignment has no such argument
+    layout = torch.channels_last if args.precision == "bf16" else torch.preserve_format
+    return AdversarialAE(z_dim=args.z_dim, **other).to(device, memory_format=layout)
+
+
 def build_optimizers(model, args):
     """Return Adam for encoder and decoder, and SGD for the discriminator, each over its own parameters only."""
     fused = model.device.type in ("cpu", "cuda")  # one call for all weights; not tried elsewhere
     optimizer_ae = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()], lr=args.ae_lr,
-                                    betas=(0.5, 0.999), fused=fused)
+                                    betas=(0.5, 0.999), fused=fused, capturable=model.device.type == "cuda")
     return optimizer_ae, torch.optim.SGD(model.discriminator.parameters(), lr=args.d_lr, fused=fused)
 
 
-def keep_freed_memory():
-    """Let glibc hand the memory of one step to the next, which took a third off the time of a step on the CPU.
-
-    Freeing a block of just below 32 MB makes it keep up to twice as much (mallopt(3), M_MMAP_THRESHOLD); else it gives
-    pages back to the kernel after every step. Elsewhere this does nothing.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8)
-
-
-def choose_device(args):
-    """Return the device to train on: CUDA, else Apple's MPS, else the CPU."""
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-        torch.use_deterministic_algorithms(True)
-    if torch.cuda.is_available() and not args.no_cuda:
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def device_name(device):
-    """Return what the device calls itself."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):  # not Linux, or a processor without the line
-        cpu = platform.processor() or platform.machine()
-    return f"{cpu}, {torch.get_num_threads()} threads"
+def build_step(model, optimizer_ae, optimizer_disc, args):
+    """Return the training step: on CUDA as a captured graph, if the model says that its losses allow it."""
+    step = partial(train_step, model, optimizer_ae, optimizer_disc, args.lambda_, precision=args.precision)
+    return CapturedStep(step) if model.device.type == "cuda" and getattr(model, "capturable", False) else step
 
 
 def load_data(args, device, settings=None):
@@ -480,6 +530,16 @@ def load_data(args, device, settings=None):
         warning = f"this run trains on the bundled digits instead of MNIST: {error}"
     warn(warning)
     return digits(args.batch_size, device=device), "digits", warning
+
+
+def load_test(args, trained_on, device):
+    """Return images and labels that are not trained on; None, with a warning, where MNIST's test files cannot be had."""
+    try:
+        images, labels = load_digits(train=False) if trained_on == "digits" else load_mnist(args.data_dir, train=False)
+    except MissingData as error:
+        warn(f"nothing is measured on test images: {error}")
+        return None
+    return images.to(device), labels
 
 
 def create_run_folder(log_dir):
@@ -547,6 +607,8 @@ def make_parser():
     parser = OneLineParser(description="Train an adversarial autoencoder on MNIST.", allow_abbrev=False,
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--z_dim", type=number(int, 1), default=8, help="dimensions of the latent code")
+    parser.add_argument("--posterior", choices=("deterministic", "gaussian", "universal"), default="deterministic",
+                        help="the encoder's q(z|x): a function of the image alone, Gaussian, or of any form")
     parser.add_argument("--batch_size", type=number(int, 1), default=64, help="images per step")
     parser.add_argument("--lambda_", type=number(float, 0, 1), default=0.995,
                         help="weight of the reconstruction in [0, 1]; the adversarial part has the rest")
@@ -561,6 +623,9 @@ def make_parser():
                              "--deterministic")
     parser.add_argument("--deterministic", action="store_true",
                         help="on CUDA use only kernels that give the same bits each time, which is slower")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
+                        help="of the products in the networks; tf32 (CUDA) and bf16 (CUDA, or processors made for it) are "
+                             "faster; refused where they are not")
     parser.add_argument("--num_workers", type=number(int, 0), default=0,
                         help="of the data loader; MNIST sits in memory, so that none are started")
     parser.add_argument("--log_dir", default="AAE_logs/", help="folder to make the run's own folder in")
@@ -628,7 +693,7 @@ def cli(argv=None):
     except KeyboardInterrupt as interruption:
         say(f"\n{str(interruption) or 'interrupted'}", sys.stderr)
         return 128 + signal.SIGINT
-    except FlagError as error:
+    except (FlagError, PrecisionError) as error:
         status, message = 2, str(error)
     except (CheckpointError, DataError, RunError) as error:
         status, message = 1, str(error)

@@ -558,6 +558,46 @@ class Promises(ModelGroup):
         for part, count in expected.items():
             self.assertEqual(sum(weight.numel() for weight in getattr(model, part).parameters()), count, part)
 
+    def test_every_posterior_keeps_the_interface(self):
+        x = images_like_mnist(5)
+        for posterior in self.models.ENCODERS:
+            torch.manual_seed(0)
+            model = self.models.AdversarialAE(z_dim=3, posterior=posterior)
+            recon_x, z = model(x)
+            self.assertEqual((recon_x.shape, z.shape, model.sample(2).shape), ((5, 1, 28, 28), (5, 3), (2, 1, 28, 28)))
+            model.get_loss_autoencoder(x, recon_x, z, 0.5)[0].backward()
+            self.assertTrue(all(weight.grad.abs().sum() > 0 for weight in model.encoder.parameters()), posterior)
+            model.zero_grad()
+            model.get_loss_discriminator(z)[0].backward()
+            self.assertTrue(all(weight.grad is None for weight in model.encoder.parameters()), posterior)
+            with torch.no_grad():
+                again, evaluated = model.encoder(x), [model.eval().encoder(x) for _ in range(2)]
+            for one, other in ((z, again), evaluated):
+                self.assertEqual(torch.equal(one, other), posterior == "deterministic", posterior)
+        self.assertRaises(KeyError, self.models.AdversarialAE, posterior="normal")
+
+    def test_gaussian_codes_have_the_mean_and_variance_that_the_network_gives(self):
+        encoder = self.models.ENCODERS["gaussian"](2)
+        outputs = torch.tensor([3.0, -1.0, math.log(4), math.log(0.25)]).expand(100_000, 4)
+        with mock.patch.object(encoder.net, "forward", return_value=outputs):
+            z = encoder(torch.zeros(100_000, 1, 28, 28))
+        for dimension, (mean, deviation) in enumerate([(3, 2), (-1, 0.5)]):
+            self.check_close(z[:, dimension].mean(), mean, f"mean of dimension {dimension}", 0.02)
+            self.check_close(z[:, dimension].std(), deviation, f"standard deviation of dimension {dimension}", 0.02)
+        self.check_close(z.T.corrcoef()[0, 1], 0, "correlation of the two dimensions", 0.02)
+
+    def test_universal_noise_does_more_than_shift_the_code(self):
+        encoder, x = self.models.ENCODERS["universal"](2), images_like_mnist(2)
+        with torch.no_grad():
+            torch.manual_seed(1)
+            first = encoder(x[:1])
+            torch.manual_seed(1)
+            other = encoder(x[1:])
+            torch.manual_seed(2)
+            shift = encoder(x[:1]) - first
+            torch.manual_seed(2)
+            self.check(not torch.allclose(encoder(x[1:]) - other, shift, atol=1e-6), "noise is added to the code, whatever the image")
+
 
 # Groups on the other files -------------------------------------------------------------------------------------------
 
@@ -630,7 +670,7 @@ def read_events(folder):
     """Return TensorBoard's own reader of the event files in a folder, with everything loaded."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "histograms": 0}).Reload()
 
 
 def run_contents(run):
@@ -653,6 +693,10 @@ def run_contents(run):
         contents[tag] = sorted((event.step, event.value) for event in events.Scalars(tag))
     for tag in events.Tags()["images"]:  # sorted: files of one second and one process may be read in another order
         contents[tag] = sorted((event.step, event.encoded_image_string) for event in events.Images(tag))
+    for tag in events.Tags()["histograms"]:
+        contents[tag] = sorted((event.step, tuple(event.histogram_value.bucket)) for event in events.Histograms(tag))
+    for file in (*run.glob("[0-9]*/*/*"), *run.glob("*.pbtxt")):  # the projector's
+        contents[str(file.relative_to(run))] = file.read_bytes()
     weights = torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)
     flatten("model_checkpoint.pt", dict(weights))
     for file in (run / "results").rglob("*.png"):
@@ -807,6 +851,123 @@ class Training(TrainGroup):
         batches[1][0][0, 0, 0, 0] = math.inf
         with self.assertRaisesRegex(self.train.RunError, r"at step 2 of epoch 1\b"):
             self.trained(batches)
+
+    def test_takes_off_with_seeds_that_start_bright(self):
+        for seed in (1, 2):  # with the decoder's last bias as torch draws it, every fourth seed ended in black images
+            torch.manual_seed(seed)
+            model, loader = self.models.AdversarialAE(), self.mnist.digits()
+            optimizers = self.train.build_optimizers(model, self.train.parse_args([]))
+            for epoch in (1, 2):
+                means = self.train.train_aae(epoch, model, loader, ValueList(), ValueList(), *optimizers, 0.995)
+            self.check(means["recon_loss"] < 0.25, f"with seed {seed} the reconstruction loss stays at {means['recon_loss']:.3f}: "
+                       "the first steps drive the decoder's tanh to -1 everywhere; start its last bias at the mean pixel")
+
+
+    def test_bf16_differs_by_rounding_alone(self):
+        def after_one_step(precision):
+            torch.manual_seed(1)
+            model, x = self.models.AdversarialAE(), images_like_mnist(16)
+            optimizers = self.train.build_optimizers(model, self.train.parse_args([]))
+            with mock.patch.object(model, "get_loss_discriminator", wraps=model.get_loss_discriminator) as judged:
+                values = self.train.train_step(model, *optimizers, 0.5, x, precision)
+            self.assertEqual(judged.call_args.args[0].dtype, torch.float32)  # the codes, and so the prior's draws beside them
+            return model, {**values[0], **values[1]}
+
+        (model, values), (rounded, rounded_values) = (after_one_step(precision) for precision in ("fp32", "bf16"))
+        for name, value in values.items():
+            self.check_close(rounded_values[name], value, f"{name} in bf16 is not that in fp32", 0.02)
+        self.assertNotEqual(rounded_values["ae_loss"], values["ae_loss"])
+        self.assertEqual({weight.dtype for weight in rounded.parameters()}, {torch.float32})
+        self.assertEqual({value.dtype for value in rounded_values.values()}, {torch.float32})
+        self.assertFalse(any(value.requires_grad for value in rounded_values.values()))
+
+
+class Hardware(TrainGroup):
+    """Precisions and CUDA graphs, as far as they can be tried without the hardware."""
+
+    needs = (*TrainGroup.needs, "device")
+
+    def processor(self, text):
+        """Let the processor say this of itself."""
+        file = self.folder() / "cpuinfo"
+        file.write_text(text)
+        patch = mock.patch.object(self.device, "CPUINFO", file)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def assert_refused(self, precision, words):
+        log_dir = self.folder()
+        status, _, err = self.run_cli("--dataset", "digits", "--no-cuda", "--epochs", 1, "--precision", precision, "--log_dir", log_dir)
+        self.assertEqual((status, err.count("\n"), list(log_dir.iterdir())), (2, 1, []))
+        self.assertIn(words, err)
+
+    def test_what_the_hardware_cannot_do_well_is_refused(self):
+        self.assert_refused("tf32", "needs an NVIDIA GPU")
+        self.processor("model name\t: Old\nflags\t\t: fpu avx2 avx512f avx512_bf16x\n")
+        self.assertEqual(self.device.device_name(torch.device("cpu")), f"Old, {torch.get_num_threads()} threads")
+        self.assert_refused("bf16", "AVX512-BF16")
+        self.processor("nothing\n")
+        self.assert_refused("bf16", "AVX512-BF16")
+
+    def test_bf16_run_is_repeated_and_resumed_to_the_bit(self):
+        self.processor("flags\t\t: fpu amx_bf16\n")
+        flags = ("--epochs", "2", "--precision", "bf16")
+        with mock.patch.object(self.train, "train_step", wraps=self.train.train_step) as step:
+            run, weights = self.train_quietly(*flags)
+        self.assertEqual({call.kwargs["precision"] for call in step.call_args_list}, {"bf16"})
+        self.assertEqual(json.loads((run / "hparams.json").read_text())["precision"], "bf16")
+        stopped, _ = self.train_quietly("--epochs", "1", *flags[2:])
+        with self.few_digits:
+            self.assertEqual(self.run_cli("--resume", stopped, "--epochs", 2)[0], 0)
+        resumed = torch.load(stopped / "checkpoints" / "model_checkpoint.pt", weights_only=True)
+        self.check(same(resumed, weights), "a resumed bf16 run has other weights than one in one go")
+
+    def test_tf32_is_set_for_tf32_alone(self):
+        cuda, before = torch.device("cuda"), torch.backends.cudnn.conv.fp32_precision
+        self.addCleanup(setattr, torch.backends.cudnn.conv, "fp32_precision", before)
+        self.addCleanup(setattr, torch.backends.cuda.matmul, "fp32_precision", torch.backends.cuda.matmul.fp32_precision)
+        with mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)):
+            for precision, expected in (("tf32", "tf32"), ("bf16", "ieee"), ("fp32", "ieee")):
+                self.device.set_precision(precision, cuda)
+                self.assertEqual(torch.backends.cudnn.conv.fp32_precision, expected)
+                self.assertEqual(torch.backends.cuda.matmul.fp32_precision, expected)
+        with mock.patch("torch.cuda.get_device_capability", return_value=(7, 5)):
+            for precision in ("tf32", "bf16"):
+                self.assertRaises(self.device.PrecisionError, self.device.set_precision, precision, cuda)
+
+    def test_every_batch_is_trained_once_whether_run_or_replayed(self):
+        capturing, trained = [], []
+
+        class Graph:
+            """Records what is run while it is the one that captures, and runs it again on what its input holds by then."""
+
+            def replay(self):
+                self.recorded()
+
+        def step(x):
+            def run():
+                trained.append(x.tolist())
+                return values.fill_(x.sum())
+
+            values = torch.zeros(())
+            if not capturing:
+                return run()
+            capturing[-1].recorded = run
+            return values
+
+        @contextlib.contextmanager
+        def graph(one):
+            capturing.append(one)
+            yield
+            capturing.remove(one)
+
+        batches = [torch.arange(start, start + count).float() for start in range(0, 600, 100) for count in (4, 4, 3)]
+        with mock.patch.multiple("torch.cuda", CUDAGraph=Graph, graph=graph, Stream=mock.Mock(), stream=mock.MagicMock(),
+                                 current_stream=mock.Mock()):
+            captured = self.device.CapturedStep(step)
+            sums = [float(captured(batch)) for batch in batches]
+        self.assertEqual(trained, [batch.tolist() for batch in batches])
+        self.assertEqual(sums, [float(batch.sum()) for batch in batches])
 
 
 class Pictures(TrainGroup):
@@ -1362,6 +1523,56 @@ class WholeRun(TrainGroup):
                          (3, 0.995, "digits", None))
         self.assertEqual([file.name for file in run.rglob("*.tmp")], [])
 
+    def test_test_images_are_measured(self):
+        run, state = self.train_quietly("--epochs", "6", "--z_dim", "3")
+        images, labels = self.mnist.load_digits(train=False)
+        model = self.models.AdversarialAE(z_dim=3)
+        model.load_state_dict(state)
+        with torch.no_grad():
+            recon_x, codes = model(images)
+        events = read_events(run)
+        for tag in ("test/recon_loss", "test/ks_distance"):
+            self.assertEqual([event.step for event in events.Scalars(tag)], [0, 1, 5])
+        for dimension in range(3):
+            histograms = events.Histograms(f"codes/{dimension}")
+            self.assertEqual([(event.step, event.histogram_value.num) for event in histograms], [(0, 299), (1, 299), (5, 299)])
+        [loss], [distance] = events.Scalars("final/test_recon_loss"), events.Scalars("final/test_ks_distance")
+        self.assertEqual((loss.step, distance.step), (6, 6))
+        self.check_close(loss.value, (recon_x - images).square().mean(), "the reconstruction loss of the test images", 1e-4)
+        self.check_close(distance.value, self.train.ks_distance(codes), "the codes' distance to the prior", 1e-4)
+
+    def test_settings_and_results_are_in_the_same_run(self):
+        from tensorboard.plugins.hparams import plugin_data_pb2
+
+        run, _ = self.train_quietly("--epochs", "1", "--z_dim", "3")
+        self.assertEqual(len(list(run.rglob("events.out.tfevents.*"))), 1)
+        content = read_events(run).SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+        settings = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+        self.assertEqual((settings["z_dim"].number_value, settings["posterior"].string_value), (3, "deterministic"))
+
+    def test_projector_has_codes_pictures_and_labels(self):
+        run, state = self.train_quietly("--epochs", "1", "--z_dim", "3")
+        images, labels = self.mnist.load_digits(train=False)
+        model = self.models.AdversarialAE(z_dim=3)
+        model.load_state_dict(state)
+        with torch.no_grad():
+            codes = model(images)[1]
+        folder = run / "00001" / "codes"
+        np.testing.assert_allclose(np.loadtxt(folder / "tensors.tsv"), codes, rtol=1e-3, atol=1e-4)
+        self.assertEqual((folder / "metadata.tsv").read_text().split(), [str(label) for label in labels.tolist()])
+        sprite = read_png(folder / "sprite.png")
+        np.testing.assert_allclose(sprite[:28, 28:56], 127.5 * (images[1, 0] + 1), atol=1.5)
+        self.assertIn("00001/codes/tensors.tsv", (run / "projector_config.pbtxt").read_text())
+
+    def test_without_test_files_a_run_goes_on_with_a_warning(self):
+        def missing(*args, **kwargs):
+            raise self.mnist.MissingData("gone")
+
+        with mock.patch.object(self.train, "load_digits", missing), contextlib.redirect_stderr(io.StringIO()) as err:
+            run, _ = self.train_quietly("--epochs", "1")
+        self.assertIn("WARNING: nothing is measured on test images: gone", err.getvalue())
+        self.assertNotIn("test/recon_loss", read_events(run).Tags()["scalars"])
+
     def test_inputs_of_reconstructions_stay_the_same_and_have_all_labels(self):
         run, _ = self.train_quietly("--epochs", "1")
         first, later = (read_png(run / f"results/Reconstruction/reconstruction_{epoch}.png") for epoch in (0, 1))
@@ -1511,6 +1722,16 @@ class Resume(TrainGroup):
                 self.assertIn(f"after {steps // self.STEPS} epochs and {steps % self.STEPS} steps", str(stopped))
                 self.assertEqual(self.go_on(run)[0], 0)
                 self.assert_same_run(run, whole)
+
+    def test_every_posterior_is_resumed(self):
+        for posterior in ("gaussian", "universal"):
+            whole, weights = self.train_quietly("--epochs", "2", "--posterior", posterior)
+            self.models.AdversarialAE(posterior=posterior).load_state_dict(weights)
+            run, _ = self.stop_after(3, "--epochs", "2", "--posterior", posterior)
+            self.assertEqual(self.go_on(run, "--posterior", "deterministic")[0], 2)
+            self.assertEqual(self.go_on(run)[0], 0)
+            self.assert_same_run(run, whole)
+            self.assertEqual(json.loads((run / "hparams.json").read_text())["posterior"], posterior)
 
     def test_more_epochs_are_the_longer_run(self):
         with mock.patch.object(self.train.TensorBoardLogger.__init__, "__defaults__", (3, None)):
@@ -2171,6 +2392,41 @@ class Cuda(TrainGroup):
             recon_x, z = model(x)
             losses.append(model.get_loss_autoencoder(x, recon_x, z, 0.5)[0].item())
         self.check_close(losses[1], losses[0], "the autoencoder's loss on CUDA is not that on the CPU", 1e-3)
+
+    def trained_for_200_steps(self, capturable):
+        """Return weights and values after 200 steps, captured or not; batches of two sizes, the same draws."""
+        torch.manual_seed(0)
+        model, images = self.models.AdversarialAE().cuda(), images_like_mnist(64).cuda()
+        model.capturable = capturable
+        args = self.train.parse_args([])
+        optimizers = self.train.build_optimizers(model, args)
+        step = self.train.build_step(model, *optimizers, args)
+        self.assertEqual(isinstance(step, self.train.CapturedStep), capturable)
+        values = [torch.stack([value.clone() for part in step(images[:32] if number % 4 == 3 else images) for value in part.values()])
+                  for number in range(200)]
+        return model.state_dict(), torch.stack(values).cpu()
+
+    def test_captured_step_is_the_eager_step(self):
+        self.addCleanup(torch.use_deterministic_algorithms, False)
+        self.train.choose_device(deterministic=True)
+        self.train.set_precision("fp32", torch.device("cuda"))
+        (weights, values), (eager_weights, eager_values) = (self.trained_for_200_steps(capturable) for capturable in (True, False))
+        torch.testing.assert_close(values, eager_values, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(weights, eager_weights, rtol=1e-3, atol=1e-4)
+
+    def test_every_precision_trains(self):
+        for precision in ("fp32", "tf32", "bf16"):
+            state = self.train_on_cuda("--precision", precision)
+            self.assertTrue(all(tensor.isfinite().all() and tensor.dtype == torch.float32 for tensor in state.values()))
+
+    def test_resumed_to_the_bit(self):
+        self.addCleanup(torch.use_deterministic_algorithms, False)
+        weights = self.train_on_cuda("--deterministic")
+        log_dir = self.folder()
+        self.run_cli("--dataset", "digits", "--epochs", 1, "--deterministic", "--log_dir", log_dir)
+        self.assertEqual(self.run_cli("--resume", "latest", "--epochs", 2, "--log_dir", log_dir)[0], 0)
+        [file] = log_dir.glob("*/checkpoints/model_checkpoint.pt")
+        self.assertTrue(same(torch.load(file, weights_only=True), weights))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """Time an epoch of train.py against the plain loop that most implementations have:  python benchmarks/speed.py
 
-The two take turns for several rounds, each round in a process of its own. The plain loop is written out in `plain_epoch`: the
-same networks and optimizers, torchvision's MNIST decoded image by image, a DataLoader with as many workers as are fastest
-here, and every loss read with .item() at every step. A part of an epoch is timed and scaled up.
+All ways take turns for several rounds, each round in a process of its own. The plain loop is written out in `plain_epoch`: the
+same networks and optimizers, torchvision's MNIST decoded image by image, a DataLoader, and every loss read with .item() at
+every step; once with no workers, and once with as many as are fastest here. A part of an epoch is timed and scaled up.
+With --profile, a table of the costliest operations of each way instead.
+
+Two cores of an AMD EPYC (Zen 5), torch 2.15.0, medians of FIGURES
 """
 
 import argparse
@@ -19,8 +22,11 @@ from statistics import median
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
+WAYS = {"fp32": [], "tf32": ["--precision", "tf32"], "bf16": ["--precision", "bf16"]}  # name -> flags of train.py
+CUDA_WAYS = {"eager": [], "deterministic": ["--deterministic"]}  # "eager": not captured
 
-def project_epoch(args, device, steps):
+
+def project_epoch(args, device, steps, way):
     """Return a function that trains for `steps` steps the project's way."""
     import torch
     from torch.utils.tensorboard import SummaryWriter
@@ -32,11 +38,13 @@ def project_epoch(args, device, steps):
     loader, _, _ = train.load_data(args, device)
     images, labels = (tensor[:steps * args.batch_size] for tensor in loader.dataset.tensors)
     loader = mnist.BatchLoader(images, labels, args.batch_size, device=device)
-    model = train.AdversarialAE(args.z_dim).to(device)
+    model = train.build_model(args, device)
+    model.capturable = way != "eager"
     writer = SummaryWriter(tempfile.mkdtemp())
     loggers = [train.TensorBoardLogger(writer, name=name) for name in ("generator", "discriminator")]
     optimizers = train.build_optimizers(model, args)
-    return lambda: train.train_aae(1, model, loader, *loggers, *optimizers, args.lambda_)
+    step = train.build_step(model, *optimizers, args)
+    return lambda: train.train_aae(1, model, loader, *loggers, *optimizers, args.lambda_, step=step)
 
 
 def plain_epoch(args, device, steps, workers):
@@ -104,12 +112,19 @@ def measure(args):
     bare = peak_memory()
     import train
 
-    flags = train.parse_args(["--dataset", args.dataset, "--data_dir", args.data_dir, *["--no-cuda"] * args.no_cuda])
-    device = train.choose_device(flags)
+    flags = train.parse_args(["--dataset", args.dataset, "--data_dir", args.data_dir, *["--no-cuda"] * args.no_cuda,
+                              *{**WAYS, **CUDA_WAYS}.get(args.way, [])])
+    device = train.choose_device(flags.no_cuda, flags.deterministic)
     torch.manual_seed(flags.seed)
-    epoch = project_epoch(flags, device, args.steps) if args.way == "project" else \
-        plain_epoch(flags, device, args.steps, args.workers)
+    if args.way == "plain":
+        epoch = plain_epoch(flags, device, args.steps, args.workers)
+    else:
+        train.set_precision(flags.precision, device)
+        epoch = project_epoch(flags, device, args.steps, args.way)
     epoch()  # warms up
+    if args.profile:
+        print(profiled(epoch, args.steps, device))
+        return
     wait(device)
     start = time.perf_counter()
     epoch()
@@ -118,6 +133,21 @@ def measure(args):
     gpu = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0
     print(json.dumps({"step": seconds / args.steps, "memory": peak_memory() - bare, "gpu_memory": gpu,
                       "device": f"{device.type} ({train.device_name(device)})", "torch": torch.__version__}))
+
+
+def profiled(epoch, steps, device):
+    """Return a table of the operations that took most time in `epoch`, milliseconds per step and calls per step."""
+    import torch
+
+    with torch.profiler.profile() as profile:
+        epoch()
+        wait(device)
+    side = "device" if device.type == "cuda" else "cpu"
+    costs = {event.key: (getattr(event, f"self_{side}_time_total") / 1000 / steps, event.count / steps)
+             for event in profile.key_averages()}
+    lines = [f"{name[:60]:<62}{ms:>8.3f} ms{calls:>8.1f}"
+             for name, (ms, calls) in sorted(costs.items(), key=lambda item: -item[1][0])[:12]]
+    return "\n".join([*lines, f"{'all':<62}{sum(ms for ms, _ in costs.values()):>8.3f} ms"])
 
 
 def wait(device):
@@ -135,42 +165,64 @@ def peak_memory():
 def in_own_process(args, way, workers=0):
     """Return what `measure` prints in a new process."""
     command = [sys.executable, __file__, "--way", way, "--workers", str(workers), "--steps", str(args.steps), "--dataset",
-               args.dataset, "--data_dir", args.data_dir, *["--no-cuda"] * args.no_cuda]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+               args.dataset, "--data_dir", args.data_dir, *["--no-cuda"] * args.no_cuda, *["--profile"] * args.profile]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return output if args.profile else json.loads(output.splitlines()[-1])
+
+
+def ways_here(args):
+    """Return the ways of the project that this machine can go."""
+    from device import PrecisionError, choose_device, set_precision
+
+    device, ways = choose_device(args.no_cuda), []
+    for way in WAYS:
+        try:
+            set_precision(way, device)
+            ways.append(way)
+        except PrecisionError as error:
+            print(f"not timed: {error}")
+    return [*ways, *(CUDA_WAYS if device.type == "cuda" else ())]
 
 
 def compare(args):
-    """Let both ways take turns, print the table, and return all figures."""
-    settings = sorted({0, 1, os.cpu_count()})
-    trials = {workers: in_own_process(args, "plain", workers)["step"] for workers in settings}
-    workers = min(trials, key=trials.get)
+    """Let all ways take turns, print the table, and return all figures."""
+    trials = {workers: in_own_process(args, "plain", workers)["step"] for workers in sorted({0, 1, 2, os.cpu_count()})}
     print("plain loop, ms a step with " + ", ".join(f"{count} workers: {1000 * step:.1f}" for count, step in trials.items()))
+    best = min(trials, key=trials.get)
+    plain = {f"plain, {workers} workers": workers for workers in sorted({0, best})}
+    ways = ways_here(args)
     rounds = []
-    for _ in range(args.rounds):
-        rounds.append({"project": in_own_process(args, "project"), "plain": in_own_process(args, "plain", workers)})
-        project, plain = (1000 * rounds[-1][way]["step"] for way in ("project", "plain"))
-        print(f"round {len(rounds)}: project {project:.1f}, plain {plain:.1f} ms a step")
-    steps = 938 if args.dataset == "mnist" else 24
-    first = rounds[0]["project"]
-    print(f"\n{first['device']}, torch {first['torch']}; seconds per epoch of {steps} steps, from {args.steps} steps timed; "
-          f"memory above bare torch")
-    print(f"{'':<10}{'median':>9}{'minimum':>9}{'maximum':>9}{'memory':>12}{'GPU memory':>12}")
-    for way in ("project", "plain"):
-        seconds = [steps * found[way]["step"] for found in rounds]
-        memory, gpu = (max(found[way][name] for found in rounds) for name in ("memory", "gpu_memory"))
-        print(f"{way:<10}{median(seconds):>9.2f}{min(seconds):>9.2f}{max(seconds):>9.2f}{memory:>9.0f} MB{gpu:>9.0f} MB")
-    ratios = [found["plain"]["step"] / found["project"]["step"] for found in rounds]
-    print(f"plain / project, round by round: {', '.join(f'{ratio:.2f}' for ratio in ratios)}; median {median(ratios):.2f}")
+    for number in range(1, args.rounds + 1):
+        found = {way: in_own_process(args, way) for way in ways}
+        found |= {name: in_own_process(args, "plain", workers) for name, workers in plain.items()}
+        rounds.append(found)
+        print(f"round {number}, ms a step: " + ", ".join(f"{name} {1000 * one['step']:.2f}" for name, one in found.items()))
+    print_table(rounds, 938 if args.dataset == "mnist" else 24, args.steps)
+    ratios = {f"{name} / {way}": [found[name]["step"] / found[way]["step"] for found in rounds] for name in plain for way in ways}
+    for name, values in ratios.items():
+        print(f"{name}, round by round: {', '.join(f'{ratio:.2f}' for ratio in values)}; median {median(values):.2f}")
     return {"workers": trials, "rounds": rounds, "ratios": ratios, "steps_timed": args.steps, "dataset": args.dataset}
+
+
+def print_table(rounds, steps, timed):
+    first = next(iter(rounds[0].values()))
+    print(f"\n{first['device']}, torch {first['torch']}; seconds per epoch of {steps} steps, from {timed} steps timed; memory above "
+          f"bare torch")
+    print(f"{'':<20}{'median':>9}{'minimum':>9}{'maximum':>9}{'memory':>12}{'GPU memory':>12}")
+    for name in rounds[0]:
+        seconds = [steps * found[name]["step"] for found in rounds]
+        memory, gpu = (max(found[name][kind] for found in rounds) for kind in ("memory", "gpu_memory"))
+        print(f"{name:<20}{median(seconds):>9.2f}{min(seconds):>9.2f}{max(seconds):>9.2f}{memory:>9.0f} MB{gpu:>9.0f} MB")
 
 
 def main():
     parser = argparse.ArgumentParser(description="Time train.py's epoch against the plain loop's.")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds, each of both ways")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, each of all ways")
     parser.add_argument("--steps", type=int, default=200, help="steps that are timed, after as many to warm up")
     parser.add_argument("--data_dir", default=str(PROJECT.parent / "data"), help="folder where MNIST is")
     parser.add_argument("--json", type=Path, help="file to keep the figures in")
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA")
+    parser.add_argument("--profile", action="store_true", help="show where the time of a step goes instead")
     for name in ("way", "workers", "dataset"):  # set by this script for the processes that it starts
         parser.add_argument(f"--{name}", type=int if name == "workers" else str, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -185,6 +237,10 @@ def main():
     except MissingData as error:
         print(f"timed on the bundled digits, not on MNIST: {error}")
         args.dataset, args.steps = "digits", min(args.steps, 23)
+    if args.profile:
+        for way in (*ways_here(args), "plain"):
+            print(f"\n{way}, a step:\n{in_own_process(args, way)}", end="")
+        return
     figures = compare(args)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")

@@ -1,0 +1,115 @@
+"""Show whether the fast ways of training learn what the plain one learns:  python benchmarks/equivalence.py
+
+On CUDA, the captured step against the eager one: losses and weights after 200 steps from the same weights and draws. Then, on any
+device, whole runs of train.py in every precision that the hardware has, with several seeds: does a precision change the result
+more than a seed does? Finished runs in --runs are not repeated.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import mnist
+import train
+from checkpoint import read_state
+from device import PrecisionError, choose_device, set_precision
+
+STEPS = 200
+
+
+def captured_and_eager(args, device):
+    """Return the largest differences of losses and of weights between a captured and an eager training of STEPS steps."""
+    found = []
+    for capturable in (True, False):
+        torch.manual_seed(args.seeds[0])
+        flags = train.parse_args(["--data_dir", args.data_dir])
+        loader, _, _ = train.load_data(flags, device)
+        model = train.build_model(flags, device)
+        model.capturable = capturable
+        step = train.build_step(model, *train.build_optimizers(model, flags), flags)
+        values = [torch.stack([value.clone() for part in step(x) for value in part.values()])
+                  for x, _ in (batch for batch, _ in zip(loader, range(STEPS)))]
+        found.append((torch.stack(values), torch.cat([weight.detach().flatten() for weight in model.parameters()])))
+    return [float((captured - eager).abs().max()) for captured, eager in zip(*found)]
+
+
+def finished_run(args, precision, seed):
+    """Return the training state of a run of this precision and seed, which is trained unless it is in --runs."""
+    folder = args.runs / f"{precision}-seed{seed}"
+    for file in folder.glob("*/checkpoints/training_state.pt"):
+        state = read_state(file)
+        if state["epoch"] == args.epochs:
+            return state
+    flags = ["--precision", precision, "--seed", str(seed), "--epochs", str(args.epochs), "--data_dir", args.data_dir, "--dataset",
+             "mnist", "--log_dir", str(folder), *["--no-cuda"] * args.no_cuda]
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = train.main(train.parse_args(flags))
+    return read_state(run / "checkpoints" / "training_state.pt")
+
+
+@torch.no_grad()
+def figures(state, images):
+    """Return what a run has learnt, measured on test images, as a dict of numbers."""
+    model = train.AdversarialAE(z_dim=state["settings"]["z_dim"])
+    model.load_state_dict(state["model"])
+    recon, codes = (torch.cat(outputs) for outputs in zip(*(model.eval()(batch) for batch in images.split(1000))))
+    off_diagonal = torch.cov(codes.T) - torch.diag(torch.var(codes, 0))
+    return {"recon_loss": state["means"]["recon_loss"], "accuracy": state["means"]["accuracy"],
+            "test MSE": float((recon - images).square().mean()), "largest |mean|": float(codes.mean(0).abs().max()),
+            "mean variance": float(codes.var(0).mean()), "largest |covariance|": float(off_diagonal.abs().max())}
+
+
+def print_table(found):
+    """Print each figure's mean and range over the seeds, and whether it lies within the range of fp32."""
+    print(f"\n{'':<24}" + "".join(f"{precision:<30}" for precision in found))
+    for name in next(iter(found["fp32"].values())):
+        columns = {precision: [one[name] for one in runs.values()] for precision, runs in found.items()}
+        line = f"{name:<24}"
+        for precision, values in columns.items():
+            inside = min(columns["fp32"]) <= mean(values) <= max(columns["fp32"])
+            line += f"{f'{mean(values):.4f} ({min(values):.4f}..{max(values):.4f}){chr(32) if inside else chr(42)}':<30}"
+        print(line)
+    print("mean (minimum..maximum) over the seeds; * the mean is outside the range of fp32")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Compare captured with eager steps, and the precisions with fp32.")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2])
+    parser.add_argument("--data_dir", default=str(PROJECT.parent / "data"), help="folder where MNIST is")
+    parser.add_argument("--runs", type=Path, default=PROJECT / "AAE_logs" / "equivalence", help="folder of the runs")
+    parser.add_argument("--json", type=Path, help="file to keep the figures in")
+    parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA")
+    args = parser.parse_args()
+    args.runs.mkdir(parents=True, exist_ok=True)
+    device, found, steps = choose_device(args.no_cuda), {}, None
+    if device.type == "cuda":
+        set_precision("fp32", device)
+        steps = captured_and_eager(args, device)
+        print(f"captured against eager, {STEPS} steps: losses differ by at most {steps[0]:.2g}, weights by {steps[1]:.2g}")
+    else:
+        print("captured against eager: not run, for there is no CUDA here")
+    images, _ = mnist.load_mnist(args.data_dir, train=False)
+    for precision in ("fp32", "tf32", "bf16"):
+        try:
+            set_precision(precision, device)
+        except PrecisionError as error:
+            print(f"not run: {error}")
+            continue
+        found[precision] = {seed: figures(finished_run(args, precision, seed), images) for seed in args.seeds}
+    print_table(found)
+    if args.json:
+        args.json.write_text(json.dumps({"captured": steps, "precisions": found}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
