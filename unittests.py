@@ -1994,30 +1994,32 @@ class Metrics(Group):
     def test_ks_distance_is_the_largest_step_between_two_distribution_functions(self):
         codes = self.codes()[:, :1]
         values = [float(value) for value in codes[:, 0]]
-        largest = {}
+        largest, normal = {}, lambda value: (1 + math.erf(value / math.sqrt(2))) / 2
         for sign in (-1, 1):  # the only directions in one dimension
             signed = [sign * value for value in values]
-            largest[sign] = max(abs(sum(other <= point for other in signed) / len(signed) - (1 + math.erf(value / math.sqrt(2))) / 2)
+            largest[sign] = max(abs(sum(other <= point for other in signed) / len(signed) - normal(value))
                                 for value in signed for point in (value, value - 1e-9))
         self.check_close(largest[1], largest[-1], "the reference is wrong")
-        self.check_close(self.metrics.ks_distance(codes, projections=5), largest[1], "the Kolmogorov-Smirnov distance is wrong")
+        self.check_close(self.metrics.ks_distance(codes, projections=5), largest[1], "the KS distance is wrong")
 
     def test_ks_distance_is_the_mean_over_projections(self):
         codes = self.codes(30, 4)
         directions = torch.randn(4, 7, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-        each = [self.metrics.ks_distance(codes.double() @ (direction / direction.norm())[:, None]) for direction in directions.T]
+        each = [self.metrics.ks_distance(codes.double() @ (direction / direction.norm())[:, None])
+                for direction in directions.T]
         self.check_close(self.metrics.ks_distance(codes, 7, seed=5), sum(each) / 7, "the mean over the projections is wrong")
 
     def test_ks_distance_of_the_prior_and_of_a_point(self):
-        self.check_close(self.metrics.ks_distance(torch.randn(10_000, 8)), 0.8687 / 100, "the Kolmogorov-Smirnov distance of "
-                         "10,000 draws from the prior is not what Kolmogorov's distribution says", 1e-3)
+        self.check_close(self.metrics.ks_distance(torch.randn(10_000, 8)), 0.8687 / 100,
+                         "the KS distance of 10,000 draws from the prior is not what Kolmogorov's distribution says", 1e-3)
         self.check_close(self.metrics.ks_distance(torch.zeros(50, 8)), 0.5, "a point in the middle has a distance of 1/2")
 
     def test_frechet_to_prior(self):
         codes = self.codes().double().numpy()
         mean, covariance = codes.mean(0), np.cov(codes.T)
         expected = mean @ mean + np.trace(covariance) + 3 - 2 * np.sqrt(np.linalg.eigvals(covariance)).sum()
-        self.check_close(self.metrics.frechet_to_prior(torch.from_numpy(codes)), expected, "the Frechet distance to the prior is wrong")
+        self.check_close(self.metrics.frechet_to_prior(torch.from_numpy(codes)), expected,
+                         "the Frechet distance to the prior is wrong")
         shifted = torch.tensor([[-2.0], [2.0], [-2.0], [2.0]]) * math.sqrt(3) / 2 + 5  # mean 5, standard deviation 2
         self.check_close(self.metrics.frechet_to_prior(shifted), 5**2 + (2 - 1)**2, "the distance to N(5, 4) is 25 + 1")
 
@@ -2025,8 +2027,9 @@ class Metrics(Group):
         one, two = self.codes(50, 5).double().numpy(), self.codes(60, 5).double().numpy()
         product = np.linalg.eigvals(np.cov(one.T) @ np.cov(two.T))  # of a matrix that is not symmetric
         difference = one.mean(0) - two.mean(0)
-        expected = difference @ difference + np.trace(np.cov(one.T) + np.cov(two.T)) - 2 * np.sqrt(product.real.clip(0)).sum()
-        self.check_close(self.metrics.frechet(torch.from_numpy(one), torch.from_numpy(two)), expected, "the Frechet distance is wrong")
+        expected = difference @ difference + np.trace(np.cov(one.T) + np.cov(two.T)) - 2 * np.sqrt(product.real).sum()
+        self.check_close(self.metrics.frechet(torch.from_numpy(one), torch.from_numpy(two)), expected,
+                         "the Frechet distance is wrong")
 
     def test_frechet_distance_of_gaussians_with_the_same_axes(self):
         axes = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q
@@ -2037,7 +2040,7 @@ class Metrics(Group):
 
     def test_frechet_distance_of_a_set_to_itself(self):
         features = torch.randn(20, 64) @ torch.randn(64, 64)  # fewer than dimensions: a singular covariance
-        self.check_close(self.metrics.frechet(features, features), 0, "the Frechet distance of a set to itself is not 0", 1e-4)
+        self.check_close(self.metrics.frechet(features, features), 0, "the distance of a set to itself is not 0", 1e-4)
 
     def test_mmd_is_the_unbiased_estimate(self):
         codes, prior = self.codes(6).tolist(), torch.randn(5, 3).tolist()
@@ -2071,7 +2074,8 @@ class Metrics(Group):
     def test_parzen_window_of_one_sample_is_a_gaussian(self):
         image = torch.rand(1, 784)
         normal = torch.distributions.Normal(torch.zeros(784, dtype=torch.float64), 0.2)
-        self.check_close(self.metrics.parzen_log_likelihood(torch.zeros(1, 784), image, 0.2), normal.log_prob(image.double()).sum(),
+        value = self.metrics.parzen_log_likelihood(torch.zeros(1, 784), image, 0.2)
+        self.check_close(value, normal.log_prob(image.double()).sum(),
                          "the Parzen log-likelihood with one sample is not that of a Gaussian", 1e-6)
 
     def test_sigma_is_the_best_one(self):
@@ -2153,11 +2157,12 @@ class Evaluation(TrainGroup):
                              f"the reconstruction error of label {label} is wrong")
         match = metrics["prior_match"]
         self.check_close(match["codes"]["std"][1], codes[:, 1].double().std(), "the standard deviation of the codes is wrong")
-        self.check_close(match["codes"]["ks"], self.metrics.ks_distance(codes), "the KS distance is not that of the test codes")
+        self.check_close(match["codes"]["ks"], self.metrics.ks_distance(codes), "the KS distance is not the test codes'")
         self.check_close(match["prior_draws"]["ks"], 0.8687 / math.sqrt(299), "the prior's draws are not from the prior", 0.03)
         self.check(abs(match["prior_draws"]["mmd"]) < 0.005, "the prior's draws are not from the prior")
         self.assertEqual((metrics["test_images"], metrics["z_dim"], metrics["trained_on"]), (299, 2, "digits"))
-        self.assertRegex(out, rf"(?s)z_dim 2, 299 test images of the bundled digits.*Parzen log-likelihood: -?\d+\.\d \+- \d+\.\d")
+        self.assertRegex(out, r"(?s)z_dim 2, deterministic encoder, 299 test images of the bundled digits.*"
+                              r"Parzen log-likelihood: -?\d+\.\d \+- \d+\.\d")
         self.assertIn(f"{errors.mean():.4f}", out)
 
     def test_pictures(self):
@@ -2191,7 +2196,8 @@ class Evaluation(TrainGroup):
     def test_classifier_quality_knows_good_samples_from_bad_ones(self):
         images, labels = self.mnist.load_digits()
         quality = self.evaluate.classifier_quality({
-            "good": images[:500], "threes": images[labels == 3], "noise": images_like_mnist(300), "test_images": images[500:1000]})
+            "good": images[:500], "threes": images[labels == 3], "noise": images_like_mnist(300),
+            "test_images": images[500:1000]})
         distances = [quality[name]["frechet_to_test_images"] for name in ("good", "threes", "noise")]
         self.assertLess(5 * distances[0], min(distances[1:]), distances)
         self.assertGreater(quality["threes"]["labels"]["3"], 0.8)
@@ -2247,8 +2253,10 @@ class Evaluation(TrainGroup):
             self.evaluate.draw_manifold(model, side=4)
         codes, = model.decoder.inputs
         quantiles = torch.erf(codes / math.sqrt(2)) / 2 + 0.5
-        self.assertTrue(torch.allclose(quantiles[:5, 0], torch.tensor([1, 3, 5, 7, 1]) / 8), "the first dimension grows to the right")
-        self.assertTrue(torch.allclose(quantiles[::4, 1], torch.tensor([7, 5, 3, 1]) / 8), "the second dimension grows upwards")
+        self.assertTrue(torch.allclose(quantiles[:5, 0], torch.tensor([1, 3, 5, 7, 1]) / 8),
+                        "the first dimension does not grow to the right, over the quantiles")
+        self.assertTrue(torch.allclose(quantiles[::4, 1], torch.tensor([7, 5, 3, 1]) / 8),
+                        "the second dimension does not grow upwards, over the quantiles")
 
     def test_weights_without_a_run(self):
         folder = self.folder()
@@ -2257,8 +2265,16 @@ class Evaluation(TrainGroup):
         with mock.patch.object(self.evaluate, "load_mnist", return_value=few) as load:
             status, out, err = self.evaluate_cli(folder / "some.pt", "--data_dir", "there")
         self.assertEqual((status, err, load.call_args.args[0]), (0, "", "there"))
-        self.assertIn("z_dim 5, 200 test images of MNIST", out)
+        self.assertIn("z_dim 5, deterministic encoder, 200 test images of MNIST", out)
         self.assertTrue((folder / "evaluation" / "metrics.json").is_file())
+
+    def test_each_posterior_with_and_without_a_run(self):
+        for posterior in ("gaussian", "universal"):
+            run = self.a_run(posterior=posterior)
+            model, path = self.models.AdversarialAE(3, posterior), run / "checkpoints" / "model_checkpoint.pt"
+            torch.save(model.state_dict(), path)
+            self.assertEqual(self.metrics_of(run)[0]["posterior"], posterior)
+            self.assertEqual(self.evaluate.settings_from_weights(path, model.state_dict())["posterior"], posterior)
 
     def test_weights_within_a_run(self):
         run = self.a_run()
@@ -2277,7 +2293,8 @@ class Evaluation(TrainGroup):
     def test_damaged_settings(self):
         run = self.a_run()
         for content in ("", "{", "[]", "null", "{}", '{"z_dim": "8"}', '{"z_dim": 0}', '{"z_dim": true}', "\ud8ff",
-                        '{"z_dim": 8, "trained_on": "cifar"}', '{"z_dim": 8, "data_dir": 3}', "[" * 100_000):
+                        '{"z_dim": 8, "trained_on": "cifar"}', '{"z_dim": 8, "posterior": "none"}',
+                        '{"z_dim": 8, "posterior": []}', '{"z_dim": 8, "data_dir": 3}', "[" * 100_000):
             (run / "hparams.json").write_bytes(content.encode("utf-8", "surrogatepass"))
             self.assert_refused("hparams.json is damaged", flags=[run])
 
