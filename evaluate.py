@@ -191,7 +191,7 @@ def draw_interpolations(model, images, labels, steps=10):
 def interpolate(start, end, fractions):
     """Return codes [N, z_dim] at fractions [N] of the way from one code [z_dim] to another along the sphere.
 
-    The direction turns at constant speed (Shoemake 1985, "Animating rotation with quaternion curves", section 3.3) and the
+    The direction turns at constant speed (Shoemake 1985, "Animating rotation with quaternion curves") and the
     norm changes at constant speed. Draws of N(0, I) have norms near sqrt(z_dim); a straight line between two of them passes
     through norms that are rare.
     """

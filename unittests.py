@@ -6,6 +6,7 @@ A test that fails says in words what is wrong. The other groups are about this p
 """
 
 import contextlib
+import functools
 import gc
 import gzip
 import hashlib
@@ -2409,6 +2410,19 @@ class Cuda(TrainGroup):
             recon_x, z = model(x)
             losses.append(model.get_loss_autoencoder(x, recon_x, z, 0.5)[0].item())
         self.check_close(losses[1], losses[0], "the autoencoder's loss on CUDA is not that on the CPU", 1e-3)
+
+    def test_evaluation_agrees_with_the_cpu(self):
+        evaluate = importlib.import_module("evaluate")
+        model, (images, labels) = self.models.AdversarialAE(), self.mnist.load_digits(train=False)
+        results = []
+        with mock.patch.object(evaluate, "SAMPLES", 300):
+            for device in ("cpu", "cuda"):
+                results.append(evaluate.evaluate(model.to(device), images, images, labels))
+                evaluate.draw_pictures(model, images, images, labels)
+        for names in (("reconstruction", "mse"), ("prior_match", "codes", "ks"), ("prior_match", "codes", "mmd"),
+                      ("log_likelihood", "mean"), ("digit_classifier", "samples", "frechet_to_test_images")):
+            values = [functools.reduce(dict.get, names, result) for result in results]
+            self.check_close(values[1], values[0], f"{'/'.join(names)} on CUDA is not that on the CPU", 1e-3)
 
     def trained_for_200_steps(self, capturable):
         """Return weights and values after 200 steps, captured or not; batches of two sizes, the same draws."""
