@@ -34,7 +34,7 @@ def ks_distance(codes, projections=200, seed=0):
 def frechet_to_prior(codes):
     """Return the squared Frechet distance between N(m, S), fitted to codes [N, z_dim], and the prior N(0, I).
 
-    |m|^2 + tr(S + I - 2 S^(1/2)) (Dowson and Landau 1982, equation 4), with eigenvalues s of S: |m|^2 + sum (sqrt(s) - 1)^2.
+    |m|^2 + tr(S + I - 2 S^(1/2)) (Dowson and Landau 1982): with the eigenvalues s of S, |m|^2 + sum (sqrt(s) - 1)^2.
     """
     mean, covariance = moments(codes)
     deviations = torch.linalg.eigvalsh(covariance).clamp(min=0).sqrt()
@@ -42,11 +42,11 @@ def frechet_to_prior(codes):
 
 
 def mmd(codes, prior):
-    """Return an unbiased estimate of the squared maximum mean discrepancy of codes [N, z_dim] to draws of the prior [M, z_dim].
+    """Return an unbiased estimate of the squared maximum mean discrepancy of codes [N, z_dim] to prior draws [M, z_dim].
 
-    The kernel is the inverse multiquadratics C / (C + |x - y|^2) with C = 2 z_dim, the mean squared distance between two draws
-    of the prior, and the estimate that of algorithm 2 in Tolstikhin et al. 2018, "Wasserstein Auto-Encoders", arXiv:1711.01558
-    (kernel: section 4). Where the two distributions are one, it is 0 on average, and so below 0 half of the time.
+    The kernel is the inverse multiquadratics C / (C + |x - y|^2) with C = 2 z_dim, the mean squared distance between two
+    draws of the prior, and the estimate that of algorithm 2 in Tolstikhin et al. 2018, "Wasserstein Auto-Encoders",
+    arXiv:1711.01558 (kernel: section 4). Where the two distributions are one, it is 0 on average, and so often below 0.
     """
     codes, prior = codes.double(), prior.double()
     n, m = len(codes), len(prior)
@@ -66,7 +66,7 @@ def kernel_sum(x, y):
 def frechet(features_a, features_b):
     """Return the squared Frechet distance between Gaussians fitted to features [N, d] and [M, d].
 
-    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Dowson and Landau 1982, equation 4; Heusel et al. 2017, arXiv:1706.08500,
+    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Dowson and Landau 1982; Heusel et al. 2017, arXiv:1706.08500,
     equation 6). The trace of (S1 S2)^(1/2) is the sum of the singular values of S1^(1/2) S2^(1/2), which needs no root of
     a matrix that is not symmetric and is exact for singular covariances too.
     """
@@ -91,10 +91,10 @@ def symmetric_root(matrix):
 # Images against samples ----------------------------------------------------------------------------------------------
 
 def parzen_log_likelihood(samples, images, sigma):
-    """Return the log-likelihood [N] in nats, float64, of images [N, ...] in [0, 1] under a Parzen window of samples [M, ...].
+    """Return the log-likelihood [N] in nats of images [N, ...] in [0, 1] under a Parzen window of samples [M, ...].
 
-    The density is the mean of M Gaussians of standard deviation sigma in each pixel, one around each sample: Goodfellow et al.
-    2014, arXiv:1406.2661, section 5, and table 1 of Makhzani et al. 2015, arXiv:1511.05644.
+    The density is the mean of M Gaussians of standard deviation sigma in each pixel, one around each sample: Goodfellow et
+    al. 2014, arXiv:1406.2661, section 5, and table 1 of Makhzani et al. 2015, arXiv:1511.05644.
     """
     samples, images = centered(samples, images)
     return torch.cat([log_density(squared_distances(part, samples), sigma, images.shape[1]) for part in images.split(CHUNK)])
@@ -103,15 +103,16 @@ def parzen_log_likelihood(samples, images, sigma):
 def choose_sigma(samples, images, low=0.01, high=10.0):
     """Return the sigma in (low, high) with the largest mean Parzen log-likelihood of images [N, ...] in [0, 1].
 
-    Each of three grids of 16 sigmas lies between the neighbours of the best one in the grid before; the last one's steps are
-    below 1 %. Half such a step from the optimum costs about 784 * 0.005^2 = 0.02 nats of an image's 784 pixels. The distances,
-    N * M float32, are computed once. Raises ValueError where the optimum is not inside a grid.
+    Each of three grids of 16 sigmas lies between the neighbours of the best one in the grid before; the last one's steps
+    are below 1 %. Half such a step from the optimum costs about 784 * 0.005^2 = 0.02 nats of an image's 784 pixels. The
+    distances, N * M float32, are computed once. Raises ValueError where the optimum is not inside a grid.
     """
     samples, images = centered(samples, images)
     distances = [squared_distances(part, samples) for part in images.split(CHUNK)]
     for _ in range(3):
         grid = torch.logspace(math.log10(low), math.log10(high), 16, dtype=torch.float64).tolist()
-        means = [torch.cat([log_density(part, sigma, images.shape[1]) for part in distances]).mean().item() for sigma in grid]
+        means = [torch.cat([log_density(part, sigma, images.shape[1]) for part in distances]).mean().item()
+                 for sigma in grid]
         best = max(range(16), key=means.__getitem__)
         if best in (0, 15):
             raise ValueError(f"the best sigma is not between {low:g} and {high:g}")
@@ -126,7 +127,7 @@ def log_density(distances, sigma, pixels):
 
 
 def centered(samples, images):
-    """Return samples [M, d] and images [N, d] with the samples' mean taken off: smaller numbers, so smaller rounding errors."""
+    """Return samples [M, d] and images [N, d] less the samples' mean: smaller numbers, so smaller rounding errors."""
     samples, images = samples.flatten(1), images.flatten(1)
     mean = samples.mean(0)
     return samples - mean, images - mean

@@ -6,6 +6,7 @@ A test that fails says in words what is wrong. The other groups are about this p
 """
 
 import contextlib
+import functools
 import gc
 import gzip
 import hashlib
@@ -1982,6 +1983,396 @@ class Resume(TrainGroup):
         self.assertEqual((state["epoch"], state["steps"]), (1, 0))
 
 
+class Metrics(Group):
+    """The functions of metrics.py, each against the same number computed in another way."""
+
+    needs = ("metrics",)
+
+    def codes(self, count=40, z_dim=3):
+        """Return codes with correlated dimensions that are far from N(0, I)."""
+        return torch.randn(count, z_dim) @ torch.randn(z_dim, z_dim) + torch.randn(z_dim)
+
+    def test_ks_distance_is_the_largest_step_between_two_distribution_functions(self):
+        codes = self.codes()[:, :1]
+        values = [float(value) for value in codes[:, 0]]
+        largest, normal = {}, lambda value: (1 + math.erf(value / math.sqrt(2))) / 2
+        for sign in (-1, 1):  # the only directions in one dimension
+            signed = [sign * value for value in values]
+            largest[sign] = max(abs(sum(other <= point for other in signed) / len(signed) - normal(value))
+                                for value in signed for point in (value, value - 1e-9))
+        self.check_close(largest[1], largest[-1], "the reference is wrong")
+        self.check_close(self.metrics.ks_distance(codes, projections=5), largest[1], "the KS distance is wrong")
+
+    def test_ks_distance_is_the_mean_over_projections(self):
+        codes = self.codes(30, 4)
+        directions = torch.randn(4, 7, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        each = [self.metrics.ks_distance(codes.double() @ (direction / direction.norm())[:, None])
+                for direction in directions.T]
+        self.check_close(self.metrics.ks_distance(codes, 7, seed=5), sum(each) / 7, "the mean over the projections is wrong")
+
+    def test_ks_distance_of_the_prior_and_of_a_point(self):
+        self.check_close(self.metrics.ks_distance(torch.randn(10_000, 8)), 0.8687 / 100,
+                         "the KS distance of 10,000 draws from the prior is not what Kolmogorov's distribution says", 1e-3)
+        self.check_close(self.metrics.ks_distance(torch.zeros(50, 8)), 0.5, "a point in the middle has a distance of 1/2")
+
+    def test_frechet_to_prior(self):
+        codes = self.codes().double().numpy()
+        mean, covariance = codes.mean(0), np.cov(codes.T)
+        expected = mean @ mean + np.trace(covariance) + 3 - 2 * np.sqrt(np.linalg.eigvals(covariance)).sum()
+        self.check_close(self.metrics.frechet_to_prior(torch.from_numpy(codes)), expected,
+                         "the Frechet distance to the prior is wrong")
+        shifted = torch.tensor([[-2.0], [2.0], [-2.0], [2.0]]) * math.sqrt(3) / 2 + 5  # mean 5, standard deviation 2
+        self.check_close(self.metrics.frechet_to_prior(shifted), 5**2 + (2 - 1)**2, "the distance to N(5, 4) is 25 + 1")
+
+    def test_frechet_distance_of_two_sets(self):
+        one, two = self.codes(50, 5).double().numpy(), self.codes(60, 5).double().numpy()
+        product = np.linalg.eigvals(np.cov(one.T) @ np.cov(two.T))  # of a matrix that is not symmetric
+        difference = one.mean(0) - two.mean(0)
+        expected = difference @ difference + np.trace(np.cov(one.T) + np.cov(two.T)) - 2 * np.sqrt(product.real).sum()
+        self.check_close(self.metrics.frechet(torch.from_numpy(one), torch.from_numpy(two)), expected,
+                         "the Frechet distance is wrong")
+
+    def test_frechet_distance_of_gaussians_with_the_same_axes(self):
+        axes = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q
+        points = torch.cat([torch.eye(4), -torch.eye(4)]).double() * math.sqrt(7 / 2)  # mean 0, covariance 1
+        one, two = torch.tensor([1.0, 2, 3, 0]).double(), torch.tensor([2.0, 0.5, 3, 1]).double()  # 0: a dead feature
+        self.check_close(self.metrics.frechet(points * one @ axes, points * two @ axes + 1), (one - two).square().sum() + 4,
+                         "the Frechet distance of Gaussians with the same axes is the sum over them")
+
+    def test_frechet_distance_of_a_set_to_itself(self):
+        features = torch.randn(20, 64) @ torch.randn(64, 64)  # fewer than dimensions: a singular covariance
+        self.check_close(self.metrics.frechet(features, features), 0, "the distance of a set to itself is not 0", 1e-4)
+
+    def test_mmd_is_the_unbiased_estimate(self):
+        codes, prior = self.codes(6).tolist(), torch.randn(5, 3).tolist()
+        kernel = lambda x, y: 6 / (6 + sum((a - b)**2 for a, b in zip(x, y)))
+        pairs = lambda points: [kernel(x, y) for i, x in enumerate(points) for j, y in enumerate(points) if i != j]
+        across = [kernel(x, y) for x in codes for y in prior]
+        expected = sum(pairs(codes)) / 30 + sum(pairs(prior)) / 20 - 2 * sum(across) / 30
+        self.check_close(self.metrics.mmd(torch.tensor(codes), torch.tensor(prior)), expected, "the MMD is wrong", 1e-7)
+
+    def test_mmd_in_chunks_and_of_the_prior(self):
+        codes, prior = torch.randn(1200, 2), torch.randn(1100, 2)
+        with mock.patch.object(self.metrics, "CHUNK", 10_000):
+            whole = self.metrics.mmd(codes, prior)
+        self.check_close(self.metrics.mmd(codes, prior), whole, "the MMD depends on the chunks", 1e-10)
+        several = [self.metrics.mmd(torch.randn(100, 2), torch.randn(100, 2)) for _ in range(200)]
+        self.check(abs(np.mean(several)) < 4 * np.std(several) / math.sqrt(200),
+                   f"the MMD of the prior to itself is not 0 on average, but {np.mean(several):.2g}")
+
+    def test_parzen_log_likelihood(self):
+        samples, images, sigma = torch.rand(30, 1, 28, 28), torch.rand(7, 1, 28, 28), 0.3
+        expected = []
+        for image in images.double():
+            logs = [-0.5 * ((image - sample) / sigma).square().sum() - 784 * math.log(sigma * math.sqrt(2 * math.pi))
+                    for sample in samples.double()]
+            expected.append(torch.logsumexp(torch.stack(logs), 0) - math.log(30))
+        values = self.metrics.parzen_log_likelihood(samples, images, sigma)
+        self.assertEqual(values.shape, (7,))
+        for value, right in zip(values, expected):
+            self.check_close(value, right, "the Parzen log-likelihood is wrong", 1e-6)
+
+    def test_parzen_window_of_one_sample_is_a_gaussian(self):
+        image = torch.rand(1, 784)
+        normal = torch.distributions.Normal(torch.zeros(784, dtype=torch.float64), 0.2)
+        value = self.metrics.parzen_log_likelihood(torch.zeros(1, 784), image, 0.2)
+        self.check_close(value, normal.log_prob(image.double()).sum(),
+                         "the Parzen log-likelihood with one sample is not that of a Gaussian", 1e-6)
+
+    def test_sigma_is_the_best_one(self):
+        samples = torch.rand(1, 784).expand(20, 784)
+        images = samples[:1] + 0.37 * torch.randn(600, 784)
+        best = (images - samples[:1]).square().mean().sqrt()  # the likeliest sigma of a Gaussian around a known mean
+        self.check_close(self.metrics.choose_sigma(samples, images), best, "sigma is not the likeliest one", 0.005)
+
+    def test_sigma_at_the_edge_of_the_grid_is_refused(self):
+        samples = torch.rand(20, 784)
+        for edges in ({"low": 0.5}, {"high": 0.1}):
+            with self.assertRaises(ValueError):
+                self.metrics.choose_sigma(samples, samples[:1] + 0.2 * torch.randn(30, 784), **edges)
+
+    def test_near_images_do_not_suffer_from_cancellation(self):
+        samples = torch.ones(3, 784)
+        images = samples + 1e-3
+        distances = self.metrics.squared_distances(*self.metrics.centered(samples, images))
+        self.check_close(distances.mean() / 784e-6, 1, "squared distances of like images are lost in rounding", 1e-3)
+
+
+class Evaluation(TrainGroup):
+    """evaluate.py on a model of the bundled digits, and classifier.py."""
+
+    needs = ("evaluate", "classifier", "train", "mnist", "models", "metrics")
+
+    def setUp(self):
+        super().setUp()
+        few = mock.patch.object(self.evaluate, "SAMPLES", 300)
+        few.start()
+        self.addCleanup(few.stop)
+
+    def a_run(self, z_dim=3, **settings):
+        """Return a run's folder with the weights of a new model."""
+        run = self.folder() / "run"
+        (run / "checkpoints").mkdir(parents=True)
+        settings = {"z_dim": z_dim, "trained_on": "digits", "data_dir": "nowhere", **settings}
+        (run / "hparams.json").write_text(json.dumps(settings))
+        torch.save(self.models.AdversarialAE(z_dim).state_dict(), run / "checkpoints" / "model_checkpoint.pt")
+        return run
+
+    def evaluate_cli(self, *flags):
+        """Run the command line in this process; return its exit status, standard output and standard error."""
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                status = self.evaluate.cli([str(flag) for flag in flags] + ["--no-cuda"])
+            except SystemExit as stop:
+                status = stop.code
+        return status, out.getvalue(), err.getvalue()
+
+    def metrics_of(self, run, *flags):
+        status, out, err = self.evaluate_cli(run, *flags)
+        self.assertEqual((status, err), (0, ""))
+        return json.loads((run / "evaluation" / "metrics.json").read_text()), out
+
+    def assert_refused(self, *fragments, flags):
+        status, _, err = self.evaluate_cli(*flags)
+        self.assertEqual(status, 1, err)
+        self.assertRegex(err, r"\Aevaluate\.py: error: [^\n]+\n\Z")
+        for fragment in fragments:
+            self.assertIn(str(fragment), err)
+
+    def test_a_trained_run(self):
+        run, state = self.train_quietly("--epochs", "1", "--z_dim", "2")
+        before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+        metrics, out = self.metrics_of(run)
+        for file, content in before.items():
+            self.assertEqual(file.read_bytes(), content, f"{file} was changed")
+        model = self.models.AdversarialAE(z_dim=2)
+        model.load_state_dict(state)
+        images, labels = self.mnist.load_digits(train=False)
+        with torch.no_grad():
+            recon_x, codes = model.eval()(images)
+        errors = ((recon_x - images).double()**2).mean((1, 2, 3))
+        self.check_close(metrics["reconstruction"]["mse"], errors.mean(), "the reconstruction error is wrong")
+        for label in range(10):
+            self.check_close(metrics["reconstruction"]["mse_per_label"][str(label)], errors[labels == label].mean(),
+                             f"the reconstruction error of label {label} is wrong")
+        match = metrics["prior_match"]
+        self.check_close(match["codes"]["std"][1], codes[:, 1].double().std(), "the standard deviation of the codes is wrong")
+        self.check_close(match["codes"]["ks"], self.metrics.ks_distance(codes), "the KS distance is not the test codes'")
+        self.check_close(match["prior_draws"]["ks"], 0.8687 / math.sqrt(299), "the prior's draws are not from the prior", 0.03)
+        self.check(abs(match["prior_draws"]["mmd"]) < 0.005, "the prior's draws are not from the prior")
+        self.assertEqual((metrics["test_images"], metrics["z_dim"], metrics["trained_on"]), (299, 2, "digits"))
+        self.assertRegex(out, r"(?s)z_dim 2, deterministic encoder, 299 test images of the bundled digits.*"
+                              r"Parzen log-likelihood: -?\d+\.\d \+- \d+\.\d")
+        self.assertIn(f"{errors.mean():.4f}", out)
+
+    def test_pictures(self):
+        from PIL import Image
+
+        run = self.a_run(z_dim=2)
+        self.metrics_of(run)
+        side = lambda count: 2 * (30 * count + 2)
+        expected = {"samples.png": (side(8), side(8)), "nearest.png": (side(8), side(2)), "manifold.png": (side(20), side(20)),
+                    "reconstructions.png": (side(10), side(8)), "interpolations.png": (side(12), side(10)),
+                    "codes.png": (910, 800)}
+        sizes = {}
+        for file in (run / "evaluation").glob("*.png"):
+            with Image.open(file) as image:
+                sizes[file.name] = image.size
+        self.assertEqual(sizes, expected)
+        images, labels = self.mnist.load_digits(train=False)
+        shown = read_png(run / "evaluation" / "reconstructions.png")[4:60:2, 4 + 3 * 60:60 * 4:2]
+        third = images[labels == 3][0, 0]
+        self.assertTrue(np.array_equal(shown, ((third + 1) * 127.5).round()), "the fourth column does not begin with a 3")
+
+    def test_log_likelihood_is_that_of_images_in_0_1(self):
+        images, _ = self.mnist.load_digits()
+        samples, held_out, test = images[:300], images[300:500], images[500:600]
+        result = self.evaluate.log_likelihood(samples, held_out, test)
+        values = self.metrics.parzen_log_likelihood((samples + 1) / 2, (test + 1) / 2, result["sigma"])
+        self.assertTrue(0.06 < result["sigma"] < 0.15, result)  # it would be twice as much for images in [-1, 1]
+        self.check_close(result["mean"], values.mean(), "the mean log-likelihood is wrong")
+        self.check_close(result["standard_error"], values.std() / 10, "the standard error is wrong")
+
+    def test_classifier_quality_knows_good_samples_from_bad_ones(self):
+        images, labels = self.mnist.load_digits()
+        quality = self.evaluate.classifier_quality({
+            "good": images[:500], "threes": images[labels == 3], "noise": images_like_mnist(300),
+            "test_images": images[500:1000]})
+        distances = [quality[name]["frechet_to_test_images"] for name in ("good", "threes", "noise")]
+        self.assertLess(5 * distances[0], min(distances[1:]), distances)
+        self.assertGreater(quality["threes"]["labels"]["3"], 0.8)
+        for own in (quality["good"], quality["noise"]):
+            self.check_close(sum(own["labels"].values()), 1, "the shares of the labels do not add up to 1")
+        classifier = self.classifier.load_classifier()
+        with torch.no_grad():
+            sure = (classifier(images[:500]).softmax(1).amax(1) >= 0.95).double().mean()
+        self.check_close(quality["good"]["sure"], sure, "the share that the classifier is sure of is wrong")
+
+    def test_same_seed_same_numbers(self):
+        run = self.a_run()
+        results = []
+        for seed in (5, 5, 6):
+            torch.manual_seed(len(results))
+            metrics, _ = self.metrics_of(run, "--seed", seed)
+            results.append({name: value for name, value in metrics.items() if name not in ("seconds", "seed")})
+        self.assertEqual(results[0], results[1])
+        self.assertNotEqual(results[0]["log_likelihood"], results[2]["log_likelihood"])
+
+    def test_model_is_left_as_it_was(self):
+        model = self.models.AdversarialAE(z_dim=2).train()
+        images, labels = self.mnist.load_digits(train=False)
+        before, streams = snapshot(model), self.train.random_states(model)
+        self.evaluate.evaluate(model, images, images[:50], labels[:50])
+        self.evaluate.draw_pictures(model, images, images[:50], labels[:50])
+        self.assertTrue(same(before[0], snapshot(model)[0]))
+        self.assertEqual(before[1], snapshot(model)[1])
+        for name, stream in self.train.random_states(model).items():
+            self.assertTrue(torch.equal(stream, streams[name]), f"the random stream {name} was moved")
+
+    def test_interpolation_goes_along_the_sphere(self):
+        start, end = torch.randn(8), 2 * torch.randn(8)
+        path = self.evaluate.interpolate(start, end, torch.linspace(0, 1, 5))
+        for code, expected in ((path[0], start), (path[4], end)):
+            self.assertTrue(torch.allclose(code, expected, atol=1e-5), "the path does not lead from one code to the other")
+        norms = path.norm(dim=1)
+        self.assertTrue(torch.allclose(norms.diff(), norms.diff().mean().expand(4), atol=1e-5), "the norm changes unevenly")
+        turns = nn.functional.cosine_similarity(path[1:], path[:-1]).acos()
+        self.assertTrue(torch.allclose(turns, turns.mean().expand(4), atol=1e-3), "the direction turns unevenly")
+        for end in (-start, start, torch.zeros(8)):
+            self.assertTrue(self.evaluate.interpolate(start, end, torch.linspace(0, 1, 5)).isfinite().all())
+
+    def test_nearest_training_image(self):
+        images, _ = self.mnist.load_digits()
+        found = self.evaluate.nearest(images[[700, 3]] + 0.1 * images_like_mnist(2), images)
+        self.assertTrue(torch.equal(found, images[[700, 3]]))
+
+    def test_manifold_has_the_prior_quantiles(self):
+        model = TinyAAE()
+        model.decoder = Recorder(self.models.ConvDecoder(2))
+        with torch.no_grad():
+            self.evaluate.draw_manifold(model, side=4)
+        codes, = model.decoder.inputs
+        quantiles = torch.erf(codes / math.sqrt(2)) / 2 + 0.5
+        self.assertTrue(torch.allclose(quantiles[:5, 0], torch.tensor([1, 3, 5, 7, 1]) / 8),
+                        "the first dimension does not grow to the right, over the quantiles")
+        self.assertTrue(torch.allclose(quantiles[::4, 1], torch.tensor([7, 5, 3, 1]) / 8),
+                        "the second dimension does not grow upwards, over the quantiles")
+
+    def test_weights_without_a_run(self):
+        folder = self.folder()
+        torch.save(self.models.AdversarialAE(5).state_dict(), folder / "some.pt")
+        few = [tensor[:200] for tensor in self.mnist.load_digits()]
+        with mock.patch.object(self.evaluate, "load_mnist", return_value=few) as load:
+            status, out, err = self.evaluate_cli(folder / "some.pt", "--data_dir", "there")
+        self.assertEqual((status, err, load.call_args.args[0]), (0, "", "there"))
+        self.assertIn("z_dim 5, deterministic encoder, 200 test images of MNIST", out)
+        self.assertTrue((folder / "evaluation" / "metrics.json").is_file())
+
+    def test_each_posterior_with_and_without_a_run(self):
+        for posterior in ("gaussian", "universal"):
+            run = self.a_run(posterior=posterior)
+            model, path = self.models.AdversarialAE(3, posterior), run / "checkpoints" / "model_checkpoint.pt"
+            torch.save(model.state_dict(), path)
+            self.assertEqual(self.metrics_of(run)[0]["posterior"], posterior)
+            self.assertEqual(self.evaluate.settings_from_weights(path, model.state_dict())["posterior"], posterior)
+
+    def test_weights_within_a_run(self):
+        run = self.a_run()
+        self.assertEqual(self.evaluate_cli(run / "checkpoints" / "model_checkpoint.pt")[0], 0)
+        self.assertTrue((run / "evaluation" / "metrics.json").is_file())
+
+    def test_what_is_no_run(self):
+        folder = self.folder()
+        self.assert_refused(folder / "none", "is not there", flags=[folder / "none"])
+        self.assert_refused(folder, "no hparams.json", flags=[folder])
+        (folder / "hparams.json").write_text('{"z_dim": 8}')
+        self.assert_refused(folder, "model_checkpoint.pt yet", flags=[folder])
+        self.assertEqual(self.evaluate_cli()[0], 2)
+        self.assertEqual(self.evaluate_cli(folder, "--seed", -1)[0], 2)
+
+    def test_damaged_settings(self):
+        run = self.a_run()
+        for content in ("", "{", "[]", "null", "{}", '{"z_dim": "8"}', '{"z_dim": 0}', '{"z_dim": true}', "\ud8ff",
+                        '{"z_dim": 8, "trained_on": "cifar"}', '{"z_dim": 8, "posterior": "none"}',
+                        '{"z_dim": 8, "posterior": []}', '{"z_dim": 8, "data_dir": 3}', "[" * 100_000):
+            (run / "hparams.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+            self.assert_refused("hparams.json is damaged", flags=[run])
+
+    def test_damaged_weights(self):
+        run = self.a_run()
+        weights = run / "checkpoints" / "model_checkpoint.pt"
+        whole = weights.read_bytes()
+        for content in (b"", b"nonsense", whole[:-100], whole[:5000] + bytes(64) + whole[5064:]):
+            weights.write_bytes(content)
+            self.assert_refused(weights, "is damaged", flags=[run])
+        for content, words in (([1, 2], "something else"), ({"encoder": {}}, "something else"), ({}, "does not fit"),
+                               (self.models.AdversarialAE(4).state_dict(), "does not fit"),
+                               ({"weight": torch.tensor([math.nan])}, "diverged")):
+            torch.save(content, weights)
+            self.assert_refused(weights, words, flags=[run])
+        torch.save({"weight": torch.zeros(3)}, run / "other.pt")
+        self.assert_refused(run / "other.pt", "another model", flags=[run / "other.pt"])
+
+    def test_missing_mnist(self):
+        run = self.a_run(trained_on="mnist")
+        with mock.patch("torchvision.datasets.MNIST.mirrors", []):
+            self.assert_refused("could not be downloaded", flags=[run, "--data_dir", self.folder()])
+
+    def test_folder_that_cannot_be_written(self):
+        run = self.a_run()
+        (run / "evaluation").write_text("a file in its place")
+        self.assert_refused(run / "evaluation", "cannot be written", flags=[run])
+
+    def test_full_disk(self):
+        run = self.a_run()
+        with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")):
+            self.assert_refused(run / "evaluation", "No space left", flags=[run])
+        self.assertEqual(list((run / "evaluation").iterdir()), [])
+
+    def test_programming_errors_keep_their_traceback(self):
+        with mock.patch.object(self.evaluate, "main", side_effect=RuntimeError("a bug")), self.assertRaises(RuntimeError):
+            self.evaluate_cli("run")
+
+    def test_missing_or_damaged_classifier(self):
+        run, weights = self.a_run(), self.folder() / "digit_classifier.pt"
+        with mock.patch.object(self.classifier, "WEIGHTS", weights):
+            self.assert_refused(weights, "is missing; put it back", flags=[run])
+            weights.write_bytes(b"half")
+            self.assert_refused(weights, "is damaged", flags=[run])
+        self.assertFalse((run / "evaluation").exists())
+
+    def test_classifier_knows_digits(self):
+        classifier = self.classifier.load_classifier()
+        images, labels = self.mnist.load_digits(train=False)
+        self.assertGreater(self.classifier.accuracy(classifier, images, labels), 0.85)
+        features, probabilities = self.classifier.features_and_probabilities(classifier, images)
+        self.assertEqual((features.shape, probabilities.shape), ((299, 64), (299, 10)))
+        self.assertGreaterEqual(float(features.min()), 0)
+        self.assertTrue(torch.allclose(probabilities, classifier(images).softmax(1), atol=1e-5))
+        self.assertEqual({tensor.dtype for tensor in classifier.parameters()}, {torch.float32})
+        self.assertLess(self.classifier.WEIGHTS.stat().st_size, 2e6)
+
+    def test_classifier_is_trained(self):
+        images, labels = (tensor[:600] for tensor in self.mnist.load_digits())
+        trained = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            trained.append(self.classifier.train_classifier(self.mnist.BatchLoader(images, labels, 60), 2, seed))
+        self.assertGreater(self.classifier.accuracy(trained[0], images, labels), 0.7)
+        self.assertTrue(same(trained[0].state_dict(), trained[1].state_dict()), "two trainings with one seed differ")
+        self.assertFalse(same(trained[0].state_dict(), trained[2].state_dict()), "two seeds gave the same weights")
+
+    def test_distorted_images_stay_digits(self):
+        image = self.mnist.load_digits()[0][:1].expand(200, 1, 28, 28)
+        distorted = self.classifier.distorted(image)
+        self.assertLessEqual(float(distorted.abs().max()), 1 + 1e-6)
+        self.assertTrue((distorted[:, :, 0, 0] == -1).all(), "what comes in from outside is not the background")
+        ink = lambda images: (images + 1).sum((1, 2, 3)).mean()
+        self.check_close(ink(distorted) / ink(image), 1, "the digits lose or gain ink", 0.05)
+        self.assertLess(float((distorted.mean(0) - image[0]).abs().mean()), 0.3)
+
+
 @unittest.skipUnless(torch.cuda.is_available(), "there is no CUDA here")
 class Cuda(TrainGroup):
     """What only a GPU can show."""
@@ -2019,6 +2410,19 @@ class Cuda(TrainGroup):
             recon_x, z = model(x)
             losses.append(model.get_loss_autoencoder(x, recon_x, z, 0.5)[0].item())
         self.check_close(losses[1], losses[0], "the autoencoder's loss on CUDA is not that on the CPU", 1e-3)
+
+    def test_evaluation_agrees_with_the_cpu(self):
+        evaluate = importlib.import_module("evaluate")
+        model, (images, labels) = self.models.AdversarialAE(), self.mnist.load_digits(train=False)
+        results = []
+        with mock.patch.object(evaluate, "SAMPLES", 300):
+            for device in ("cpu", "cuda"):
+                results.append(evaluate.evaluate(model.to(device), images, images, labels))
+                evaluate.draw_pictures(model, images, images, labels)
+        for names in (("reconstruction", "mse"), ("prior_match", "codes", "ks"), ("prior_match", "codes", "mmd"),
+                      ("log_likelihood", "mean"), ("digit_classifier", "samples", "frechet_to_test_images")):
+            values = [functools.reduce(dict.get, names, result) for result in results]
+            self.check_close(values[1], values[0], f"{'/'.join(names)} on CUDA is not that on the CPU", 1e-3)
 
     def trained_for_200_steps(self, capturable):
         """Return weights and values after 200 steps, captured or not; batches of two sizes, the same draws."""
