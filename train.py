@@ -298,16 +298,16 @@ def train_run(args, run=None, state=None):
     set_precision(args.precision, device)
     keep_freed_memory()
     loader, trained_on, warning = load_data(args, device, state and state["settings"])
+    test = load_test(args, trained_on, device)
     settings = {**vars(args), "trained_on": trained_on, "fallback": warning, "device": device.type,
                 "device_name": device_name(device), "torch": torch.__version__}
     with stop_signals() as received, contextlib.ExitStack() as stack:
         if run is None:
             run = create_run_folder(args.log_dir)
             stack.enter_context(locked(run))
-        say(f"device: {device.type} ({device_name(device)}), torch {torch.__version__}")
+        say(f"device: {device.type} ({settings['device_name']}), torch {torch.__version__}")
         say(f"data:   {len(loader.dataset):,} images of {'MNIST' if trained_on == 'mnist' else 'the bundled digits'}")
         say(f"run:    {run}")
-        test = load_test(args, trained_on, device)
         model = place(build_model(args.z_dim, args.posterior), device, args.precision)
         session = Session(run, settings, loader, test, model, args, state)
         try:
