@@ -124,8 +124,8 @@ def clear_after(run, state):
     for file in Path(run).glob("results/*/*_*.png"):
         if int(re.search(r"\d*$", file.stem)[0] or 0) > state["epoch"]:
             file.unlink()
-    for projector in (*Path(run).glob("[0-9]" * 5), Path(run) / "projector_config.pbtxt"):  # written when a run is finished
-        shutil.rmtree(projector) if projector.is_dir() else projector.unlink(missing_ok=True)
+    for projector in (*Path(run).glob("*/codes"), Path(run) / "projector_config.pbtxt"):  # written when a run is finished
+        shutil.rmtree(projector.parent) if projector.is_dir() else projector.unlink(missing_ok=True)
     for file in Path(run).glob("events.out.tfevents.*"):
         if file.name not in state["events"]:
             file.unlink()

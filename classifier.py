@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import packed
-from device import keep_freed_memory
+from device import choose_device, keep_freed_memory, set_precision
 from mnist import DataError, load_digits, mnist
 from train import OneLineParser, number, say
 from utils import write_atomically
@@ -119,7 +119,8 @@ def distorted(images):
 def main(args):
     """Train on MNIST's training set, say how often the classifier is right, and write its weights."""
     torch.manual_seed(args.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
+    device = choose_device(args.no_cuda, mps=False)
+    set_precision("fp32", device)
     keep_freed_memory()
     test = mnist(args.data_dir, train=False).dataset.tensors
     classifier = train_classifier(mnist(args.data_dir, 128), args.epochs, args.seed, device)

@@ -1,4 +1,4 @@
-"""What depends on the hardware: the device, how precisely it multiplies, CUDA graphs. This file needs no other of the project."""
+"""What depends on the hardware: the device, how precisely it multiplies, CUDA graphs. Needs no other file of the project."""
 
 import os
 import platform
@@ -12,18 +12,22 @@ WARM_UP = 3  # steps of a size before it is captured: libraries choose kernels a
 CPUINFO = Path("/proc/cpuinfo")  # on Linux
 
 
+class CaptureError(RuntimeError):
+    """A training step that no CUDA graph can hold; the message says what to do."""
+
+
 class PrecisionError(RuntimeError):
     """A precision that a device cannot compute in, or only slowly; the message says what to do."""
 
 
-def choose_device(no_cuda=False, deterministic=False):
-    """Return the device to train on: CUDA unless `no_cuda`, else Apple's MPS, else the CPU."""
+def choose_device(no_cuda=False, deterministic=False, mps=True):
+    """Return the device to compute on: CUDA unless `no_cuda`, else Apple's MPS, which lacks float64, if `mps`, else the CPU."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
     if torch.cuda.is_available() and not no_cuda:
         return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return torch.device("mps" if mps and torch.backends.mps.is_available() else "cpu")
 
 
 def device_name(device):
@@ -46,16 +50,18 @@ def cpuinfo(name):
 def set_precision(precision, device):
     """Compute float32 products on CUDA as `precision` ("fp32", "tf32" or "bf16") says, with TF32 for "tf32" alone.
 
-    For "bf16" the caller opens torch.autocast. Raises PrecisionError where the device has no units for it.
+    For "bf16" the caller opens torch.autocast. It sets torch's flags for the whole process, after which torch's older ones
+    (allow_tf32) can no longer be read. Raises PrecisionError where the device has no units for the precision.
     """
     ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if precision == "tf32" and not ampere:
         raise PrecisionError("--precision tf32 needs an NVIDIA GPU of compute capability 8.0 or more; leave the flag out")
     if precision == "bf16" and not (ampere or device.type == "cpu" and cpu_multiplies_bf16()):
-        raise PrecisionError("--precision bf16 would be slow here: it needs an NVIDIA GPU of compute capability 8.0 or more, or, on "
-                             "Linux, a processor with AMX or AVX512-BF16; leave the flag out")
-    products = "tf32" if precision == "tf32" else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = products
+        raise PrecisionError("--precision bf16 would be slow here: it needs an NVIDIA GPU of compute capability 8.0 or more, "
+                             "or on Linux a processor with AMX or AVX512-BF16; leave the flag out")
+    if device.type == "cuda":
+        products = "tf32" if precision == "tf32" else "ieee"
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = products
 
 
 def cpu_multiplies_bf16():
@@ -108,6 +114,12 @@ class CapturedStep:
 
     def _capture(self, x):
         graph, batch = torch.cuda.CUDAGraph(), x.clone()
-        with torch.cuda.graph(graph):
-            values = self.step(batch)
+        try:
+            with torch.cuda.graph(graph):
+                values = self.step(batch)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise CaptureError("the training step cannot be captured as a CUDA graph: a loss copies between host and "
+                               "device, or depends on a value; set `capturable = False` in the model's class") from error
         return graph, batch, values

@@ -8,6 +8,7 @@ is made beside the file. On two cores of an AMD EPYC (Zen 5) with torch 2.15.0, 
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import sys
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from checkpoint import WEIGHTS, CheckpointError, read_packed
 from classifier import ClassifierError, features_and_probabilities, load_classifier
-from device import device_name, keep_freed_memory
+from device import choose_device, device_name, keep_freed_memory, set_precision
 from metrics import choose_sigma, frechet, frechet_to_prior, ks_distance, mmd, parzen_log_likelihood, squared_distances
 from mnist import DataError, load_digits, load_mnist
 from models import ENCODERS
@@ -36,7 +37,7 @@ SIGMA_IMAGES = 1_000   # the last ones of the training set, to choose the Parzen
 FLOOR_IMAGES = 10_000  # the first ones of the training set, as the best samples that one could hope for
 DEFAULTS = {"posterior": "deterministic", "trained_on": "mnist", "data_dir": "../data/"}  # where hparams.json says nothing
 SURE = 0.95            # the classifier is sure of an image from this probability on
-STAGES = ("pictures", "reconstructions", "prior match", "samples", "log-likelihood", "digit classifier")
+STAGES = ("reconstructions", "prior match", "samples", "log-likelihood", "digit classifier", "pictures")
 COLORS = ("#1f5fbf", "#f28e1c", "#2f9e44", "#d62f2f", "#8250c4", "#8a5a3c", "#e873b8", "#7a7a7a", "#b5b31a", "#17b0c4")
 
 
@@ -55,12 +56,16 @@ def evaluate(model, train_images, test_images, test_labels, seed=0, progress=lam
         test_labels: [N], of the digits 0 to 9.
         seed: of every random draw.
         progress: called with the name of each stage as it begins.
+    Raises EvaluationError where the model gives NaN, or samples that no Parzen window fits.
     """
     with undisturbed(model):
         torch.manual_seed(seed)
         progress("reconstructions")
         test_images = test_images.to(model.device)
         reconstructions, codes = reconstruct(model, test_images)
+        if not (codes.isfinite().all() and reconstructions.isfinite().all()):
+            raise EvaluationError("the model's codes or reconstructions are NaN or infinite: its training has diverged; name "
+                                  "another run")
         reconstruction = reconstruction_errors(reconstructions, test_images, test_labels)
         progress("prior match")
         match = prior_match(codes, seed)
@@ -102,7 +107,11 @@ def prior_match(codes, seed):
 def log_likelihood(samples, held_out, images):
     """Return the Parzen log-likelihood in nats of images, with the sigma that is best for `held_out`; all in [-1, 1]."""
     samples, held_out, images = ((part + 1) / 2 for part in (samples, held_out, images))
-    sigma = choose_sigma(samples, held_out)
+    try:
+        sigma = choose_sigma(samples, held_out)
+    except ValueError as error:
+        raise EvaluationError(f"no log-likelihood can be had of such samples ({error}): the model is not trained, or has "
+                              f"diverged; name another run") from None
     values = parzen_log_likelihood(samples, images, sigma)
     return {"mean": values.mean().item(), "standard_error": values.std().item() / len(values)**0.5, "sigma": sigma,
             "samples": len(samples), "sigma_images": len(held_out)}
@@ -230,12 +239,16 @@ def draw_codes(codes, labels, size=800, scale=2):
     order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))  # so that no label hides the others
     for index in order.tolist():
         x, y = to_pixels(codes[index, 0].item()), to_pixels(-codes[index, 1].item())
-        draw.circle((x, y), 2.2 * scale, fill=COLORS[labels[index]])
+        draw_circle(draw, x, y, 2.2 * scale, fill=COLORS[labels[index]])
     for label in labels.unique().tolist():
         x, y = pixels + 30 * scale, (40 + 34 * label) * scale
-        draw.circle((x, y), 9 * scale, fill=COLORS[label])
+        draw_circle(draw, x, y, 9 * scale, fill=COLORS[label])
         draw.text((x + 20 * scale, y), str(label), "black", font, anchor="lm")
     return picture.resize((picture.width // scale, picture.height // scale), Image.Resampling.LANCZOS)
+
+
+def draw_circle(draw, x, y, radius, **style):
+    draw.ellipse((x - radius, y - radius, x + radius, y + radius), **style)
 
 
 def draw_axes(draw, font, reach, to_pixels, pixels, scale):
@@ -244,7 +257,7 @@ def draw_axes(draw, font, reach, to_pixels, pixels, scale):
     draw.line((0, middle, pixels, middle), "#c8c8c8", scale)
     draw.line((middle, 0, middle, pixels), "#c8c8c8", scale)
     for radius in (1, 2, 3):
-        draw.circle((middle, middle), to_pixels(radius) - middle, outline="#c8c8c8", width=scale)
+        draw_circle(draw, middle, middle, to_pixels(radius) - middle, outline="#c8c8c8", width=scale)
     for value in range(step, int(reach) + 1, step):
         for signed in (-value, value):
             draw.text((to_pixels(signed), pixels - 4 * scale), str(signed), "black", font, anchor="md")
@@ -308,8 +321,9 @@ def settings_from_weights(path, weights):
         with contextlib.suppress(KeyError, IndexError):
             settings = {**DEFAULTS, "z_dim": shapes["discriminator.net.0.weight"][1], "posterior": posterior}
             with torch.device("meta"):  # shapes without memory
-                if shapes == {name: tensor.shape for name, tensor in build_model(settings["z_dim"], settings["posterior"]).state_dict().items()}:
-                    return settings
+                model = build_model(settings["z_dim"], posterior)
+            if shapes == {name: tensor.shape for name, tensor in model.state_dict().items()}:
+                return settings
     raise EvaluationError(f"{path} has the weights of another model than models.AdversarialAE; name a {WEIGHTS} of train.py")
 
 
@@ -347,7 +361,8 @@ def main(args):
     model = load_model(path, weights, settings)
     load_classifier()  # before all else: whether it is there should be known before a minute has passed
     data = load_data(settings, args.data_dir)
-    device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
+    device = choose_device(args.no_cuda, mps=False)
+    set_precision("fp32", device)
     keep_freed_memory()
     model.to(device)
     with tqdm(total=len(STAGES), bar_format="{desc}|{bar}|{elapsed}", disable=None, leave=False) as bar:
@@ -355,12 +370,12 @@ def main(args):
             bar.update(STAGES.index(stage) - bar.n)
             bar.set_description(stage)
 
+        metrics = evaluate(model, *data, args.seed, progress)
         progress("pictures")
         for name, picture in draw_pictures(model, *data, args.seed).items():
             write_atomically(folder / "evaluation" / name, png_bytes(picture))
-        metrics = evaluate(model, *data, args.seed, progress)
-    metrics = {"weights": str(path), "trained_on": settings["trained_on"], "z_dim": settings["z_dim"],
-               "posterior": settings["posterior"], **metrics,
+    metrics = {"weights": str(path), "weights_md5": hashlib.md5(path.read_bytes()).hexdigest(),
+               "trained_on": settings["trained_on"], "z_dim": settings["z_dim"], "posterior": settings["posterior"], **metrics,
                "seed": args.seed, "device": device.type, "device_name": device_name(device), "torch": torch.__version__,
                "seconds": round(time.monotonic() - started, 1)}
     say(describe(metrics))

@@ -88,7 +88,7 @@ class ConvDecoder(nn.Module):
             nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
             nn.ConvTranspose2d(32, 1, 3, stride=2, padding=1, output_padding=1),              # 14x14 -> 28x28
             nn.Tanh())
-        # Start at MNIST's mean pixel, -0.74: from a brighter start, the first steps drive tanh into -1, where no gradient is left.
+        # Start at MNIST's mean pixel: from a brighter start, the first steps drive tanh into -1, where no gradient is left.
         nn.init.constant_(self.net[-2].bias, math.atanh(-0.74))
 
     def forward(self, z):

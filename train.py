@@ -30,7 +30,8 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, clear_after, has_state, latest_run, load_state, locked, run_folder, save_state
-from device import CapturedStep, PrecisionError, choose_device, device_name, keep_freed_memory, set_precision
+from device import (CapturedStep, CaptureError, PrecisionError, choose_device, device_name, keep_freed_memory,
+                    set_precision)
 from metrics import ks_distance
 from mnist import DataError, MissingData, digits, load_digits, load_mnist, mnist
 from models import AdversarialAE
@@ -38,7 +39,8 @@ from utils import TensorBoardLogger, write_atomically
 
 SAMPLE_SEED = 0
 MAY_DIFFER = {"data_dir", "log_dir", "num_workers", "no_cuda", "checkpoint_every", "resume"}  # when a run is resumed
-HYPERPARAMETERS = ("z_dim", "lambda_", "posterior", "ae_lr", "d_lr", "batch_size", "epochs", "seed", "precision", "trained_on")
+HYPERPARAMETERS = ("z_dim", "lambda_", "posterior", "ae_lr", "d_lr", "batch_size", "epochs", "seed", "precision",
+                   "trained_on")  # what one compares runs by
 READ_EVERY = 50  # steps between two looks at the losses: for a look, the CPU waits for the device
 
 
@@ -150,8 +152,9 @@ def save_measurements(model, epoch, summary_writer, images):
     codes, values = measure(model, images)
     for name, value in values.items():
         summary_writer.add_scalar(f"test/{name}", value, epoch)
-    for dimension, column in enumerate(codes.T if epoch else ()):  # before training all are one spike, which flattens the rest
-        summary_writer.add_histogram(f"codes/{dimension}", column, epoch)
+    if epoch and codes.abs().max() < 1e20:  # before training all are one spike, beside which later ones look flat
+        for dimension, column in enumerate(codes.T):
+            summary_writer.add_histogram(f"codes/{dimension}", column, epoch)  # fails for NaN and above 1e20
 
 
 def save_summary(model, epoch, summary_writer, images, labels, settings, means):
@@ -204,7 +207,7 @@ def train_step(model, optimizer_ae, optimizer_disc, lambda_, x, precision="fp32"
     With `precision` "bf16", the layers of the networks compute in bfloat16; weights, codes, losses and optimizers stay in
     float32.
     """
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with torch.autocast(x.device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext():
         recon_x, z_fake = (output.float() for output in model(x))
         ae_loss, ae_values = model.get_loss_autoencoder(x, recon_x, z_fake, lambda_)
         disc_loss, disc_values = model.get_loss_discriminator(z_fake.detach())
@@ -240,7 +243,7 @@ class StepLog:
     def add(self, *values):
         """Take the values of one step: for each logger a dict of scalar tensors or numbers."""
         self._names = [list(own) for own in values]
-        self._unread.append(torch.stack([torch.as_tensor(value, dtype=torch.float32, device=self.device).reshape(())
+        self._unread.append(torch.stack([torch.as_tensor(value, dtype=torch.float32, device=self.device).detach().reshape(())
                                          for own in values for value in own.values()]))
         if len(self._unread) == READ_EVERY:
             self._read()
@@ -295,7 +298,13 @@ def train_run(args, run=None, state=None):
     """Train a new run from the beginning, or a stopped one from its state; return the run's folder."""
     torch.manual_seed(args.seed)
     device = choose_device(args.no_cuda, args.deterministic)
-    set_precision(args.precision, device)
+    try:
+        set_precision(args.precision, device)
+    except PrecisionError:
+        if not state:
+            raise
+        raise CheckpointError(f"{run} was trained with --precision {args.precision}, which this device cannot do well; go on "
+                              f"with it where it began") from None
     keep_freed_memory()
     loader, trained_on, warning = load_data(args, device, state and state["settings"])
     test = load_test(args, trained_on, device)
@@ -476,6 +485,7 @@ def stop_signals():
 
 def resumed_args(args, given, settings):
     """Return a stopped run's flags, with those that may differ as they are given now; refuse the others by name."""
+    settings = {**vars(make_parser().parse_args([])), **settings}  # a run of an older version may lack some
     for name in sorted(given & set(settings) - MAY_DIFFER - {"epochs"}):
         if getattr(args, name) != settings[name]:
             raise FlagError(f"--{name} {getattr(args, name)} contradicts the run, which has {settings[name]}; leave the flag "
@@ -537,10 +547,10 @@ def load_data(args, device, settings=None):
 
 
 def load_test(args, trained_on, device):
-    """Return images and labels that are not trained on; None, with a warning, where MNIST's test files cannot be had."""
+    """Return images and labels that are not trained on; None, with a warning, where they cannot be had."""
     try:
         images, labels = load_digits(train=False) if trained_on == "digits" else load_mnist(args.data_dir, train=False)
-    except MissingData as error:
+    except DataError as error:
         warn(f"nothing is measured on test images: {error}")
         return None
     return images.to(device), labels
@@ -699,7 +709,7 @@ def cli(argv=None):
         return 128 + signal.SIGINT
     except (FlagError, PrecisionError) as error:
         status, message = 2, str(error)
-    except (CheckpointError, DataError, RunError) as error:
+    except (CaptureError, CheckpointError, DataError, RunError) as error:
         status, message = 1, str(error)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):

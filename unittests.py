@@ -898,7 +898,8 @@ class Hardware(TrainGroup):
 
     def assert_refused(self, precision, words):
         log_dir = self.folder()
-        status, _, err = self.run_cli("--dataset", "digits", "--no-cuda", "--epochs", 1, "--precision", precision, "--log_dir", log_dir)
+        status, _, err = self.run_cli("--dataset", "digits", "--no-cuda", "--epochs", 1, "--precision", precision, "--log_dir",
+                                      log_dir)
         self.assertEqual((status, err.count("\n"), list(log_dir.iterdir())), (2, 1, []))
         self.assertIn(words, err)
 
@@ -918,6 +919,10 @@ class Hardware(TrainGroup):
         self.assertEqual({call.kwargs["precision"] for call in step.call_args_list}, {"bf16"})
         self.assertEqual(json.loads((run / "hparams.json").read_text())["precision"], "bf16")
         stopped, _ = self.train_quietly("--epochs", "1", *flags[2:])
+        with mock.patch.object(self.device, "cpu_multiplies_bf16", return_value=False), self.few_digits:
+            status, _, err = self.run_cli("--resume", stopped, "--epochs", 2)
+        self.assertEqual((status, err.count("\n")), (1, 1))
+        self.assertIn(f"{stopped} was trained with --precision bf16", err)
         with self.few_digits:
             self.assertEqual(self.run_cli("--resume", stopped, "--epochs", 2)[0], 0)
         resumed = torch.load(stopped / "checkpoints" / "model_checkpoint.pt", weights_only=True)
@@ -967,6 +972,10 @@ class Hardware(TrainGroup):
                                  current_stream=mock.Mock()):
             captured = self.device.CapturedStep(step)
             sums = [float(captured(batch)) for batch in batches]
+            with mock.patch("torch.cuda.graph", side_effect=RuntimeError("copy")), self.assertRaises(self.device.CaptureError):
+                one = self.device.CapturedStep(lambda x: x)
+                for _ in range(4):
+                    one(batches[0])
         self.assertEqual(trained, [batch.tolist() for batch in batches])
         self.assertEqual(sums, [float(batch.sum()) for batch in batches])
 
@@ -1565,14 +1574,19 @@ class WholeRun(TrainGroup):
         np.testing.assert_allclose(sprite[:28, 28:56], 127.5 * (images[1, 0] + 1), atol=1.5)
         self.assertIn("00001/codes/tensors.tsv", (run / "projector_config.pbtxt").read_text())
 
-    def test_without_test_files_a_run_goes_on_with_a_warning(self):
-        def missing(*args, **kwargs):
-            raise self.mnist.MissingData("gone")
+    def test_codes_that_are_infinite_do_not_end_a_run(self):
+        model, images = self.models.AdversarialAE(), images_like_mnist(4)
+        with torch.no_grad():
+            model.encoder.net[-1].bias.fill_(math.inf)
+        self.train.save_measurements(model, 1, self.writer(), images)
 
-        with mock.patch.object(self.train, "load_digits", missing), contextlib.redirect_stderr(io.StringIO()) as err:
-            run, _ = self.train_quietly("--epochs", "1")
-        self.assertIn("WARNING: nothing is measured on test images: gone", err.getvalue())
-        self.assertNotIn("test/recon_loss", read_events(run).Tags()["scalars"])
+    def test_without_test_files_a_run_goes_on_with_a_warning(self):
+        for error in (self.mnist.MissingData("gone"), self.mnist.DamagedData("gone")):
+            with mock.patch.object(self.train, "load_digits", side_effect=error), \
+                    contextlib.redirect_stderr(io.StringIO()) as err:
+                run, _ = self.train_quietly("--epochs", "1")
+            self.assertIn("WARNING: nothing is measured on test images: gone", err.getvalue())
+            self.assertNotIn("test/recon_loss", read_events(run).Tags()["scalars"])
 
     def test_inputs_of_reconstructions_stay_the_same_and_have_all_labels(self):
         run, _ = self.train_quietly("--epochs", "1")
@@ -1827,6 +1841,13 @@ class Resume(TrainGroup):
         self.assertEqual(len(result[2].strip().splitlines()), 1, result[2])
         for fragment in fragments:
             self.assertIn(str(fragment), result[2])
+
+    def test_flag_that_an_older_run_lacks_is_its_default(self):
+        parse = lambda *flags: self.train.parse_args(flags)
+        settings = {name: value for name, value in vars(parse()).items() if name not in ("given", "precision")}
+        self.assertEqual(self.train.resumed_args(parse(), set(), settings).precision, "fp32")
+        with self.assertRaisesRegex(self.train.FlagError, "--precision bf16 contradicts the run, which has fp32"):
+            self.train.resumed_args(parse("--precision", "bf16"), {"precision"}, settings)
 
     def test_contradicting_flags_are_refused_by_name(self):
         run, _ = self.train_quietly("--epochs", "2", "--z_dim", "3")
@@ -2291,6 +2312,15 @@ class Evaluation(TrainGroup):
         self.assertEqual(self.evaluate_cli()[0], 2)
         self.assertEqual(self.evaluate_cli(folder, "--seed", -1)[0], 2)
 
+    def test_diverged_model_is_refused(self):
+        run = self.a_run()
+        file = run / "checkpoints" / "model_checkpoint.pt"
+        weights = torch.load(file, weights_only=True)
+        torch.save({name: 1e10 * tensor for name, tensor in weights.items()}, file)
+        status, _, err = self.evaluate_cli(run)
+        self.assertEqual((status, err.count("\n")), (1, 1), err)
+        self.assertIn("its training has diverged", err)
+
     def test_damaged_settings(self):
         run = self.a_run()
         for content in ("", "{", "[]", "null", "{}", '{"z_dim": "8"}', '{"z_dim": 0}', '{"z_dim": true}', "\ud8ff",
@@ -2377,6 +2407,12 @@ class Evaluation(TrainGroup):
 class Cuda(TrainGroup):
     """What only a GPU can show."""
 
+    needs = (*TrainGroup.needs, "device")
+
+    def setUp(self):
+        super().setUp()
+        self.device.set_precision("fp32", torch.device("cuda"))
+
     def train_on_cuda(self, *flags):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             run = self.train.main(self.train.parse_args(["--dataset", "digits", "--epochs", "2", "--log_dir",
@@ -2433,15 +2469,16 @@ class Cuda(TrainGroup):
         optimizers = self.train.build_optimizers(model, args)
         step = self.train.build_step(model, *optimizers, args)
         self.assertEqual(isinstance(step, self.train.CapturedStep), capturable)
-        values = [torch.stack([value.clone() for part in step(images[:32] if number % 4 == 3 else images) for value in part.values()])
-                  for number in range(200)]
+        batches = (images[:32] if number % 4 == 3 else images for number in range(200))
+        values = [torch.stack([value.clone() for part in step(batch) for value in part.values()]) for batch in batches]
         return model.state_dict(), torch.stack(values).cpu()
 
     def test_captured_step_is_the_eager_step(self):
         self.addCleanup(torch.use_deterministic_algorithms, False)
         self.train.choose_device(deterministic=True)
         self.train.set_precision("fp32", torch.device("cuda"))
-        (weights, values), (eager_weights, eager_values) = (self.trained_for_200_steps(capturable) for capturable in (True, False))
+        weights, values = self.trained_for_200_steps(capturable=True)
+        eager_weights, eager_values = self.trained_for_200_steps(capturable=False)
         torch.testing.assert_close(values, eager_values, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(weights, eager_weights, rtol=1e-3, atol=1e-4)
 

@@ -1,8 +1,8 @@
 """Show whether the fast ways of training learn what the plain one learns:  python benchmarks/equivalence.py
 
-On CUDA, the captured step against the eager one: losses and weights after 200 steps from the same weights and draws. Then, on any
-device, whole runs of train.py in every precision that the hardware has, with several seeds: does a precision change the result
-more than a seed does? Finished runs in --runs are not repeated.
+On CUDA, the captured step against the eager one: losses and weights after 200 steps from the same weights and draws. Then,
+on any device, whole runs of train.py in every precision that the hardware has, with several seeds: does a precision change
+the result more than a seed does? Finished runs in --runs are not repeated.
 
 Two cores of an AMD EPYC (Zen 5), torch 2.15.0, 20 epochs, seeds 42, 1 and 2, mean (minimum..maximum) in fp32 and bf16:
 recon_loss 0.0471 (0.0469..0.0474) and 0.0471 (0.0468..0.0476), accuracy 0.725 (0.717..0.729) and 0.725 (0.720..0.730), test MSE
@@ -47,15 +47,15 @@ def captured_and_eager(args, device):
     return [float((captured - eager).abs().max()) for captured, eager in zip(*found)]
 
 
-def finished_run(args, precision, seed):
+def finished_run(args, device, precision, seed):
     """Return the training state of a run of this precision and seed, which is trained unless it is in --runs."""
     folder = args.runs / f"{precision}-seed{seed}"
     for file in folder.glob("*/checkpoints/training_state.pt"):
         state = read_state(file)
-        if state["epoch"] == args.epochs:
+        if state["epoch"] == args.epochs and state["settings"]["device"] == device.type:
             return state
-    flags = ["--precision", precision, "--seed", str(seed), "--epochs", str(args.epochs), "--data_dir", args.data_dir, "--dataset",
-             "mnist", "--log_dir", str(folder), *["--no-cuda"] * args.no_cuda]
+    flags = ["--precision", precision, "--seed", str(seed), "--epochs", str(args.epochs), "--data_dir", args.data_dir,
+             "--dataset", "mnist", "--log_dir", str(folder), *["--no-cuda"] * args.no_cuda]
     with contextlib.redirect_stdout(io.StringIO()):
         run = train.main(train.parse_args(flags))
     return read_state(run / "checkpoints" / "training_state.pt")
@@ -83,8 +83,8 @@ def print_table(found):
             apart = min(values) > max(columns["fp32"]) or max(values) < min(columns["fp32"])
             line += f"{f'{mean(values):.4f} ({min(values):.4f}..{max(values):.4f})' + '*' * apart:<30}"
         print(line)
-    print("mean (minimum..maximum) over the seeds; * has nothing in common with fp32's range, which is so for one figure in ten where "
-          "three seeds each are drawn alike")
+    print("mean (minimum..maximum) over the seeds; * has nothing in common with fp32's range, which is so for one figure in "
+          "ten where three seeds each are drawn alike")
 
 
 def main():
@@ -104,14 +104,17 @@ def main():
         print(f"captured against eager, {STEPS} steps: losses differ by at most {steps[0]:.2g}, weights by {steps[1]:.2g}")
     else:
         print("captured against eager: not run, for there is no CUDA here")
-    images, _ = mnist.load_mnist(args.data_dir, train=False)
+    try:
+        images, _ = mnist.load_mnist(args.data_dir, train=False)
+    except mnist.DataError as error:
+        sys.exit(f"equivalence.py: error: {error}")
     for precision in ("fp32", "tf32", "bf16"):
         try:
             set_precision(precision, device)
         except PrecisionError as error:
             print(f"not run: {error}")
             continue
-        found[precision] = {seed: figures(finished_run(args, precision, seed), images) for seed in args.seeds}
+        found[precision] = {seed: figures(finished_run(args, device, precision, seed), images) for seed in args.seeds}
     print_table(found)
     if args.json:
         args.json.write_text(json.dumps({"captured": steps, "precisions": found}, indent=2) + "\n")

@@ -1,8 +1,8 @@
 """Time an epoch of train.py against the plain loop that most implementations have:  python benchmarks/speed.py
 
 All ways take turns for several rounds, each round in a process of its own. The plain loop is written out in `plain_epoch`: the
-same networks and optimizers, torchvision's MNIST decoded image by image, a DataLoader, and every loss read with .item() at
-every step; once with no workers, and once with as many as are fastest here. A part of an epoch is timed and scaled up.
+same networks and optimizers in fp32, torchvision's MNIST decoded image by image, a DataLoader, and every loss read with
+.item() at every step; once with no workers, and once with as many as are fastest here. A part of an epoch is timed and scaled up.
 With --profile, a table of the costliest operations of each way instead.
 
 Two cores of an AMD EPYC (Zen 5), torch 2.15.0, medians of FIGURES
@@ -11,6 +11,7 @@ Two cores of an AMD EPYC (Zen 5), torch 2.15.0, medians of FIGURES
 import argparse
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -26,7 +27,7 @@ WAYS = {"fp32": [], "tf32": ["--precision", "tf32"], "bf16": ["--precision", "bf
 CUDA_WAYS = {"eager": [], "deterministic": ["--deterministic"]}  # "eager": not captured
 
 
-def project_epoch(args, device, steps, way):
+def project_epoch(args, device, steps, way, folder):
     """Return a function that trains for `steps` steps the project's way."""
     import torch
     from torch.utils.tensorboard import SummaryWriter
@@ -40,14 +41,14 @@ def project_epoch(args, device, steps, way):
     loader = mnist.BatchLoader(images, labels, args.batch_size, device=device)
     model = train.place(train.build_model(args.z_dim), device, args.precision)
     model.capturable = way != "eager"
-    writer = SummaryWriter(tempfile.mkdtemp())
+    writer = SummaryWriter(folder)
     loggers = [train.TensorBoardLogger(writer, name=name) for name in ("generator", "discriminator")]
     optimizers = train.build_optimizers(model, args)
     step = train.build_step(model, *optimizers, args)
     return lambda: train.train_aae(1, model, loader, *loggers, *optimizers, args.lambda_, step=step)
 
 
-def plain_epoch(args, device, steps, workers):
+def plain_epoch(args, device, steps, workers, folder):
     """Return a function that trains for `steps` steps the plain way."""
     import torch
     from torch.utils.data import DataLoader, Subset
@@ -61,7 +62,7 @@ def plain_epoch(args, device, steps, workers):
     model = train.AdversarialAE(args.z_dim).to(device)
     optimizer_ae = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()], args.ae_lr, (0.5, 0.999))
     optimizer_disc = torch.optim.SGD(model.discriminator.parameters(), args.d_lr)
-    writer = SummaryWriter(tempfile.mkdtemp())
+    writer = SummaryWriter(folder)
 
     def epoch():
         for step, (x, _) in enumerate(loader):
@@ -105,8 +106,8 @@ def plain_images(args):
     return Digits()
 
 
-def measure(args):
-    """Time one way in this process; print seconds per step and peak memory in MB as JSON."""
+def measure(args, folder):
+    """Time one way in this process; print seconds per step and peak memory in MB as JSON. Its events go into `folder`."""
     import torch
 
     bare = peak_memory()
@@ -116,11 +117,11 @@ def measure(args):
                               *{**WAYS, **CUDA_WAYS}.get(args.way, [])])
     device = train.choose_device(flags.no_cuda, flags.deterministic)
     torch.manual_seed(flags.seed)
+    train.set_precision(flags.precision, device)
     if args.way == "plain":
-        epoch = plain_epoch(flags, device, args.steps, args.workers)
+        epoch = plain_epoch(flags, device, args.steps, args.workers, folder)
     else:
-        train.set_precision(flags.precision, device)
-        epoch = project_epoch(flags, device, args.steps, args.way)
+        epoch = project_epoch(flags, device, args.steps, args.way, folder)
     epoch()  # warms up
     if args.profile:
         print(profiled(epoch, args.steps, device))
@@ -142,9 +143,12 @@ def profiled(epoch, steps, device):
     with torch.profiler.profile() as profile:
         epoch()
         wait(device)
-    side = "device" if device.type == "cuda" else "cpu"
-    costs = {event.key: (getattr(event, f"self_{side}_time_total") / 1000 / steps, event.count / steps)
-             for event in profile.key_averages()}
+    events, side = profile.key_averages(), "cpu"
+    if device.type == "cuda":  # a kernel's time is also that of the operation that launched it: count kernels alone
+        events = [event for event in events
+                  if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation]
+        side = "device"
+    costs = {event.key: (getattr(event, f"self_{side}_time_total") / 1000 / steps, event.count / steps) for event in events}
     lines = [f"{name[:60]:<62}{ms:>8.3f} ms{calls:>8.1f}"
              for name, (ms, calls) in sorted(costs.items(), key=lambda item: -item[1][0])[:12]]
     return "\n".join([*lines, f"{'all':<62}{sum(ms for ms, _ in costs.values()):>8.3f} ms"])
@@ -159,7 +163,9 @@ def wait(device):
 
 def peak_memory():
     """Return the most memory that this process has had resident, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 2**20)
+    if sys.platform == "linux":  # where ru_maxrss begins with what the parent had
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def in_own_process(args, way, workers=0):
@@ -184,9 +190,15 @@ def ways_here(args):
     return [*ways, *(CUDA_WAYS if device.type == "cuda" else ())]
 
 
+def worker_counts():
+    """Return the numbers of workers to try: none, powers of two, and as many as there are cores for this process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return sorted({0, cores, *(2**power for power in range(cores.bit_length()))})
+
+
 def compare(args):
     """Let all ways take turns, print the table, and return all figures."""
-    trials = {workers: in_own_process(args, "plain", workers)["step"] for workers in sorted({0, 1, 2, os.cpu_count()})}
+    trials = {workers: in_own_process(args, "plain", workers)["step"] for workers in worker_counts()}
     print("plain loop, ms a step with " + ", ".join(f"{count} workers: {1000 * step:.1f}" for count, step in trials.items()))
     best = min(trials, key=trials.get)
     plain = {f"plain, {workers} workers": workers for workers in sorted({0, best})}
@@ -198,7 +210,8 @@ def compare(args):
         rounds.append(found)
         print(f"round {number}, ms a step: " + ", ".join(f"{name} {1000 * one['step']:.2f}" for name, one in found.items()))
     print_table(rounds, 938 if args.dataset == "mnist" else 24, args.steps)
-    ratios = {f"{name} / {way}": [found[name]["step"] / found[way]["step"] for found in rounds] for name in plain for way in ways}
+    ratios = {f"{name} / {way}": [found[name]["step"] / found[way]["step"] for found in rounds]
+              for name in plain for way in ways}
     for name, values in ratios.items():
         print(f"{name}, round by round: {', '.join(f'{ratio:.2f}' for ratio in values)}; median {median(values):.2f}")
     return {"workers": trials, "rounds": rounds, "ratios": ratios, "steps_timed": args.steps, "dataset": args.dataset}
@@ -206,8 +219,8 @@ def compare(args):
 
 def print_table(rounds, steps, timed):
     first = next(iter(rounds[0].values()))
-    print(f"\n{first['device']}, torch {first['torch']}; seconds per epoch of {steps} steps, from {timed} steps timed; memory above "
-          f"bare torch")
+    print(f"\n{first['device']}, torch {first['torch']}; seconds per epoch of {steps} steps, from {timed} steps timed; memory "
+          f"above bare torch")
     print(f"{'':<20}{'median':>9}{'minimum':>9}{'maximum':>9}{'memory':>12}{'GPU memory':>12}")
     for name in rounds[0]:
         seconds = [steps * found[name]["step"] for found in rounds]
@@ -216,9 +229,11 @@ def print_table(rounds, steps, timed):
 
 
 def main():
+    from train import number
+
     parser = argparse.ArgumentParser(description="Time train.py's epoch against the plain loop's.")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds, each of all ways")
-    parser.add_argument("--steps", type=int, default=200, help="steps that are timed, after as many to warm up")
+    parser.add_argument("--rounds", type=number(int, 1), default=3, help="rounds, each of all ways")
+    parser.add_argument("--steps", type=number(int, 1, 937), default=200, help="steps that are timed, after as many to warm up")
     parser.add_argument("--data_dir", default=str(PROJECT.parent / "data"), help="folder where MNIST is")
     parser.add_argument("--json", type=Path, help="file to keep the figures in")
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA")
@@ -227,7 +242,8 @@ def main():
         parser.add_argument(f"--{name}", type=int if name == "workers" else str, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.way:
-        measure(args)
+        with tempfile.TemporaryDirectory() as folder:
+            measure(args, folder)
         return
     args.dataset = "mnist"
     try:
