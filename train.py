@@ -636,7 +636,7 @@ def make_parser():
                         help="of every random draw: the same one gives the same bits on the CPU, on CUDA with "
                              "--deterministic")
     parser.add_argument("--deterministic", action="store_true",
-                        help="on CUDA use only kernels that give the same bits each time, which is slower")
+                        help="on CUDA use only kernels that give the same bits each time")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
                         help="of the products in the networks; tf32 (CUDA) and bf16 (CUDA, or processors made for it) round "
                              "more, and are refused where they would be slow")
