@@ -17,7 +17,7 @@ from tqdm import tqdm
 from checkpoint import CheckpointError, packed, read_packed
 from device import choose_device, keep_freed_memory, set_precision
 from mnist import DataError, load_digits, mnist
-from train import OneLineParser, number, say
+from train import OneLineParser, explain, number, say
 from utils import write_atomically
 
 WEIGHTS = Path(__file__).resolve().parent / "digit_classifier.pt"
@@ -152,12 +152,9 @@ def cli(argv=None):
     except KeyboardInterrupt:
         say("\ninterrupted; nothing was written", sys.stderr)
         return 130
-    except DataError as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename or WEIGHTS} cannot be written: {error.strerror}; make room or rights there"
-    say(f"classifier.py: error: {message}", sys.stderr)
-    return 1
+    except Exception as error:
+        explain("classifier.py", error, (DataError,), "try --no-cuda, or end other programs")
+        return 1
 
 
 if __name__ == "__main__":

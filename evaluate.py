@@ -9,7 +9,6 @@ is made beside the file. On two cores of an AMD EPYC (Zen 5) with torch 2.15.0, 
 import argparse
 import contextlib
 import hashlib
-import io
 import json
 import sys
 import time
@@ -19,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from checkpoint import WEIGHTS, CheckpointError, read_packed
@@ -28,7 +26,7 @@ from device import choose_device, device_name, keep_freed_memory, set_precision
 from metrics import choose_sigma, frechet, frechet_to_prior, ks_distance, mmd, parzen_log_likelihood, squared_distances
 from mnist import DataError, load_digits, load_mnist
 from models import ENCODERS
-from train import OneLineParser, build_model, number, reconstruct, say, undisturbed
+from train import OneLineParser, build_model, explain, make_picture, number, png_bytes, reconstruct, say, undisturbed
 from utils import write_atomically
 
 BATCH = 250            # samples drawn at once
@@ -155,8 +153,7 @@ def draw_pictures(model, train_images, test_images, test_labels, seed=0):
 
 def grid(images, columns):
     """Return images [N, 1, 28, 28] in [-1, 1] as one picture, each at twice its size."""
-    pixels = make_grid(images.cpu(), nrow=columns, normalize=True, value_range=(-1, 1))
-    picture = to_pil_image((255 * pixels).round().byte())
+    picture = to_pil_image(make_picture(images, columns))
     return picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST)
 
 
@@ -356,7 +353,7 @@ def main(args):
     """
     started = time.monotonic()
     folder, path, settings = find_run(args.run)
-    weights = read_weights(path)
+    weights, checksum = read_weights(path), hashlib.md5(path.read_bytes()).hexdigest()
     settings = settings or settings_from_weights(path, weights)
     model = load_model(path, weights, settings)
     load_classifier()  # before all else: whether it is there should be known before a minute has passed
@@ -374,7 +371,7 @@ def main(args):
         progress("pictures")
         for name, picture in draw_pictures(model, *data, args.seed).items():
             write_atomically(folder / "evaluation" / name, png_bytes(picture))
-    metrics = {"weights": str(path), "weights_md5": hashlib.md5(path.read_bytes()).hexdigest(),
+    metrics = {"weights": str(path), "weights_md5": checksum,
                "trained_on": settings["trained_on"], "z_dim": settings["z_dim"], "posterior": settings["posterior"], **metrics,
                "seed": args.seed, "device": device.type, "device_name": device_name(device), "torch": torch.__version__,
                "seconds": round(time.monotonic() - started, 1)}
@@ -382,13 +379,6 @@ def main(args):
     write_atomically(folder / "evaluation" / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     say(f"see: {folder / 'evaluation'}")
     return metrics
-
-
-def png_bytes(picture):
-    """Return a PIL image as the content of a PNG file."""
-    content = io.BytesIO()
-    picture.save(content, "png")
-    return content.getvalue()
 
 
 def describe(metrics):
@@ -443,16 +433,10 @@ def cli(argv=None):
     except KeyboardInterrupt:
         say("\ninterrupted", sys.stderr)
         return 130
-    except (CheckpointError, ClassifierError, DataError, EvaluationError) as error:
-        message = str(error)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
-            raise
-        message = "there is not enough memory; try --no-cuda, or end other programs"
-    except OSError as error:
-        message = f"{error.filename or 'a file'} cannot be written: {error.strerror}; make room or rights there"
-    say(f"evaluate.py: error: {message}", sys.stderr)
-    return 1
+    except Exception as error:
+        explain("evaluate.py", error, (CheckpointError, ClassifierError, DataError, EvaluationError),
+                "try --no-cuda, or end other programs")
+        return 1
 
 
 if __name__ == "__main__":

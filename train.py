@@ -120,14 +120,24 @@ def set_random_states(model, states):
 
 def save_grid(images, columns, tag, epoch, summary_writer, name):
     """Save images in [-1, 1] as one grid to TensorBoard at step `epoch`, and as <run>/results/<name>."""
-    grid = make_grid(images.float().cpu(), nrow=columns, normalize=True, value_range=(-1, 1))
-    grid = (255 * grid).round().byte()
+    grid = make_picture(images, columns)
     summary_writer.add_image(tag, grid, epoch)
-    png = io.BytesIO()
-    to_pil_image(grid).save(png, "png")
     results = Path(summary_writer.log_dir) / "results"
     results.mkdir(exist_ok=True)
-    write_atomically(results / name, png.getvalue())
+    write_atomically(results / name, png_bytes(to_pil_image(grid)))
+
+
+def make_picture(images, columns):
+    """Return images [N, 1, 28, 28] in [-1, 1] as one picture with `columns` in a row, uint8 [3, height, width], on the CPU."""
+    grid = make_grid(images.float().cpu(), nrow=columns, normalize=True, value_range=(-1, 1))
+    return (255 * grid).round().byte()
+
+
+def png_bytes(picture):
+    """Return a PIL image as the content of a PNG file."""
+    content = io.BytesIO()
+    picture.save(content, "png")
+    return content.getvalue()
 
 
 # Measurements on test images -----------------------------------------------------------------------------------------
@@ -707,19 +717,27 @@ def cli(argv=None):
     except KeyboardInterrupt as interruption:
         say(f"\n{str(interruption) or 'interrupted'}", sys.stderr)
         return 128 + signal.SIGINT
-    except (FlagError, PrecisionError) as error:
-        status, message = 2, str(error)
-    except (CaptureError, CheckpointError, DataError, RunError) as error:
-        status, message = 1, str(error)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
-            raise
-        status, message = 1, "there is not enough memory; try a smaller --batch_size or --z_dim"
-    except OSError as error:
-        status, message = 1, (f"{error.filename or 'a file'} cannot be written: {error.strerror}; make room or rights there, "
-                              f"or choose another folder with --log_dir")
-    say(f"train.py: error: {message}", sys.stderr)
-    return status
+    except Exception as error:
+        explain("train.py", error, (CaptureError, CheckpointError, DataError, PrecisionError, RunError),
+                "try a smaller --batch_size or --z_dim", "make room or rights there, or choose another folder with --log_dir")
+        return 2 if isinstance(error, (FlagError, PrecisionError)) else 1
+
+
+def explain(program, error, known, memory_advice, disk_advice="make room or rights there"):
+    """Say in one sentence what is wrong and what to do, where the user can mend it; else raise the error again.
+
+    The errors of the classes `known` bring their own sentence; want of memory and of room on the disk get one here.
+    """
+    if isinstance(error, known):
+        message = str(error)
+    elif isinstance(error, OSError):
+        message = f"{error.filename or 'a file'} cannot be written: {error.strerror}; {disk_advice}"
+    elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or \
+            isinstance(error, RuntimeError) and "allocate memory" in str(error):
+        message = f"there is not enough memory; {memory_advice}"
+    else:
+        raise error
+    say(f"{program}: error: {message}", sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1533,13 +1533,17 @@ class WholeRun(TrainGroup):
                          (3, 0.995, "digits", None))
         self.assertEqual([file.name for file in run.rglob("*.tmp")], [])
 
-    def test_test_images_are_measured(self):
-        run, state = self.train_quietly("--epochs", "6", "--z_dim", "3")
+    def outputs_on_test_images(self, state):
+        """Return test images, their labels, reconstructions and codes, of a model of 3 dimensions with these weights."""
         images, labels = self.mnist.load_digits(train=False)
         model = self.models.AdversarialAE(z_dim=3)
         model.load_state_dict(state)
         with torch.no_grad():
-            recon_x, codes = model(images)
+            return images, labels, *model(images)
+
+    def test_test_images_are_measured(self):
+        run, state = self.train_quietly("--epochs", "6", "--z_dim", "3")
+        images, _, recon_x, codes = self.outputs_on_test_images(state)
         events = read_events(run)
         for tag in ("test/recon_loss", "test/ks_distance"):
             self.assertEqual([event.step for event in events.Scalars(tag)], [0, 1, 5])
@@ -1562,11 +1566,7 @@ class WholeRun(TrainGroup):
 
     def test_projector_has_codes_pictures_and_labels(self):
         run, state = self.train_quietly("--epochs", "1", "--z_dim", "3")
-        images, labels = self.mnist.load_digits(train=False)
-        model = self.models.AdversarialAE(z_dim=3)
-        model.load_state_dict(state)
-        with torch.no_grad():
-            codes = model(images)[1]
+        images, labels, _, codes = self.outputs_on_test_images(state)
         folder = run / "00001" / "codes"
         np.testing.assert_allclose(np.loadtxt(folder / "tensors.tsv"), codes, rtol=1e-3, atol=1e-4)
         self.assertEqual((folder / "metadata.tsv").read_text().split(), [str(label) for label in labels.tolist()])

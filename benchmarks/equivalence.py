@@ -66,7 +66,7 @@ def figures(state, images):
     """Return what a run has learnt, measured on test images, as a dict of numbers."""
     model = train.build_model(state["settings"]["z_dim"])
     model.load_state_dict(state["model"])
-    recon, codes = (torch.cat(outputs) for outputs in zip(*(model.eval()(batch) for batch in images.split(1000))))
+    recon, codes = train.reconstruct(model.eval(), images)
     off_diagonal = torch.cov(codes.T) - torch.diag(torch.var(codes, 0))
     return {"recon_loss": state["means"]["recon_loss"], "accuracy": state["means"]["accuracy"],
             "test MSE": float((recon - images).square().mean()), "largest |mean|": float(codes.mean(0).abs().max()),
