@@ -1,7 +1,7 @@
 """What a run needs to go on after it was stopped or killed, in one file: <run>/checkpoints/training_state.pt.
 
 It is written whole or not at all, and the one before it stays as training_state.previous.pt. Beside it lies
-model_checkpoint.pt, the weights alone, for everybody else.
+model_checkpoint.pt, the averaged weights alone, for everybody else.
 """
 
 import io
@@ -22,7 +22,7 @@ try:
 except ImportError:  # Windows: runs are not locked there
     fcntl = None
 
-FORMAT = "adversarial autoencoder, training state 1"
+FORMAT = "adversarial autoencoder, training state 2"
 CURRENT, PREVIOUS, WEIGHTS = "training_state.pt", "training_state.previous.pt", "model_checkpoint.pt"
 
 
@@ -30,15 +30,15 @@ class CheckpointError(RuntimeError):
     """A checkpoint or run that cannot be gone on with; the message says why and what to do."""
 
 
-def save_state(run, state, model, keep=True):
-    """Write a dict of tensors, numbers, strings, lists and dicts as the run's training state, and the model's weights.
+def save_state(run, state, weights, keep=True):
+    """Write a dict of tensors, numbers, strings, lists and dicts as the run's training state, and beside it `weights`.
 
     The state before it becomes the previous one if `keep`, else it is replaced.
     """
     folder = Path(run) / "checkpoints"
-    state = {"format": FORMAT, "model": weights_on_cpu(model), "events": settled_events(run), **state}
+    state = {"format": FORMAT, "events": settled_events(run), **state}
     write_atomically(folder / CURRENT, packed(state), keep=folder / PREVIOUS if keep else None)
-    write_atomically(folder / WEIGHTS, packed(state["model"]))
+    write_atomically(folder / WEIGHTS, packed(weights))
 
 
 def run_folder(resume):

@@ -9,6 +9,7 @@ is made beside the file. On two cores of an AMD EPYC (Zen 5) with torch 2.15.0, 
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import sys
 import time
@@ -25,7 +26,7 @@ from classifier import ClassifierError, features_and_probabilities, load_classif
 from device import choose_device, device_name, keep_freed_memory, set_precision
 from metrics import choose_sigma, frechet, frechet_to_prior, ks_distance, mmd, parzen_log_likelihood, squared_distances
 from mnist import DataError, load_digits, load_mnist
-from models import ENCODERS
+from models import ENCODERS, NETWORKS
 from train import OneLineParser, build_model, explain, make_picture, number, png_bytes, reconstruct, say, undisturbed
 from utils import write_atomically
 
@@ -33,7 +34,7 @@ BATCH = 250            # samples drawn at once
 SAMPLES = 10_000       # drawn for the log-likelihood and for the classifier
 SIGMA_IMAGES = 1_000   # the last ones of the training set, to choose the Parzen window's sigma on
 FLOOR_IMAGES = 10_000  # the first ones of the training set, as the best samples that one could hope for
-DEFAULTS = {"posterior": "deterministic", "trained_on": "mnist", "data_dir": "../data/"}  # where hparams.json says nothing
+DEFAULTS = {"posterior": "deterministic", "networks": "base", "trained_on": "mnist", "data_dir": "../data/"}  # of older runs
 SURE = 0.95            # the classifier is sure of an image from this probability on
 STAGES = ("reconstructions", "prior match", "samples", "log-likelihood", "digit classifier", "pictures")
 COLORS = ("#1f5fbf", "#f28e1c", "#2f9e44", "#d62f2f", "#8250c4", "#8a5a3c", "#e873b8", "#7a7a7a", "#b5b31a", "#17b0c4")
@@ -290,7 +291,7 @@ def read_settings(path):
         settings = json.loads(path.read_bytes())
         settings = {**DEFAULTS, **settings}
         whole = (type(settings["z_dim"]) is int and settings["z_dim"] > 0 and settings["posterior"] in ENCODERS
-                 and settings["trained_on"] in ("mnist", "digits") and isinstance(settings["data_dir"], str))
+                 and settings["networks"] in NETWORKS and settings["trained_on"] in ("mnist", "digits") and isinstance(settings["data_dir"], str))
     except OSError as error:
         raise EvaluationError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -314,11 +315,12 @@ def read_weights(path):
 def settings_from_weights(path, weights):
     """Return the settings of a model without a run: its kind by the shapes of its weights, and MNIST."""
     shapes = {name: tensor.shape for name, tensor in weights.items()}
-    for posterior in ENCODERS:
+    for posterior, networks in itertools.product(ENCODERS, NETWORKS):
         with contextlib.suppress(KeyError, IndexError):
-            settings = {**DEFAULTS, "z_dim": shapes["discriminator.net.0.weight"][1], "posterior": posterior}
+            settings = {**DEFAULTS, "z_dim": shapes["discriminator.net.0.weight"][1], "posterior": posterior,
+                        "networks": networks}
             with torch.device("meta"):  # shapes without memory
-                model = build_model(settings["z_dim"], posterior)
+                model = build_model(settings["z_dim"], posterior, networks)
             if shapes == {name: tensor.shape for name, tensor in model.state_dict().items()}:
                 return settings
     raise EvaluationError(f"{path} has the weights of another model than models.AdversarialAE; name a {WEIGHTS} of train.py")
@@ -326,13 +328,13 @@ def settings_from_weights(path, weights):
 
 def load_model(path, weights, settings):
     """Return the model that a run's settings and weights make; raise EvaluationError where the two do not fit."""
-    model = build_model(settings["z_dim"], settings["posterior"])
+    model = build_model(settings["z_dim"], settings["posterior"], settings["networks"])
     try:
         model.load_state_dict(weights)
     except RuntimeError:
-        raise EvaluationError(f"{path} does not fit a models.AdversarialAE with z_dim {settings['z_dim']} and a "
-                              f"{settings['posterior']} encoder: hparams.json is another run's, or models.py has changed "
-                              f"since; name another run") from None
+        raise EvaluationError(f"{path} does not fit a models.AdversarialAE with z_dim {settings['z_dim']}, "
+                              f"{settings['posterior']} encoder and {settings['networks']} networks: hparams.json is another "
+                              f"run's, or models.py has changed since; name another run") from None
     return model
 
 
@@ -372,7 +374,8 @@ def main(args):
         for name, picture in draw_pictures(model, *data, args.seed).items():
             write_atomically(folder / "evaluation" / name, png_bytes(picture))
     metrics = {"weights": str(path), "weights_md5": checksum,
-               "trained_on": settings["trained_on"], "z_dim": settings["z_dim"], "posterior": settings["posterior"], **metrics,
+               "trained_on": settings["trained_on"], "z_dim": settings["z_dim"], "posterior": settings["posterior"],
+               "networks": settings["networks"], **metrics,
                "seed": args.seed, "device": device.type, "device_name": device_name(device), "torch": torch.__version__,
                "seconds": round(time.monotonic() - started, 1)}
     say(describe(metrics))
@@ -391,7 +394,7 @@ def describe(metrics):
     span = lambda values: f"{min(values):.2f} to {max(values):.2f}"
     errors = metrics["reconstruction"]["mse_per_label"]
     return "\n".join([
-        f"{metrics['weights']}: z_dim {metrics['z_dim']}, {metrics['posterior']} encoder, "
+        f"{metrics['weights']}: z_dim {metrics['z_dim']}, {metrics['posterior']} encoder, {metrics['networks']} networks, "
         f"{metrics['test_images']:,} test images of {name}, {metrics['seconds']:.0f} s on {metrics['device']}",
         "",
         row("codes against the prior", "test codes", "prior draws"),

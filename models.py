@@ -17,21 +17,24 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 REAL, FAKE = 1.0, 0.0  # the discriminator's labels: drawn from the prior, made by the encoder
+NETWORKS = ("residual", "base")  # ours, or as the assignment suggests them
+WIDTH, BLOCKS = 64, 3  # of the residual perceptron between convolutions and code
 
 
 class ConvEncoder(nn.Module):
-    """Images [B, 1, 28, 28] in [-1, 1] to latent codes [B, z_dim], deterministically."""
+    """Images [B, 1, 28, 28] in [-1, 1] to latent codes [B, z_dim], deterministically. `networks` is one of NETWORKS."""
 
-    def __init__(self, z_dim):
+    def __init__(self, z_dim, networks="residual"):
         super().__init__()
+        base = is_base(networks)
         self.net = nn.Sequential(
-            nn.Conv2d(1, 32, 3, stride=2, padding=1), nn.ReLU(),   # 28x28 -> 14x14
-            nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),  # 14x14 -> 7x7
-            nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.ReLU(),  # 7x7 -> 4x4
+            *stage(nn.Conv2d, 1, 32, base, stride=2),   # 28x28 -> 14x14
+            *stage(nn.Conv2d, 32, 32, base),
+            *stage(nn.Conv2d, 32, 64, base, stride=2),  # 14x14 -> 7x7
+            *stage(nn.Conv2d, 64, 64, base),
+            *stage(nn.Conv2d, 64, 64, base, stride=2),  # 7x7 -> 4x4
             nn.Flatten(),
-            nn.Linear(64 * 4 * 4, z_dim))
+            *fully_connected(64 * 4 * 4, z_dim, base))
 
     def forward(self, x):
         return self.net(x)
@@ -48,8 +51,8 @@ class GaussianEncoder(ConvEncoder):
     arXiv:1312.6114, section 2.4). Every call draws anew, also in evaluation mode.
     """
 
-    def __init__(self, z_dim):
-        super().__init__(2 * z_dim)
+    def __init__(self, z_dim, networks="residual"):
+        super().__init__(2 * z_dim, networks)
 
     def forward(self, x):
         mean, log_variance = self.net(x).float().chunk(2, dim=1)
@@ -64,8 +67,8 @@ class UniversalEncoder(ConvEncoder):
 
     HIDDEN, NOISE = 128, 16
 
-    def __init__(self, z_dim):
-        super().__init__(self.HIDDEN)
+    def __init__(self, z_dim, networks="residual"):
+        super().__init__(self.HIDDEN, networks)
         self.mix = nn.Sequential(nn.Linear(self.HIDDEN + self.NOISE, self.HIDDEN), nn.ReLU(), nn.Linear(self.HIDDEN, z_dim))
 
     def forward(self, x):
@@ -75,18 +78,19 @@ class UniversalEncoder(ConvEncoder):
 
 
 class ConvDecoder(nn.Module):
-    """Latent codes [B, z_dim] to images [B, 1, 28, 28] in [-1, 1]."""
+    """Latent codes [B, z_dim] to images [B, 1, 28, 28] in [-1, 1]: the encoder mirrored."""
 
-    def __init__(self, z_dim):
+    def __init__(self, z_dim, networks="residual"):
         super().__init__()
+        base = is_base(networks)
         self.net = nn.Sequential(
-            nn.Linear(z_dim, 64 * 4 * 4), nn.ReLU(),
+            *fully_connected(z_dim, 64 * 4 * 4, base), nn.ReLU() if base else nn.SiLU(),
             nn.Unflatten(1, (64, 4, 4)),
-            nn.ConvTranspose2d(64, 64, 3, stride=2, padding=1, output_padding=0), nn.ReLU(),  # 4x4 -> 7x7
-            nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
-            nn.ConvTranspose2d(64, 32, 3, stride=2, padding=1, output_padding=1), nn.ReLU(),  # 7x7 -> 14x14
-            nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
-            nn.ConvTranspose2d(32, 1, 3, stride=2, padding=1, output_padding=1),              # 14x14 -> 28x28
+            *stage(nn.ConvTranspose2d, 64, 64, base, stride=2),                     # 4x4 -> 7x7
+            *stage(nn.Conv2d, 64, 64, base),
+            *stage(nn.ConvTranspose2d, 64, 32, base, stride=2, output_padding=1),   # 7x7 -> 14x14
+            *stage(nn.Conv2d, 32, 32, base),
+            nn.ConvTranspose2d(32, 1, 3, stride=2, padding=1, output_padding=1),    # 14x14 -> 28x28
             nn.Tanh())
         # Start at MNIST's mean pixel: from a brighter start, the first steps drive tanh into -1, where no gradient is left.
         nn.init.constant_(self.net[-2].bias, math.atanh(-0.74))
@@ -96,14 +100,15 @@ class ConvDecoder(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Latent codes [B, z_dim] to logits [B, 1]: above 0 for "drawn from the prior", below 0 for "made by the encoder"."""
+    """Latent codes [B, z_dim] to logits [B, 1]: above 0 for "drawn from the prior", below 0 for "made by the encoder".
 
-    def __init__(self, z_dim):
+    Layer normalisation, which the base networks lack, lets it learn at a high rate: without, codes far out made it diverge.
+    """
+
+    def __init__(self, z_dim, networks="residual"):
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(z_dim, 512), nn.LeakyReLU(0.2),
-            nn.Linear(512, 512), nn.LeakyReLU(0.2),
-            nn.Linear(512, 1))
+        base = is_base(networks)
+        self.net = nn.Sequential(*hidden_layer(z_dim, 512, base), *hidden_layer(512, 512, base), nn.Linear(512, 1))
 
     def forward(self, z):
         return self.net(z)
@@ -111,6 +116,46 @@ class Discriminator(nn.Module):
     @property
     def device(self):
         return next(self.parameters()).device
+
+
+def is_base(networks):
+    """Return whether a name in NETWORKS is that of the assignment's; raise ValueError for another name."""
+    if networks not in NETWORKS:
+        raise ValueError(f"networks is {networks!r}, not one of {', '.join(NETWORKS)}")
+    return networks == "base"
+
+
+def stage(layer, channels_in, channels_out, base, **settings):
+    """Return a 3x3 convolution, plain or transposed, then a ReLU in the base networks, else batch normalisation and a SiLU."""
+    convolution = layer(channels_in, channels_out, 3, padding=1, bias=base, **settings)  # normalised, a bias would have no effect
+    return [convolution, nn.ReLU()] if base else [convolution, nn.BatchNorm2d(channels_out), nn.SiLU()]
+
+
+def fully_connected(inputs, outputs, base):
+    """Return the layers between convolutions and code: a linear one in the base networks, else a residual perceptron.
+
+    To match the prior, the encoder has to carry its codes to other places, and the decoder has to undo that. One linear layer
+    cannot move the clusters of the ten digits towards each other until no gap is left between them; this can.
+    """
+    if base:
+        return [nn.Linear(inputs, outputs)]
+    return [nn.Linear(inputs, WIDTH), *(Residual() for _ in range(BLOCKS)), nn.SiLU(), nn.Linear(WIDTH, outputs)]
+
+
+def hidden_layer(inputs, width, base):
+    """Return a hidden layer of the discriminator: a linear one and a LeakyReLU, but for the base networks normalised between."""
+    return [nn.Linear(inputs, width), *([] if base else [nn.LayerNorm(width)]), nn.LeakyReLU(0.2)]
+
+
+class Residual(nn.Module):
+    """Features [B, WIDTH] plus a perceptron of them (He et al., "Identity mappings in deep residual networks", 2016)."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x):
+        return x + self.net(x)
 
 
 Encoder, Decoder = ConvEncoder, ConvDecoder  # the names that other completions of the assignment use
@@ -121,6 +166,7 @@ class AdversarialAE(nn.Module):
     """An adversarial autoencoder with z_dim latent dimensions, its two losses, and samples from it.
 
     `posterior` names the encoder's q(z|x), one of ENCODERS: a function of the image alone, Gaussian, or of any form.
+    `networks`, one of NETWORKS, says how encoder and decoder are built.
 
     `sample` draws from `sample_stream`, a torch.Generator on the CPU. Its seed follows from torch's at construction; later,
     sample_stream.manual_seed sets it.
@@ -128,12 +174,12 @@ class AdversarialAE(nn.Module):
 
     capturable = True  # the losses copy nothing between host and device, so that a CUDA graph can hold them
 
-    def __init__(self, z_dim=8, posterior="deterministic"):
+    def __init__(self, z_dim=8, posterior="deterministic", networks="residual"):
         super().__init__()
         self.z_dim = z_dim
-        self.encoder = ENCODERS[posterior](z_dim)
-        self.decoder = ConvDecoder(z_dim)
-        self.discriminator = Discriminator(z_dim)
+        self.encoder = ENCODERS[posterior](z_dim, networks)
+        self.decoder = ConvDecoder(z_dim, networks)
+        self.discriminator = Discriminator(z_dim, networks)
         self.sample_stream = torch.Generator().manual_seed((torch.initial_seed() + 1) % 2**63)
 
     @property

@@ -7,6 +7,7 @@ last checkpoint with --resume, to the same weights to the last bit as if it had 
 
 import argparse
 import contextlib
+import copy
 import difflib
 import io
 import json
@@ -29,7 +30,8 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, clear_after, has_state, latest_run, load_state, locked, run_folder, save_state
+from checkpoint import (CheckpointError, clear_after, has_state, latest_run, load_state, locked, run_folder, save_state,
+                        weights_on_cpu)
 from device import (CapturedStep, CaptureError, PrecisionError, choose_device, device_name, keep_freed_memory,
                     set_precision)
 from metrics import ks_distance
@@ -39,8 +41,8 @@ from utils import TensorBoardLogger, write_atomically
 
 SAMPLE_SEED = 0
 MAY_DIFFER = {"data_dir", "log_dir", "num_workers", "no_cuda", "checkpoint_every", "resume"}  # when a run is resumed
-HYPERPARAMETERS = ("z_dim", "lambda_", "posterior", "ae_lr", "d_lr", "batch_size", "epochs", "seed", "precision",
-                   "trained_on")  # what one compares runs by
+HYPERPARAMETERS = ("z_dim", "lambda_", "posterior", "networks", "ae_lr", "d_lr", "d_momentum", "averaging", "batch_size",
+                   "epochs", "seed", "precision", "trained_on")  # what one compares runs by
 READ_EVERY = 50  # steps between two looks at the losses: for a look, the CPU waits for the device
 
 
@@ -233,6 +235,36 @@ def train_step(model, optimizer_ae, optimizer_disc, lambda_, x, precision="fp32"
                  for values in (ae_values, disc_values))
 
 
+class WeightAverage:
+    """A copy of a model, `model`, whose weights are an exponential moving average of the other's over the training steps.
+
+    A step's weights count `decay` times as much after each later step: 0.999 averages over about 1,000 steps. Over the first
+    steps the decay is (1 + n) / (10 + n) for the n-th, if that is less, so that the initial weights are soon forgotten.
+    Statistics, as of batch normalisation, are averaged too (Polyak and Juditsky 1992; Karras et al., arXiv:1710.10196,
+    appendix A.1: samples of a model so averaged are better).
+    """
+
+    def __init__(self, model, decay):
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.decay = decay
+        self.updates = 0
+        pairs = zip(self.model.state_dict().values(), model.state_dict().values())
+        self._averaged, self._current = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
+
+    def update(self):
+        """Take in the weights as they are now."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self._averaged, self._current, 1 - decay)  # one call for all weights, as in torch.optim.swa_utils
+
+    def state_dict(self):
+        return {"updates": self.updates, "weights": weights_on_cpu(self.model)}
+
+    def load_state_dict(self, state):
+        self.updates = state["updates"]
+        self.model.load_state_dict(state["weights"])
+
+
 class StepLog:
     """Keeps the values of each step on the device; every READ_EVERY steps reads, checks and hands on all of them.
 
@@ -327,7 +359,7 @@ def train_run(args, run=None, state=None):
         say(f"device: {device.type} ({settings['device_name']}), torch {torch.__version__}")
         say(f"data:   {len(loader.dataset):,} images of {'MNIST' if trained_on == 'mnist' else 'the bundled digits'}")
         say(f"run:    {run}")
-        model = place(build_model(args.z_dim, args.posterior), device, args.precision)
+        model = place(build_model(args.z_dim, args.posterior, args.networks), device, args.precision)
         session = Session(run, settings, loader, test, model, args, state)
         try:
             session.train(received)
@@ -346,14 +378,15 @@ def train_run(args, run=None, state=None):
 class Session:
     """A run as it trains: all that changes from step to step, and so all that a resume needs."""
 
-    PARTS = ("optimizer_ae", "optimizer_disc", "logger_ae", "logger_disc")
+    PARTS = ("optimizer_ae", "optimizer_disc", "average", "logger_ae", "logger_disc")
 
     def __init__(self, run, settings, loader, test, model, args, state=None):
         self.run, self.loader, self.test, self.model, self.args, self.resumed = run, loader, test, model, args, state
         self.settings = {name: value for name, value in json.loads(json.dumps(settings, default=str)).items()
                          if name not in ("given", "resume")}
         self.optimizer_ae, self.optimizer_disc = build_optimizers(model, args)
-        self.step = build_step(model, self.optimizer_ae, self.optimizer_disc, args)
+        self._step = build_step(model, self.optimizer_ae, self.optimizer_disc, args)
+        self.average = WeightAverage(model, args.averaging)  # what is shown, measured and saved for others
         self.logger_ae = TensorBoardLogger(None, name="generator")
         self.logger_disc = TensorBoardLogger(None, name="discriminator")
         self.epoch = 0    # whole epochs done
@@ -379,7 +412,7 @@ class Session:
             try:
                 self.train_epochs(writer, shown, received)
                 if self.test:
-                    save_summary(self.model, self.epoch, writer, *self.test, self.settings, self.means)
+                    save_summary(self.average.model, self.epoch, writer, *self.test, self.settings, self.means)
             finally:  # after the last checkpoint, for a resume goes on with the loggers' open windows
                 self.logger_ae.flush()
                 self.logger_disc.flush()
@@ -422,24 +455,30 @@ class Session:
         if bar.disable or not sys.stdout.isatty():
             say(f"epoch {epoch}/{epochs}: {describe(means)}, {time.monotonic() - start:.1f} s")
 
+    def step(self, x):
+        """Train on a batch, and take the weights after it into their average; return what `train_step` returns."""
+        values = self._step(x)
+        self.average.update()
+        return values
+
     def save_pictures(self, writer, shown):
         """Save samples, and at epoch 0, 1 and every fifth reconstructions of the images `shown`, and measurements."""
-        generate_and_save(self.model, self.epoch, writer)
+        generate_and_save(self.average.model, self.epoch, writer)
         if self.epoch == 1 or self.epoch % 5 == 0:
-            save_reconstruction(self.model, self.epoch, writer, shown, count=len(shown))
+            save_reconstruction(self.average.model, self.epoch, writer, shown, count=len(shown))
             if self.test:
-                save_measurements(self.model, self.epoch, writer, self.test[0])
+                save_measurements(self.average.model, self.epoch, writer, self.test[0])
 
     def save(self, writer, keep=True):
         """Save everything that a resume needs, and the weights; `keep` the state before."""
         writer.flush()  # what is logged so far belongs to this state, what comes later does not
         self.seconds += time.monotonic() - self._started
         self._started = time.monotonic()
-        save_state(self.run, self.state_dict(), self.model, keep)
+        save_state(self.run, self.state_dict(), weights_on_cpu(self.average.model), keep)
 
     def state_dict(self):
-        """Return where the run stands, without the model's weights."""
-        return {"settings": self.settings, "epoch": self.epoch, "steps": self.steps, "totals": self.totals,
+        """Return where the run stands."""
+        return {"settings": self.settings, "model": weights_on_cpu(self.model), "epoch": self.epoch, "steps": self.steps, "totals": self.totals,
                 "means": self.means, "seconds": self.seconds, "random": random_states(self.model),
                 "types": self.types(), **{name: getattr(self, name).state_dict() for name in self.PARTS}}
 
@@ -514,9 +553,12 @@ def resume_hint(run):
     return f"go on with: python {shlex.quote(os.path.relpath(__file__))} --resume {shlex.quote(str(run))}"
 
 
-def build_model(z_dim, posterior="deterministic"):
-    """Return a new model; one of other hands, as the assignment has it, knows no posterior but the default."""
-    return AdversarialAE(z_dim=z_dim) if posterior == "deterministic" else AdversarialAE(z_dim=z_dim, posterior=posterior)
+def build_model(z_dim, posterior="deterministic", networks="residual"):
+    """Return a new model; one of other hands, as the assignment has it, knows no arguments but z_dim."""
+    chosen = {"posterior": posterior} if posterior != "deterministic" else {}
+    if networks != "residual":
+        chosen["networks"] = networks
+    return AdversarialAE(z_dim=z_dim, **chosen)
 
 
 def place(model, device, precision):
@@ -529,7 +571,8 @@ def build_optimizers(model, args):
     fused = model.device.type in ("cpu", "cuda")  # one call for all weights; not tried elsewhere
     optimizer_ae = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()], lr=args.ae_lr,
                                     betas=(0.5, 0.999), fused=fused, capturable=model.device.type == "cuda")
-    return optimizer_ae, torch.optim.SGD(model.discriminator.parameters(), lr=args.d_lr, fused=fused)
+    optimizer_disc = torch.optim.SGD(model.discriminator.parameters(), lr=args.d_lr, momentum=args.d_momentum, fused=fused)
+    return optimizer_ae, optimizer_disc
 
 
 def build_step(model, optimizer_ae, optimizer_disc, args):
@@ -633,11 +676,18 @@ def make_parser():
     parser.add_argument("--z_dim", type=number(int, 1), default=8, help="dimensions of the latent code")
     parser.add_argument("--posterior", choices=("deterministic", "gaussian", "universal"), default="deterministic",
                         help="the encoder's q(z|x): a function of the image alone, Gaussian, or of any form")
+    parser.add_argument("--networks", choices=("residual", "base"), default="residual",
+                        help="encoder and decoder: ours, or as the assignment suggests them")
     parser.add_argument("--batch_size", type=number(int, 1), default=64, help="images per step")
     parser.add_argument("--lambda_", type=number(float, 0, 1), default=0.995,
                         help="weight of the reconstruction in [0, 1]; the adversarial part has the rest")
     parser.add_argument("--ae_lr", type=number(float, 0), default=1e-3, help="learning rate of encoder and decoder, Adam")
     parser.add_argument("--d_lr", type=number(float, 0), default=5e-3, help="learning rate of the discriminator, SGD")
+    parser.add_argument("--d_momentum", type=number(float, 0, 0.999), default=0.98,
+                        help="momentum of the discriminator's SGD")
+    parser.add_argument("--averaging", type=number(float, 0, 0.99999), default=0.999,
+                        help="decay per step of the average of all weights that is saved, shown and measured; 0: the weights "
+                             "of the last step alone")
     parser.add_argument("--data_dir", default="../data/", help="folder where MNIST is, or is downloaded to")
     parser.add_argument("--dataset", choices=("auto", "mnist", "digits"), default="auto",
                         help="what to train on; auto: MNIST, or where it cannot be had, the bundled digits")

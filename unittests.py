@@ -14,6 +14,7 @@ import http.server
 import importlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -550,7 +551,7 @@ class Promises(ModelGroup):
         torch.testing.assert_close(images, model.eval().sample(8))
 
     def test_suggested_architecture(self):
-        model = self.models.AdversarialAE(z_dim=8)
+        model = self.models.AdversarialAE(z_dim=8, networks="base")
         convolutions = lambda channels: sum(9 * i * o + o for i, o in zip(channels, channels[1:]))
         linears = lambda widths: sum(i * o + o for i, o in zip(widths, widths[1:]))
         expected = {"encoder": convolutions([1, 32, 32, 64, 64, 64]) + linears([1024, 8]),
@@ -561,9 +562,9 @@ class Promises(ModelGroup):
 
     def test_every_posterior_keeps_the_interface(self):
         x = images_like_mnist(5)
-        for posterior in self.models.ENCODERS:
+        for posterior, networks in itertools.product(self.models.ENCODERS, self.models.NETWORKS):
             torch.manual_seed(0)
-            model = self.models.AdversarialAE(z_dim=3, posterior=posterior)
+            model = self.models.AdversarialAE(z_dim=3, posterior=posterior, networks=networks)
             recon_x, z = model(x)
             self.assertEqual((recon_x.shape, z.shape, model.sample(2).shape), ((5, 1, 28, 28), (5, 3), (2, 1, 28, 28)))
             model.get_loss_autoencoder(x, recon_x, z, 0.5)[0].backward()
@@ -576,6 +577,7 @@ class Promises(ModelGroup):
             for one, other in ((z, again), evaluated):
                 self.assertEqual(torch.equal(one, other), posterior == "deterministic", posterior)
         self.assertRaises(KeyError, self.models.AdversarialAE, posterior="normal")
+        self.assertRaises(ValueError, self.models.AdversarialAE, networks="other")
 
     def test_gaussian_codes_have_the_mean_and_variance_that_the_network_gives(self):
         encoder = self.models.ENCODERS["gaussian"](2)
@@ -856,13 +858,42 @@ class Training(TrainGroup):
     def test_takes_off_with_seeds_that_start_bright(self):
         for seed in (1, 2):  # with the decoder's last bias as torch draws it, every fourth seed ended in black images
             torch.manual_seed(seed)
-            model, loader = self.models.AdversarialAE(), self.mnist.digits()
-            optimizers = self.train.build_optimizers(model, self.train.parse_args([]))
+            flags = self.train.parse_args(["--networks", "base", "--d_momentum", "0"])
+            model, loader = self.models.AdversarialAE(networks="base"), self.mnist.digits()
+            optimizers = self.train.build_optimizers(model, flags)
             for epoch in (1, 2):
                 means = self.train.train_aae(epoch, model, loader, ValueList(), ValueList(), *optimizers, 0.995)
             self.check(means["recon_loss"] < 0.25, f"with seed {seed} the reconstruction loss stays at {means['recon_loss']:.3f}: "
                        "the first steps drive the decoder's tanh to -1 everywhere; start its last bias at the mean pixel")
 
+    def test_average_is_that_of_the_formula(self):
+        model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+        average, decays = self.train.WeightAverage(model, 0.5), []
+        expected = {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
+        for step in range(1, 12):
+            with torch.no_grad():
+                for tensor in model.state_dict().values():
+                    tensor.add_(torch.rand_like(tensor) if tensor.is_floating_point() else 1)
+            average.update()
+            decays.append(min(0.5, (1 + step) / (10 + step)))
+            for name, tensor in model.state_dict().items():
+                expected[name] = decays[-1] * expected[name] + (1 - decays[-1]) * tensor.double().numpy()
+        self.assertLess(decays[0], decays[5])
+        self.assertEqual(decays[-1], 0.5)
+        for name in ("0.weight", "0.bias", "1.weight", "1.running_mean", "1.running_var"):
+            np.testing.assert_allclose(average.model.state_dict()[name], expected[name], rtol=1e-5, err_msg=name)
+
+    def test_average_goes_on_from_its_state(self):
+        model = nn.Linear(2, 3)
+        average = self.train.WeightAverage(model, 0.9)
+        nn.init.zeros_(model.weight)
+        average.update()
+        other = self.train.WeightAverage(model, 0.9)
+        other.load_state_dict(average.state_dict())
+        for one in (average, other):
+            one.update()
+        self.assertTrue(torch.equal(average.model.weight, other.model.weight))
+        self.assertGreater(average.model.weight.abs().sum(), 0)
 
     def test_bf16_differs_by_rounding_alone(self):
         def after_one_step(precision):
@@ -1536,7 +1567,7 @@ class WholeRun(TrainGroup):
     def outputs_on_test_images(self, state):
         """Return test images, their labels, reconstructions and codes, of a model of 3 dimensions with these weights."""
         images, labels = self.mnist.load_digits(train=False)
-        model = self.models.AdversarialAE(z_dim=3)
+        model = self.models.AdversarialAE(z_dim=3).eval()
         model.load_state_dict(state)
         with torch.no_grad():
             return images, labels, *model(images)
@@ -1738,6 +1769,14 @@ class Resume(TrainGroup):
                 self.assertEqual(self.go_on(run)[0], 0)
                 self.assert_same_run(run, whole)
 
+    def test_base_networks_are_resumed(self):
+        whole, weights = self.train_quietly("--epochs", "2", "--networks", "base")
+        self.models.AdversarialAE(networks="base").load_state_dict(weights)
+        run, _ = self.stop_after(3, "--epochs", "2", "--networks", "base")
+        self.assertEqual(self.go_on(run, "--networks", "residual")[0], 2)
+        self.assertEqual(self.go_on(run)[0], 0)
+        self.assert_same_run(run, whole)
+
     def test_every_posterior_is_resumed(self):
         for posterior in ("gaussian", "universal"):
             whole, weights = self.train_quietly("--epochs", "2", "--posterior", posterior)
@@ -1747,6 +1786,17 @@ class Resume(TrainGroup):
             self.assertEqual(self.go_on(run)[0], 0)
             self.assert_same_run(run, whole)
             self.assertEqual(json.loads((run / "hparams.json").read_text())["posterior"], posterior)
+
+    def test_saved_weights_are_the_average_and_training_goes_on_with_the_others(self):
+        runs = {decay: self.train_quietly("--epochs", "3", "--averaging", decay) for decay in ("0", "0.9")}
+        (last, last_saved), (averaged, averaged_saved) = runs.values()
+        states = [self.checkpoint.load_state(run) for run in (last, averaged)]
+        for name in states[0]["model"]:
+            self.assertTrue(torch.equal(states[0]["model"][name], states[1]["model"][name]), f"{name} depends on the average")
+            self.assertTrue(torch.equal(averaged_saved[name], states[1]["average"]["weights"][name]), name)
+            if states[0]["model"][name].is_floating_point():
+                self.assertTrue(torch.equal(last_saved[name], states[0]["model"][name]), f"{name} with --averaging 0")
+                self.assertFalse(torch.equal(last_saved[name], averaged_saved[name]), f"{name} is not averaged")
 
     def test_more_epochs_are_the_longer_run(self):
         with mock.patch.object(self.train.TensorBoardLogger.__init__, "__defaults__", (3, None)):
@@ -2134,7 +2184,7 @@ class Evaluation(TrainGroup):
         """Return a run's folder with the weights of a new model."""
         run = self.folder() / "run"
         (run / "checkpoints").mkdir(parents=True)
-        settings = {"z_dim": z_dim, "trained_on": "digits", "data_dir": "nowhere", **settings}
+        settings = {"z_dim": z_dim, "networks": "residual", "trained_on": "digits", "data_dir": "nowhere", **settings}
         (run / "hparams.json").write_text(json.dumps(settings))
         torch.save(self.models.AdversarialAE(z_dim).state_dict(), run / "checkpoints" / "model_checkpoint.pt")
         return run
@@ -2183,7 +2233,7 @@ class Evaluation(TrainGroup):
         self.check_close(match["prior_draws"]["ks"], 0.8687 / math.sqrt(299), "the prior's draws are not from the prior", 0.03)
         self.check(abs(match["prior_draws"]["mmd"]) < 0.005, "the prior's draws are not from the prior")
         self.assertEqual((metrics["test_images"], metrics["z_dim"], metrics["trained_on"]), (299, 2, "digits"))
-        self.assertRegex(out, r"(?s)z_dim 2, deterministic encoder, 299 test images of the bundled digits.*"
+        self.assertRegex(out, r"(?s)z_dim 2, deterministic encoder, residual networks, 299 test images of the bundled digits.*"
                               r"Parzen log-likelihood: -?\d+\.\d \+- \d+\.\d")
         self.assertIn(f"{errors.mean():.4f}", out)
 
@@ -2287,16 +2337,25 @@ class Evaluation(TrainGroup):
         with mock.patch.object(self.evaluate, "load_mnist", return_value=few) as load:
             status, out, err = self.evaluate_cli(folder / "some.pt", "--data_dir", "there")
         self.assertEqual((status, err, load.call_args.args[0]), (0, "", "there"))
-        self.assertIn("z_dim 5, deterministic encoder, 200 test images of MNIST", out)
+        self.assertIn("z_dim 5, deterministic encoder, residual networks, 200 test images of MNIST", out)
         self.assertTrue((folder / "evaluation" / "metrics.json").is_file())
 
     def test_each_posterior_with_and_without_a_run(self):
-        for posterior in ("gaussian", "universal"):
-            run = self.a_run(posterior=posterior)
-            model, path = self.models.AdversarialAE(3, posterior), run / "checkpoints" / "model_checkpoint.pt"
+        for kind in (("gaussian", "residual"), ("universal", "residual"), ("deterministic", "base"), ("universal", "base")):
+            run = self.a_run(**dict(zip(("posterior", "networks"), kind)))
+            model, path = self.models.AdversarialAE(3, *kind), run / "checkpoints" / "model_checkpoint.pt"
             torch.save(model.state_dict(), path)
-            self.assertEqual(self.metrics_of(run)[0]["posterior"], posterior)
-            self.assertEqual(self.evaluate.settings_from_weights(path, model.state_dict())["posterior"], posterior)
+            found = self.evaluate.settings_from_weights(path, model.state_dict())
+            for settings in (self.metrics_of(run)[0], found):
+                self.assertEqual((settings["posterior"], settings["networks"]), kind)
+
+    def test_older_runs_have_base_networks(self):
+        run = self.a_run(networks="base")
+        settings = json.loads((run / "hparams.json").read_text())
+        del settings["networks"]
+        (run / "hparams.json").write_text(json.dumps(settings))
+        torch.save(self.models.AdversarialAE(3, networks="base").state_dict(), run / "checkpoints" / "model_checkpoint.pt")
+        self.assertEqual(self.metrics_of(run)[0]["networks"], "base")
 
     def test_weights_within_a_run(self):
         run = self.a_run()

@@ -65,7 +65,7 @@ def finished_run(args, device, precision, seed):
 def figures(state, images):
     """Return what a run has learnt, measured on test images, as a dict of numbers."""
     model = train.build_model(state["settings"]["z_dim"])
-    model.load_state_dict(state["model"])
+    model.load_state_dict(state["average"]["weights"])
     recon, codes = train.reconstruct(model.eval(), images)
     off_diagonal = torch.cov(codes.T) - torch.diag(torch.var(codes, 0))
     return {"recon_loss": state["means"]["recon_loss"], "accuracy": state["means"]["accuracy"],

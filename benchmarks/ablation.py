@@ -1,0 +1,191 @@
+"""Show what each change to the base networks and their training brings:  python benchmarks/ablation.py
+
+Every variant is trained on the first 55,000 training images of MNIST and measured, as evaluate.py measures, on the last 5,000:
+the test set takes no part in any choice. docs/ABLATION.md has the figures of all that was tried. What is finished is kept in
+--results and not repeated.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import mean
+
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import mnist
+import train
+from device import PrecisionError, choose_device, keep_freed_memory, set_precision
+from evaluate import evaluate
+from utils import write_atomically
+
+HELD_OUT = 5_000  # of the training images
+BASE = ("--networks", "base", "--d_momentum", "0", "--averaging", "0")
+COLUMNS = {"test MSE": "mse", "KS": "ks", "Fréchet, samples": "samples", "Fréchet, reconstructions": "reconstructions",
+           "Parzen, nats": "parzen", "discriminator right": "accuracy"}
+
+
+# Variants ------------------------------------------------------------------------------------------------------------
+
+class Noise(nn.Module):
+    """Adds noise from N(0, scale^2), in training alone."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x):
+        return x + self.scale * torch.randn_like(x) if self.training else x
+
+
+def without_batch_norm(model):
+    for part in (model.encoder, model.decoder):
+        part.net = nn.Sequential(*(nn.Identity() if isinstance(layer, nn.BatchNorm2d) else layer for layer in part.net))
+
+
+def without_perceptron(model):
+    kept = [layer for layer in model.encoder.net if not on_vectors(layer)]
+    model.encoder.net = nn.Sequential(*kept[:-1], nn.Linear(1024, model.z_dim))  # the last one is the perceptron's SiLU
+    first = next(index for index, layer in enumerate(model.decoder.net) if isinstance(layer, nn.Unflatten))
+    model.decoder.net = nn.Sequential(nn.Linear(model.z_dim, 1024), nn.SiLU(), *model.decoder.net[first:])
+
+
+def with_batch_norm_in_perceptron(model):
+    for part in (model.encoder, model.decoder):
+        for block in part.net:
+            if on_vectors(block) and not isinstance(block, nn.Linear):
+                width = block.net[1].in_features
+                block.net = nn.Sequential(nn.BatchNorm1d(width), *block.net[:2], nn.BatchNorm1d(width), *block.net[2:])
+
+
+def with_dropout(model):
+    model.encoder.net = nn.Sequential(*(part for layer in model.encoder.net for part in
+                                        ((layer, nn.Dropout(0.2)) if isinstance(layer, nn.Flatten) else (layer,))))
+
+
+def with_layer_norm_in_discriminator(model):
+    layers = model.discriminator.net
+    model.discriminator.net = nn.Sequential(layers[0], nn.LayerNorm(512), *layers[1:3], nn.LayerNorm(512), *layers[3:])
+
+
+def with_noise_before_decoder(model):
+    model.decoder.net = nn.Sequential(Noise(0.1), *model.decoder.net)
+
+
+def with_noise_before_discriminator(model):
+    model.discriminator.net = nn.Sequential(Noise(0.2), *model.discriminator.net)
+
+
+def on_vectors(layer):
+    """Return whether a layer of encoder or decoder is part of what lies between convolutions and code."""
+    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Residual"
+
+
+VARIANTS = {  # name: flags of train.py, change of the model
+    "base": (BASE, None),
+    "base, momentum": (("--networks", "base", "--averaging", "0"), None),
+    "base, momentum, averaging": (("--networks", "base"), None),
+    "final": ((), None),
+    "final without momentum": (("--d_momentum", "0"), None),
+    "final without averaging": (("--averaging", "0"), None),
+    "final without batch normalisation": ((), without_batch_norm),
+    "final without perceptron": ((), without_perceptron),
+    "final, momentum 0.98": (("--d_momentum", "0.98"), None),
+    "final, batch normalisation in the perceptron": ((), with_batch_norm_in_perceptron),
+    "final, dropout 0.2 before the perceptron": ((), with_dropout),
+    "final, layer normalisation in the discriminator": ((), with_layer_norm_in_discriminator),
+    "final, noise 0.1 on codes before the decoder": ((), with_noise_before_decoder),
+    "final, noise 0.2 on codes before the discriminator": ((), with_noise_before_discriminator),
+}
+
+
+# Training and measuring ----------------------------------------------------------------------------------------------
+
+def run_variant(name, args, seed, device):
+    """Train and measure a variant; return its figures, a dict of numbers."""
+    flags, change = VARIANTS[name]
+    flags = train.parse_args([*flags, "--epochs", str(args.epochs), "--seed", str(seed), "--precision", args.precision])
+    torch.manual_seed(seed)
+    images, labels = mnist.load_mnist(args.data_dir)
+    loader = mnist.BatchLoader(images[:-HELD_OUT], labels[:-HELD_OUT], flags.batch_size, device=device)
+    model = train.build_model(flags.z_dim, networks=flags.networks)
+    if change:
+        change(model)
+    model = train.place(model, device, flags.precision)
+    start = time.monotonic()
+    accuracy, model = train_variant(model, loader, flags, name)
+    seconds = time.monotonic() - start
+    found = evaluate(model, images[:-HELD_OUT], images[-HELD_OUT:], labels[-HELD_OUT:])
+    quality = found["digit_classifier"]
+    return {"mse": found["reconstruction"]["mse"], "ks": found["prior_match"]["codes"]["ks"],
+            "samples": quality["samples"]["frechet_to_test_images"],
+            "reconstructions": quality["reconstructions"]["frechet_to_test_images"],
+            "parzen": found["log_likelihood"]["mean"], "accuracy": accuracy,
+            "parameters": sum(weight.numel() for weight in model.parameters()), "step_ms": 1000 * seconds /
+            (len(loader) * args.epochs)}
+
+
+def train_variant(model, loader, flags, name):
+    """Train as train.py does; return the discriminator's accuracy over the last epoch, and the model of averaged weights."""
+    optimizers, average = train.build_optimizers(model, flags), train.WeightAverage(model, flags.averaging)
+    step = train.build_step(model, *optimizers, flags)
+    with tqdm(total=flags.epochs * len(loader), desc=name, leave=False, disable=None) as bar:
+        def averaged(x):
+            values = step(x)
+            average.update()
+            bar.update()
+            return values
+
+        for epoch in range(1, flags.epochs + 1):
+            log = train.StepLog(epoch, model.device, ())
+            means = train.train_aae(epoch, model, loader, None, None, *optimizers, flags.lambda_, log, averaged)
+    return means["accuracy"], average.model
+
+
+def print_table(found, epochs):
+    """Print the mean of each figure over the seeds, as a table in Markdown."""
+    print(f"\n| {epochs} epochs | {' | '.join(COLUMNS)} | seeds |\n|---|{'---|' * len(COLUMNS)}---|")
+    for name, runs in found.items():
+        values = [mean(run[column] for run in runs.values()) for column in COLUMNS.values()]
+        print(f"| {name} | {values[0]:.4f} | {values[1]:.4f} | {values[2]:.1f} | {values[3]:.1f} | {values[4]:.1f} | "
+              f"{values[5]:.1%} | {len(runs)} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split(":  ")[0])
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
+                        help=f"variants: {'; '.join(VARIANTS)}")
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42])
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
+    parser.add_argument("--data_dir", default=str(PROJECT.parent / "data"), help="folder where MNIST is")
+    parser.add_argument("--results", type=Path, default=PROJECT / "AAE_logs" / "ablation.json", help="file of what is finished")
+    parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA")
+    args = parser.parse_args()
+    device = choose_device(args.no_cuda)
+    keep_freed_memory()
+    finished = json.loads(args.results.read_text()) if args.results.is_file() else {}
+    found = {name: {} for name in args.only}
+    try:
+        set_precision(args.precision, device)
+        for seed in args.seeds:
+            for name in args.only:
+                key = f"{name}; {args.epochs} epochs; seed {seed}; {args.precision}"
+                if key not in finished:
+                    finished[key] = run_variant(name, args, seed, device)
+                    args.results.parent.mkdir(parents=True, exist_ok=True)
+                    write_atomically(args.results, (json.dumps(finished, indent=2) + "\n").encode())
+                found[name][seed] = finished[key]
+    except (mnist.DataError, PrecisionError) as error:
+        sys.exit(f"ablation.py: error: {error}")
+    print_table(found, args.epochs)
+
+
+if __name__ == "__main__":
+    main()
