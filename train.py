@@ -265,6 +265,16 @@ class WeightAverage:
         self.model.load_state_dict(state["weights"])
 
 
+def averaged(step, average):
+    """Return a training step that also takes the weights after it into a WeightAverage."""
+    def both(x):
+        values = step(x)
+        average.update()
+        return values
+
+    return both
+
+
 class StepLog:
     """Keeps the values of each step on the device; every READ_EVERY steps reads, checks and hands on all of them.
 
@@ -385,8 +395,8 @@ class Session:
         self.settings = {name: value for name, value in json.loads(json.dumps(settings, default=str)).items()
                          if name not in ("given", "resume")}
         self.optimizer_ae, self.optimizer_disc = build_optimizers(model, args)
-        self._step = build_step(model, self.optimizer_ae, self.optimizer_disc, args)
         self.average = WeightAverage(model, args.averaging)  # what is shown, measured and saved for others
+        self.step = averaged(build_step(model, self.optimizer_ae, self.optimizer_disc, args), self.average)
         self.logger_ae = TensorBoardLogger(None, name="generator")
         self.logger_disc = TensorBoardLogger(None, name="discriminator")
         self.epoch = 0    # whole epochs done
@@ -454,12 +464,6 @@ class Session:
         self.epoch, self.steps, self.totals, self.means = epoch, 0, {}, means
         if bar.disable or not sys.stdout.isatty():
             say(f"epoch {epoch}/{epochs}: {describe(means)}, {time.monotonic() - start:.1f} s")
-
-    def step(self, x):
-        """Train on a batch, and take the weights after it into their average; return what `train_step` returns."""
-        values = self._step(x)
-        self.average.update()
-        return values
 
     def save_pictures(self, writer, shown):
         """Save samples, and at epoch 0, 1 and every fifth reconstructions of the images `shown`, and measurements."""

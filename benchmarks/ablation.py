@@ -49,6 +49,11 @@ def without_batch_norm(model):
         part.net = nn.Sequential(*(nn.Identity() if isinstance(layer, nn.BatchNorm2d) else layer for layer in part.net))
 
 
+def without_layer_norm(model):
+    layers = model.discriminator.net
+    model.discriminator.net = nn.Sequential(*(layer for layer in layers if not isinstance(layer, nn.LayerNorm)))
+
+
 def without_perceptron(model):
     kept = [layer for layer in model.encoder.net if not on_vectors(layer)]
     model.encoder.net = nn.Sequential(*kept[:-1], nn.Linear(1024, model.z_dim))  # the last one is the perceptron's SiLU
@@ -67,11 +72,6 @@ def with_batch_norm_in_perceptron(model):
 def with_dropout(model):
     model.encoder.net = nn.Sequential(*(part for layer in model.encoder.net for part in
                                         ((layer, nn.Dropout(0.2)) if isinstance(layer, nn.Flatten) else (layer,))))
-
-
-def with_layer_norm_in_discriminator(model):
-    layers = model.discriminator.net
-    model.discriminator.net = nn.Sequential(layers[0], nn.LayerNorm(512), *layers[1:3], nn.LayerNorm(512), *layers[3:])
 
 
 def with_noise_before_decoder(model):
@@ -96,10 +96,10 @@ VARIANTS = {  # name: flags of train.py, change of the model
     "final without averaging": (("--averaging", "0"), None),
     "final without batch normalisation": ((), without_batch_norm),
     "final without perceptron": ((), without_perceptron),
-    "final, momentum 0.98": (("--d_momentum", "0.98"), None),
+    "final without layer normalisation": ((), without_layer_norm),
+    "final, momentum 0.95": (("--d_momentum", "0.95"), None),
     "final, batch normalisation in the perceptron": ((), with_batch_norm_in_perceptron),
     "final, dropout 0.2 before the perceptron": ((), with_dropout),
-    "final, layer normalisation in the discriminator": ((), with_layer_norm_in_discriminator),
     "final, noise 0.1 on codes before the decoder": ((), with_noise_before_decoder),
     "final, noise 0.2 on codes before the discriminator": ((), with_noise_before_discriminator),
 }
@@ -134,17 +134,11 @@ def run_variant(name, args, seed, device):
 def train_variant(model, loader, flags, name):
     """Train as train.py does; return the discriminator's accuracy over the last epoch, and the model of averaged weights."""
     optimizers, average = train.build_optimizers(model, flags), train.WeightAverage(model, flags.averaging)
-    step = train.build_step(model, *optimizers, flags)
+    step = train.averaged(train.build_step(model, *optimizers, flags), average)
     with tqdm(total=flags.epochs * len(loader), desc=name, leave=False, disable=None) as bar:
-        def averaged(x):
-            values = step(x)
-            average.update()
-            bar.update()
-            return values
-
         for epoch in range(1, flags.epochs + 1):
-            log = train.StepLog(epoch, model.device, ())
-            means = train.train_aae(epoch, model, loader, None, None, *optimizers, flags.lambda_, log, averaged)
+            log = train.StepLog(epoch, model.device, (), lambda steps, means: bar.update(steps))
+            means = train.train_aae(epoch, model, loader, None, None, *optimizers, flags.lambda_, log, step)
     return means["accuracy"], average.model
 
 

@@ -25,6 +25,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 WAYS = {"fp32": [], "tf32": ["--precision", "tf32"], "bf16": ["--precision", "bf16"]}  # name -> flags of train.py
+BASE_WAYS = {"base": ["--networks", "base", "--d_momentum", "0", "--averaging", "0"]}  # as the assignment suggests, in fp32
 CUDA_WAYS = {"eager": [], "deterministic": ["--deterministic"]}  # "eager": not captured
 
 
@@ -40,12 +41,12 @@ def project_epoch(args, device, steps, way, folder):
     loader, _, _ = train.load_data(args, device)
     images, labels = (tensor[:steps * args.batch_size] for tensor in loader.dataset.tensors)
     loader = mnist.BatchLoader(images, labels, args.batch_size, device=device)
-    model = train.place(train.build_model(args.z_dim), device, args.precision)
+    model = train.place(train.build_model(args.z_dim, networks=args.networks), device, args.precision)
     model.capturable = way != "eager"
     writer = SummaryWriter(folder)
     loggers = [train.TensorBoardLogger(writer, name=name) for name in ("generator", "discriminator")]
     optimizers = train.build_optimizers(model, args)
-    step = train.build_step(model, *optimizers, args)
+    step = train.averaged(train.build_step(model, *optimizers, args), train.WeightAverage(model, args.averaging))
     return lambda: train.train_aae(1, model, loader, *loggers, *optimizers, args.lambda_, step=step)
 
 
@@ -62,7 +63,7 @@ def plain_epoch(args, device, steps, workers, folder):
                         persistent_workers=workers > 0)
     model = train.AdversarialAE(args.z_dim).to(device)
     optimizer_ae = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()], args.ae_lr, (0.5, 0.999))
-    optimizer_disc = torch.optim.SGD(model.discriminator.parameters(), args.d_lr)
+    optimizer_disc = torch.optim.SGD(model.discriminator.parameters(), args.d_lr, args.d_momentum)
     writer = SummaryWriter(folder)
 
     def epoch():
@@ -115,7 +116,7 @@ def measure(args, folder):
     import train
 
     flags = train.parse_args(["--dataset", args.dataset, "--data_dir", args.data_dir, *["--no-cuda"] * args.no_cuda,
-                              *{**WAYS, **CUDA_WAYS}.get(args.way, [])])
+                              *{**WAYS, **BASE_WAYS, **CUDA_WAYS}.get(args.way, [])])
     device = train.choose_device(flags.no_cuda, flags.deterministic)
     torch.manual_seed(flags.seed)
     train.set_precision(flags.precision, device)
@@ -188,7 +189,7 @@ def ways_here(args):
             ways.append(way)
         except PrecisionError as error:
             print(f"not timed: {error}")
-    return [*ways, *(CUDA_WAYS if device.type == "cuda" else ())]
+    return [*ways, *BASE_WAYS, *(CUDA_WAYS if device.type == "cuda" else ())]
 
 
 def worker_counts():

@@ -1,0 +1,206 @@
+"""Make all the evidence in README.md and docs/:  python benchmarks/results.py
+
+Every run of the assignment's questions is trained by train.py and measured by evaluate.py, each in a process of its own. What
+is finished in --runs is not repeated, what is begun goes on. The figures go into docs/results/results.json, the pictures beside
+it, and the tables of README.md between their two marks are written anew.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+from checkpoint import CheckpointError, load_state
+from train import duration, number, png_bytes
+from utils import write_atomically
+
+RUNS = {  # name: flags of train.py
+    "z8": [],
+    "z8-seed1": ["--seed", "1"],
+    "z8-seed2": ["--seed", "2"],
+    "z8-base": ["--networks", "base", "--d_momentum", "0", "--averaging", "0"],
+    "z8-lambda1": ["--lambda_", "1"],
+    "z2": ["--z_dim", "2"],
+    "z2-lambda1": ["--z_dim", "2", "--lambda_", "1"],
+    "z20": ["--z_dim", "20"],
+    "z20-gaussian": ["--z_dim", "20", "--posterior", "gaussian"],
+    "z20-universal": ["--z_dim", "20", "--posterior", "universal"],
+}
+SHOWN = (0, 20, 50, 100)  # epochs of which pictures are shown
+CURVES = {"reconstruction loss": "generator/recon_loss", "discriminator right": "discriminator/accuracy"}
+POINTS = 100  # of a curve
+COLORS = ("#1f5fbf", "#f28e1c", "#2f9e44", "#d62f2f", "#8250c4", "#8a5a3c", "#e873b8", "#7a7a7a", "#b5b31a", "#17b0c4")
+START, END = "<!-- results: written by benchmarks/results.py -->", "<!-- end of results -->"
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+def finished_run(name, args):
+    """Train and evaluate a run, or what is left of it; return its folder."""
+    folder, epochs = args.runs / name, epochs_of(name, args)
+    run, done = last_run(folder)
+    if done < epochs:
+        where = ["--resume", run] if run else ["--log_dir", folder, "--data_dir", args.data_dir, "--dataset", "mnist", *RUNS[name]]
+        call("train.py", *where, "--epochs", epochs, *["--no-cuda"] * args.no_cuda)
+        run, _ = last_run(folder)
+    if done < epochs or not (run / "evaluation" / "metrics.json").is_file():
+        call("evaluate.py", run, "--data_dir", args.data_dir, *["--no-cuda"] * args.no_cuda)
+    return run
+
+
+def epochs_of(name, args):
+    return args.epochs if name in args.full else min(args.epochs, args.others)
+
+
+def last_run(folder):
+    """Return the newest run in a folder and how many epochs it has done; None and 0 without one."""
+    for run in sorted((file.parent.parent for file in folder.glob("*/checkpoints/training_state.pt")), reverse=True):
+        return run, load_state(run)["epoch"]
+    return None, 0
+
+
+def call(script, *flags):
+    """Run one of the project's commands, whose progress bar and errors are seen; end with its status if it fails."""
+    command = [sys.executable, str(PROJECT / script), *map(str, flags)]
+    print("+ python", script, *flags[:-1 if flags[-1] == "--no-cuda" else None], file=sys.stderr)
+    status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+    if status:
+        sys.exit(status)
+
+
+def collect(run):
+    """Return what a run has come to, as a dict that json can write."""
+    state = load_state(run)
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    quality = metrics["digit_classifier"]
+    settings = {name: state["settings"][name] for name in ("z_dim", "lambda_", "posterior", "networks", "seed", "precision",
+                                                           "device", "device_name", "torch")}
+    return {**settings, "epochs": state["epoch"], "seconds": state["seconds"], "recon_loss": state["means"]["recon_loss"],
+            "accuracy": state["means"]["accuracy"], "test_mse": metrics["reconstruction"]["mse"],
+            "ks": metrics["prior_match"]["codes"]["ks"], "frechet_samples": quality["samples"]["frechet_to_test_images"],
+            "frechet_reconstructions": quality["reconstructions"]["frechet_to_test_images"],
+            "sure": quality["samples"]["sure"], "parzen": metrics["log_likelihood"]["mean"],
+            "parzen_error": metrics["log_likelihood"]["standard_error"],
+            "curves": {title: curve(run, tag) for title, tag in CURVES.items()}}
+
+
+def curve(run, tag):
+    """Return at most POINTS means of a TensorBoard curve, each over as many points."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    values = torch.tensor([event.value for event in
+                           EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload().Scalars(tag)])
+    return [round(part.mean().item(), 5) for part in values.tensor_split(min(POINTS, len(values)))]
+
+
+# Pictures ------------------------------------------------------------------------------------------------------------
+
+def draw_progress(run):
+    """Return the samples of a run over its reconstructions, for those of the epochs SHOWN that it has done, side by side."""
+    columns = []
+    for epoch in SHOWN:
+        files = [run / "results" / name for name in (f"Prior_samples/samples_epoch_{epoch}.png",
+                                                     f"Reconstruction/reconstruction_{epoch}.png")]
+        if all(file.is_file() for file in files):
+            columns.append((epoch, *(Image.open(file).convert("L") for file in files)))
+    width = max(max(samples.width, pairs.width) for _, samples, pairs in columns) + 8
+    height = 24 + columns[0][1].height + 8 + columns[0][2].height
+    picture, font = Image.new("L", (width * len(columns) - 8, height), 255), ImageFont.load_default(16)
+    for index, (epoch, samples, pairs) in enumerate(columns):
+        ImageDraw.Draw(picture).text((index * width, 2), f"epoch {epoch}", 0, font)
+        picture.paste(samples, (index * width, 24))
+        picture.paste(pairs, (index * width, 32 + samples.height))
+    return picture.quantize(16)
+
+
+def draw_curves(results, title, size=(480, 300)):
+    """Return the curves of all runs under a title, over the share of training done."""
+    curves = {name: result["curves"][title] for name, result in results.items()}
+    low, high = 0.0, max(sorted(values)[-max(1, len(values) // 20)] for values in curves.values())  # but for the first ones
+    picture, font = Image.new("RGB", (size[0] + 150, size[1]), "white"), ImageFont.load_default(13)
+    draw, (left, top, right, bottom) = ImageDraw.Draw(picture), (50, 26, size[0] - 10, size[1] - 24)
+    draw.text((left, 4), f"{title}, over the epochs from the first to the last", "black", font)
+    for part in range(5):
+        y, value = bottom - part * (bottom - top) / 4, low + part * (high - low) / 4
+        draw.line((left, y, right, y), "#dddddd")
+        draw.text((left - 6, y), f"{value:.2f}", "black", font, anchor="rm")
+    for index, (name, values) in enumerate(curves.items()):
+        points = [(left + (right - left) * (place + 0.5) / len(values),
+                   bottom - (bottom - top) * (min(value, high) - low) / (high - low)) for place, value in enumerate(values)]
+        draw.line(points, COLORS[index % len(COLORS)], 2)
+        draw.line((size[0], top + 10 + 20 * index, size[0] + 16, top + 10 + 20 * index), COLORS[index % len(COLORS)], 3)
+        draw.text((size[0] + 22, top + 10 + 20 * index), name, "black", font, anchor="lm")
+    return picture.quantize(32)
+
+
+# README --------------------------------------------------------------------------------------------------------------
+
+def table(results):
+    """Return the figures of all runs as a table in Markdown."""
+    lines = ["| run | flags | epochs | reconstruction loss | test MSE | KS | Fréchet, samples | reconstructions | Parzen, nats | time |",
+             "|---|---|---|---|---|---|---|---|---|---|"]
+    for name, one in results.items():
+        lines.append(f"| {name} | `{' '.join(RUNS[name]) or 'none'}` | {one['epochs']} | {one['recon_loss']:.4f} | "
+                     f"{one['test_mse']:.4f} | {one['ks']:.4f} | {one['frechet_samples']:.1f} | "
+                     f"{one['frechet_reconstructions']:.1f} | {one['parzen']:.1f} ± {one['parzen_error']:.1f} | "
+                     f"{duration(one['seconds'])} |")
+    seeds = [results[name] for name in ("z8", "z8-seed1", "z8-seed2") if name in results]
+    if len({one["epochs"] for one in seeds}) == 1 and len(seeds) == 3:
+        spread = lambda key, digits: (f"{mean(one[key] for one in seeds):.{digits}f} ({min(one[key] for one in seeds):.{digits}f} to "
+                                      f"{max(one[key] for one in seeds):.{digits}f})")
+        lines.append(f"\nThe default run with three seeds, mean and range: test MSE {spread('test_mse', 4)}, KS {spread('ks', 4)}, "
+                     f"Fréchet of samples {spread('frechet_samples', 1)} and reconstructions "
+                     f"{spread('frechet_reconstructions', 1)}, Parzen {spread('parzen', 1)}.")
+    return "\n".join(lines)
+
+
+def write_readme(results, readme):
+    """Put the table into README.md, between the marks START and END."""
+    before, _, rest = readme.read_text().partition(START)
+    _, _, after = rest.partition(END)
+    if not after:
+        sys.exit(f"results.py: error: {readme} lacks the line {START} or {END}; put them back")
+    write_atomically(readme, f"{before}{START}\n{table(results)}\n{END}{after}".encode())
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Train, measure and show every run of the assignment's questions.")
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN", help=f"runs: {', '.join(RUNS)}")
+    parser.add_argument("--epochs", type=number(int, 1), default=100)
+    parser.add_argument("--full", nargs="*", choices=RUNS, default=list(RUNS), metavar="RUN",
+                        help="runs of --epochs epochs (default: all)")
+    parser.add_argument("--others", type=number(int, 1), default=20, help="epochs of the runs that are not in --full")
+    parser.add_argument("--runs", type=Path, default=PROJECT / "AAE_logs" / "results", help="folder of the runs")
+    parser.add_argument("--docs", type=Path, default=PROJECT / "docs" / "results", help="folder of the figures and pictures")
+    parser.add_argument("--data_dir", default=str(PROJECT.parent / "data"), help="folder where MNIST is")
+    parser.add_argument("--readme-only", action="store_true", help="make README's table and the curves from results.json alone")
+    parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA")
+    args = parser.parse_args()
+    args.docs.mkdir(parents=True, exist_ok=True)
+    file = args.docs / "results.json"
+    results = json.loads(file.read_text()) if file.is_file() else {}
+    for name in () if args.readme_only else args.only:
+        try:
+            run = finished_run(name, args)
+        except CheckpointError as error:
+            sys.exit(f"results.py: error: {error}")
+        results[name] = collect(run)
+        write_atomically(args.docs / f"{name}.png", png_bytes(draw_progress(run)))
+        ordered = {known: results[known] for known in RUNS if known in results}
+        write_atomically(file, (json.dumps(ordered, indent=1) + "\n").encode())
+    ordered = {known: results[known] for known in RUNS if known in results}
+    for title in CURVES:
+        write_atomically(args.docs / f"{title.replace(' ', '_')}.png", png_bytes(draw_curves(ordered, title)))
+    write_readme(ordered, PROJECT / "README.md")
+
+
+if __name__ == "__main__":
+    main()
