@@ -687,7 +687,7 @@ def make_parser():
                         help="weight of the reconstruction in [0, 1]; the adversarial part has the rest")
     parser.add_argument("--ae_lr", type=number(float, 0), default=1e-3, help="learning rate of encoder and decoder, Adam")
     parser.add_argument("--d_lr", type=number(float, 0), default=5e-3, help="learning rate of the discriminator, SGD")
-    parser.add_argument("--d_momentum", type=number(float, 0, 0.999), default=0.98,
+    parser.add_argument("--d_momentum", type=number(float, 0, 0.999), default=0.95,
                         help="momentum of the discriminator's SGD")
     parser.add_argument("--averaging", type=number(float, 0, 0.99999), default=0.999,
                         help="decay per step of the average of all weights that is saved, shown and measured; 0: the weights "

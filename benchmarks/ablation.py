@@ -49,9 +49,9 @@ def without_batch_norm(model):
         part.net = nn.Sequential(*(nn.Identity() if isinstance(layer, nn.BatchNorm2d) else layer for layer in part.net))
 
 
-def without_layer_norm(model):
+def with_layer_norm_in_discriminator(model):
     layers = model.discriminator.net
-    model.discriminator.net = nn.Sequential(*(layer for layer in layers if not isinstance(layer, nn.LayerNorm)))
+    model.discriminator.net = nn.Sequential(layers[0], nn.LayerNorm(512), *layers[1:3], nn.LayerNorm(512), *layers[3:])
 
 
 def without_perceptron(model):
@@ -96,8 +96,8 @@ VARIANTS = {  # name: flags of train.py, change of the model
     "final without averaging": (("--averaging", "0"), None),
     "final without batch normalisation": ((), without_batch_norm),
     "final without perceptron": ((), without_perceptron),
-    "final without layer normalisation": ((), without_layer_norm),
-    "final, momentum 0.95": (("--d_momentum", "0.95"), None),
+    "final, momentum 0.98": (("--d_momentum", "0.98"), None),
+    "final, layer normalisation in the discriminator": ((), with_layer_norm_in_discriminator),
     "final, batch normalisation in the perceptron": ((), with_batch_norm_in_perceptron),
     "final, dropout 0.2 before the perceptron": ((), with_dropout),
     "final, noise 0.1 on codes before the decoder": ((), with_noise_before_decoder),
