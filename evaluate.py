@@ -291,7 +291,8 @@ def read_settings(path):
         settings = json.loads(path.read_bytes())
         settings = {**DEFAULTS, **settings}
         whole = (type(settings["z_dim"]) is int and settings["z_dim"] > 0 and settings["posterior"] in ENCODERS
-                 and settings["networks"] in NETWORKS and settings["trained_on"] in ("mnist", "digits") and isinstance(settings["data_dir"], str))
+                 and settings["networks"] in NETWORKS and settings["trained_on"] in ("mnist", "digits")
+                 and isinstance(settings["data_dir"], str))
     except OSError as error:
         raise EvaluationError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -125,16 +125,16 @@ def is_base(networks):
 
 
 def stage(layer, channels_in, channels_out, base, **settings):
-    """Return a 3x3 convolution, plain or transposed, then a ReLU in the base networks, else batch normalisation and a SiLU."""
-    convolution = layer(channels_in, channels_out, 3, padding=1, bias=base, **settings)  # normalised, a bias would have no effect
+    """Return a 3x3 convolution, plain or transposed; then a ReLU for the base networks, else normalisation and a SiLU."""
+    convolution = layer(channels_in, channels_out, 3, padding=1, bias=base, **settings)  # BatchNorm2d would undo a bias
     return [convolution, nn.ReLU()] if base else [convolution, nn.BatchNorm2d(channels_out), nn.SiLU()]
 
 
 def fully_connected(inputs, outputs, base):
     """Return the layers between convolutions and code: a linear one in the base networks, else a residual perceptron.
 
-    To match the prior, the encoder has to carry its codes to other places, and the decoder has to undo that. One linear layer
-    cannot move the clusters of the ten digits towards each other until no gap is left between them; this can.
+    To match the prior, the encoder has to move the clusters of the ten digits until no gap is left between them, and the
+    decoder has to undo that. One linear layer cannot.
     """
     if base:
         return [nn.Linear(inputs, outputs)]

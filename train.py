@@ -255,7 +255,7 @@ class WeightAverage:
         """Take in the weights as they are now."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self._averaged, self._current, 1 - decay)  # one call for all weights, as in torch.optim.swa_utils
+        torch._foreach_lerp_(self._averaged, self._current, 1 - decay)  # one call for all, as in torch.optim.swa_utils
 
     def state_dict(self):
         return {"updates": self.updates, "weights": weights_on_cpu(self.model)}
@@ -482,8 +482,8 @@ class Session:
 
     def state_dict(self):
         """Return where the run stands."""
-        return {"settings": self.settings, "model": weights_on_cpu(self.model), "epoch": self.epoch, "steps": self.steps, "totals": self.totals,
-                "means": self.means, "seconds": self.seconds, "random": random_states(self.model),
+        return {"settings": self.settings, "model": weights_on_cpu(self.model), "epoch": self.epoch, "steps": self.steps,
+                "totals": self.totals, "means": self.means, "seconds": self.seconds, "random": random_states(self.model),
                 "types": self.types(), **{name: getattr(self, name).state_dict() for name in self.PARTS}}
 
     def types(self):

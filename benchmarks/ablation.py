@@ -27,7 +27,7 @@ from utils import write_atomically
 
 HELD_OUT = 5_000  # of the training images
 BASE = ("--networks", "base", "--d_momentum", "0", "--averaging", "0")
-COLUMNS = {"test MSE": "mse", "KS": "ks", "Fréchet, samples": "samples", "Fréchet, reconstructions": "reconstructions",
+COLUMNS = {"held-out MSE": "mse", "KS": "ks", "Fréchet, samples": "samples", "Fréchet, reconstructions": "reconstructions",
            "Parzen, nats": "parzen", "discriminator right": "accuracy"}
 
 

@@ -48,8 +48,8 @@ def finished_run(name, args):
     folder, epochs = args.runs / name, epochs_of(name, args)
     run, done = last_run(folder)
     if done < epochs:
-        where = ["--resume", run] if run else ["--log_dir", folder, "--data_dir", args.data_dir, "--dataset", "mnist", *RUNS[name]]
-        call("train.py", *where, "--epochs", epochs, *["--no-cuda"] * args.no_cuda)
+        begun, new = ["--resume", run], ["--log_dir", folder, "--data_dir", args.data_dir, "--dataset", "mnist", *RUNS[name]]
+        call("train.py", *(begun if run else new), "--epochs", epochs, *["--no-cuda"] * args.no_cuda)
         run, _ = last_run(folder)
     if done < epochs or not (run / "evaluation" / "metrics.json").is_file():
         call("evaluate.py", run, "--data_dir", args.data_dir, *["--no-cuda"] * args.no_cuda)
@@ -145,8 +145,8 @@ def draw_curves(results, title, size=(480, 300)):
 
 def table(results):
     """Return the figures of all runs as a table in Markdown."""
-    lines = ["| run | flags | epochs | reconstruction loss | test MSE | KS | Fréchet, samples | reconstructions | Parzen, nats | time |",
-             "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| run | flags | epochs | reconstruction loss | test MSE | KS | Fréchet, samples | reconstructions | Parzen, nats | "
+             "time |", "|---|---|---|---|---|---|---|---|---|---|"]
     for name, one in results.items():
         lines.append(f"| {name} | `{' '.join(RUNS[name]) or 'none'}` | {one['epochs']} | {one['recon_loss']:.4f} | "
                      f"{one['test_mse']:.4f} | {one['ks']:.4f} | {one['frechet_samples']:.1f} | "
@@ -154,12 +154,16 @@ def table(results):
                      f"{duration(one['seconds'])} |")
     seeds = [results[name] for name in ("z8", "z8-seed1", "z8-seed2") if name in results]
     if len({one["epochs"] for one in seeds}) == 1 and len(seeds) == 3:
-        spread = lambda key, digits: (f"{mean(one[key] for one in seeds):.{digits}f} ({min(one[key] for one in seeds):.{digits}f} to "
-                                      f"{max(one[key] for one in seeds):.{digits}f})")
-        lines.append(f"\nThe default run with three seeds, mean and range: test MSE {spread('test_mse', 4)}, KS {spread('ks', 4)}, "
-                     f"Fréchet of samples {spread('frechet_samples', 1)} and reconstructions "
-                     f"{spread('frechet_reconstructions', 1)}, Parzen {spread('parzen', 1)}.")
+        lines.append(f"\nThe default run with three seeds, mean and range: test MSE {spread(seeds, 'test_mse', 4)}, KS "
+                     f"{spread(seeds, 'ks', 4)}, Fréchet of samples {spread(seeds, 'frechet_samples', 1)} and reconstructions "
+                     f"{spread(seeds, 'frechet_reconstructions', 1)}, Parzen {spread(seeds, 'parzen', 1)}.")
     return "\n".join(lines)
+
+
+def spread(results, figure, digits):
+    """Return the mean of a figure, with the range, as text."""
+    values = [one[figure] for one in results]
+    return f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def write_readme(results, readme):
