@@ -43,6 +43,7 @@ SAMPLE_SEED = 0
 MAY_DIFFER = {"data_dir", "log_dir", "num_workers", "no_cuda", "checkpoint_every", "resume"}  # when a run is resumed
 HYPERPARAMETERS = ("z_dim", "lambda_", "posterior", "networks", "ae_lr", "d_lr", "d_momentum", "averaging", "batch_size",
                    "epochs", "seed", "precision", "trained_on")  # what one compares runs by
+BASE = ["--networks", "base", "--d_momentum", "0", "--averaging", "0"]  # flags for what the assignment suggests, for benchmarks
 READ_EVERY = 50  # steps between two looks at the losses: for a look, the CPU waits for the device
 
 

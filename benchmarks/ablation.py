@@ -26,7 +26,6 @@ from evaluate import evaluate
 from utils import write_atomically
 
 HELD_OUT = 5_000  # of the training images
-BASE = ("--networks", "base", "--d_momentum", "0", "--averaging", "0")
 COLUMNS = {"held-out MSE": "mse", "KS": "ks", "Fréchet, samples": "samples", "Fréchet, reconstructions": "reconstructions",
            "Parzen, nats": "parzen", "discriminator right": "accuracy"}
 
@@ -88,7 +87,7 @@ def on_vectors(layer):
 
 
 VARIANTS = {  # name: flags of train.py, change of the model
-    "base": (BASE, None),
+    "base": (train.BASE, None),
     "base, momentum": (("--networks", "base", "--averaging", "0"), None),
     "base, momentum, averaging": (("--networks", "base"), None),
     "final": ((), None),

@@ -19,14 +19,14 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from checkpoint import CheckpointError, load_state
-from train import duration, number, png_bytes
+from train import BASE, duration, number, png_bytes
 from utils import write_atomically
 
 RUNS = {  # name: flags of train.py
     "z8": [],
     "z8-seed1": ["--seed", "1"],
     "z8-seed2": ["--seed", "2"],
-    "z8-base": ["--networks", "base", "--d_momentum", "0", "--averaging", "0"],
+    "z8-base": BASE,
     "z8-lambda1": ["--lambda_", "1"],
     "z2": ["--z_dim", "2"],
     "z2-lambda1": ["--z_dim", "2", "--lambda_", "1"],

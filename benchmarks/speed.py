@@ -1,6 +1,7 @@
 """Time an epoch of train.py against the plain loop that most implementations have:  python benchmarks/speed.py
 
-All ways take turns for several rounds, each round in a process of its own. The plain loop is written out in `plain_epoch`: the
+All ways take turns for several rounds, each round in a process of its own; "base" is train.py's with the networks and training
+that the assignment suggests. The plain loop is written out in `plain_epoch`: the
 same networks and optimizers in fp32, torchvision's MNIST decoded image by image, a DataLoader, and every loss read with
 .item() at every step; once with no workers, and once with as many as are fastest here. A part of an epoch is timed and scaled up.
 With --profile, a table of the costliest operations of each way instead.
@@ -25,7 +26,6 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 WAYS = {"fp32": [], "tf32": ["--precision", "tf32"], "bf16": ["--precision", "bf16"]}  # name -> flags of train.py
-BASE_WAYS = {"base": ["--networks", "base", "--d_momentum", "0", "--averaging", "0"]}  # as the assignment suggests, in fp32
 CUDA_WAYS = {"eager": [], "deterministic": ["--deterministic"]}  # "eager": not captured
 
 
@@ -116,7 +116,7 @@ def measure(args, folder):
     import train
 
     flags = train.parse_args(["--dataset", args.dataset, "--data_dir", args.data_dir, *["--no-cuda"] * args.no_cuda,
-                              *{**WAYS, **BASE_WAYS, **CUDA_WAYS}.get(args.way, [])])
+                              *{**WAYS, **CUDA_WAYS, "base": train.BASE}.get(args.way, [])])
     device = train.choose_device(flags.no_cuda, flags.deterministic)
     torch.manual_seed(flags.seed)
     train.set_precision(flags.precision, device)
@@ -189,7 +189,7 @@ def ways_here(args):
             ways.append(way)
         except PrecisionError as error:
             print(f"not timed: {error}")
-    return [*ways, *BASE_WAYS, *(CUDA_WAYS if device.type == "cuda" else ())]
+    return [*ways, "base", *(CUDA_WAYS if device.type == "cuda" else ())]
 
 
 def worker_counts():
