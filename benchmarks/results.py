@@ -131,7 +131,7 @@ def draw_curves(results, title, size=(480, 300)):
     for part in range(5):
         y, value = bottom - part * (bottom - top) / 4, low + part * (high - low) / 4
         draw.line((left, y, right, y), "#dddddd")
-        draw.text((left - 6, y), f"{value:.2f}", "black", font, anchor="rm")
+        draw.text((left - 6, y), f"{value:.3f}", "black", font, anchor="rm")
     for index, (name, values) in enumerate(curves.items()):
         points = [(left + (right - left) * (place + 0.5) / len(values),
                    bottom - (bottom - top) * (min(value, high) - low) / (high - low)) for place, value in enumerate(values)]
