@@ -43,7 +43,7 @@ SAMPLE_SEED = 0
 MAY_DIFFER = {"data_dir", "log_dir", "num_workers", "no_cuda", "checkpoint_every", "resume"}  # when a run is resumed
 HYPERPARAMETERS = ("z_dim", "lambda_", "posterior", "networks", "ae_lr", "d_lr", "d_momentum", "averaging", "batch_size",
                    "epochs", "seed", "precision", "trained_on")  # what one compares runs by
-BASE = ["--networks", "base", "--d_momentum", "0", "--averaging", "0"]  # flags for what the assignment suggests, for benchmarks
+BASE = ["--networks", "base", "--d_momentum", "0", "--averaging", "0"]  # what the assignment suggests, for benchmarks
 READ_EVERY = 50  # steps between two looks at the losses: for a look, the CPU waits for the device
 
 
@@ -239,8 +239,9 @@ def train_step(model, optimizer_ae, optimizer_disc, lambda_, x, precision="fp32"
 class WeightAverage:
     """A copy of a model, `model`, whose weights are an exponential moving average of the other's over the training steps.
 
-    A step's weights count `decay` times as much after each later step: 0.999 averages over about 1,000 steps. Over the first
-    steps the decay is (1 + n) / (10 + n) for the n-th, if that is less, so that the initial weights are soon forgotten.
+    A step's weights count `decay` times as much after each later step: 0.999 averages over about 1,000 steps. The n-th step's
+    decay is (1 + n) / (10 + n) as long as that is less, for 0.999 in the first 9,000 steps, so that the average is over the last
+    tenth of them and the initial weights are soon forgotten.
     Statistics, as of batch normalisation, are averaged too (Polyak and Juditsky 1992; Karras et al., arXiv:1710.10196,
     appendix A.1: samples of a model so averaged are better).
     """
@@ -249,14 +250,17 @@ class WeightAverage:
         self.model = copy.deepcopy(model).requires_grad_(False)
         self.decay = decay
         self.updates = 0
-        pairs = zip(self.model.state_dict().values(), model.state_dict().values())
+        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
         self._averaged, self._current = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
+        self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     def update(self):
         """Take in the weights as they are now."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self._averaged, self._current, 1 - decay)  # one call for all, as in torch.optim.swa_utils
+        for own, current in self._counters:
+            own.copy_(current)
 
     def state_dict(self):
         return {"updates": self.updates, "weights": weights_on_cpu(self.model)}
@@ -266,14 +270,14 @@ class WeightAverage:
         self.model.load_state_dict(state["weights"])
 
 
-def averaged(step, average):
+def with_averaging(step, average):
     """Return a training step that also takes the weights after it into a WeightAverage."""
-    def both(x):
+    def step_and_average(x):
         values = step(x)
         average.update()
         return values
 
-    return both
+    return step_and_average
 
 
 class StepLog:
@@ -397,7 +401,7 @@ class Session:
                          if name not in ("given", "resume")}
         self.optimizer_ae, self.optimizer_disc = build_optimizers(model, args)
         self.average = WeightAverage(model, args.averaging)  # what is shown, measured and saved for others
-        self.step = averaged(build_step(model, self.optimizer_ae, self.optimizer_disc, args), self.average)
+        self.step = with_averaging(build_step(model, self.optimizer_ae, self.optimizer_disc, args), self.average)
         self.logger_ae = TensorBoardLogger(None, name="generator")
         self.logger_disc = TensorBoardLogger(None, name="discriminator")
         self.epoch = 0    # whole epochs done

@@ -6,6 +6,7 @@ A test that fails says in words what is wrong. The other groups are about this p
 """
 
 import contextlib
+import copy
 import functools
 import gc
 import gzip
@@ -880,6 +881,7 @@ class Training(TrainGroup):
                 expected[name] = decays[-1] * expected[name] + (1 - decays[-1]) * tensor.double().numpy()
         self.assertLess(decays[0], decays[5])
         self.assertEqual(decays[-1], 0.5)
+        self.assertEqual(average.model.state_dict()["1.num_batches_tracked"], 11)
         for name in ("0.weight", "0.bias", "1.weight", "1.running_mean", "1.running_var"):
             np.testing.assert_allclose(average.model.state_dict()[name], expected[name], rtol=1e-5, err_msg=name)
 
@@ -1656,6 +1658,7 @@ class WholeRun(TrainGroup):
         self.assertIsInstance(optimizer_disc, torch.optim.SGD)
         self.assertEqual((optimizer_ae.defaults["lr"], optimizer_ae.defaults["betas"][0], optimizer_disc.defaults["lr"]),
                          (1e-3, 0.5, 5e-3))
+        self.assertEqual((optimizer_disc.defaults["momentum"], args.averaging), (0.95, 0.999))
 
     def test_namespace_of_the_assignments_flags_alone(self):
         args = Namespace(z_dim=2, batch_size=64, lambda_=1.0, ae_lr=1e-3, d_lr=5e-3, data_dir=str(self.folder()), epochs=1,
@@ -1797,6 +1800,16 @@ class Resume(TrainGroup):
             if states[0]["model"][name].is_floating_point():
                 self.assertTrue(torch.equal(last_saved[name], states[0]["model"][name]), f"{name} with --averaging 0")
                 self.assertFalse(torch.equal(last_saved[name], averaged_saved[name]), f"{name} is not averaged")
+
+    def test_pictures_and_measurements_are_of_the_average(self):
+        names, seen = ("generate_and_save", "save_reconstruction", "save_measurements", "save_summary"), {}
+        with contextlib.ExitStack() as stack:
+            for name in names:
+                record = lambda model, *_, name=name, **__: seen.update({name: copy.deepcopy(model.state_dict())})
+                stack.enter_context(mock.patch.object(self.train, name, side_effect=record))
+            _, saved = self.train_quietly("--epochs", "5", "--averaging", "0.9")
+        for name in names:
+            self.assertTrue(same(seen[name], saved), f"{name} gets other weights than the averaged ones")
 
     def test_more_epochs_are_the_longer_run(self):
         with mock.patch.object(self.train.TensorBoardLogger.__init__, "__defaults__", (3, None)):

@@ -8,7 +8,6 @@ the test set takes no part in any choice. docs/ABLATION.md has the figures of al
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 from statistics import mean
 
@@ -22,7 +21,8 @@ sys.path.insert(0, str(PROJECT))
 import mnist
 import train
 from device import PrecisionError, choose_device, keep_freed_memory, set_precision
-from evaluate import evaluate
+from evaluate import EvaluationError, evaluate
+from models import Residual
 from utils import write_atomically
 
 HELD_OUT = 5_000  # of the training images
@@ -45,6 +45,9 @@ class Noise(nn.Module):
 
 def without_batch_norm(model):
     for part in (model.encoder, model.decoder):
+        for layer in part.net:
+            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) and layer.bias is None:
+                layer.bias = nn.Parameter(torch.zeros(layer.out_channels))
         part.net = nn.Sequential(*(nn.Identity() if isinstance(layer, nn.BatchNorm2d) else layer for layer in part.net))
 
 
@@ -83,7 +86,7 @@ def with_noise_before_discriminator(model):
 
 def on_vectors(layer):
     """Return whether a layer of encoder or decoder is part of what lies between convolutions and code."""
-    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Residual"
+    return isinstance(layer, (nn.Linear, Residual))
 
 
 VARIANTS = {  # name: flags of train.py, change of the model
@@ -117,23 +120,19 @@ def run_variant(name, args, seed, device):
     if change:
         change(model)
     model = train.place(model, device, flags.precision)
-    start = time.monotonic()
     accuracy, model = train_variant(model, loader, flags, name)
-    seconds = time.monotonic() - start
     found = evaluate(model, images[:-HELD_OUT], images[-HELD_OUT:], labels[-HELD_OUT:])
     quality = found["digit_classifier"]
     return {"mse": found["reconstruction"]["mse"], "ks": found["prior_match"]["codes"]["ks"],
             "samples": quality["samples"]["frechet_to_test_images"],
             "reconstructions": quality["reconstructions"]["frechet_to_test_images"],
-            "parzen": found["log_likelihood"]["mean"], "accuracy": accuracy,
-            "parameters": sum(weight.numel() for weight in model.parameters()), "step_ms": 1000 * seconds /
-            (len(loader) * args.epochs)}
+            "parzen": found["log_likelihood"]["mean"], "accuracy": accuracy}
 
 
 def train_variant(model, loader, flags, name):
     """Train as train.py does; return the discriminator's accuracy over the last epoch, and the model of averaged weights."""
     optimizers, average = train.build_optimizers(model, flags), train.WeightAverage(model, flags.averaging)
-    step = train.averaged(train.build_step(model, *optimizers, flags), average)
+    step = train.with_averaging(train.build_step(model, *optimizers, flags), average)
     with tqdm(total=flags.epochs * len(loader), desc=name, leave=False, disable=None) as bar:
         for epoch in range(1, flags.epochs + 1):
             log = train.StepLog(epoch, model.device, (), lambda steps, means: bar.update(steps))
@@ -145,6 +144,9 @@ def print_table(found, epochs):
     """Print the mean of each figure over the seeds, as a table in Markdown."""
     print(f"\n| {epochs} epochs | {' | '.join(COLUMNS)} | seeds |\n|---|{'---|' * len(COLUMNS)}---|")
     for name, runs in found.items():
+        if any("failed" in run for run in runs.values()):
+            print(f"| {name} | {'diverged | ' * len(COLUMNS)}{len(runs)} |")
+            continue
         values = [mean(run[column] for run in runs.values()) for column in COLUMNS.values()]
         print(f"| {name} | {values[0]:.4f} | {values[1]:.4f} | {values[2]:.1f} | {values[3]:.1f} | {values[4]:.1f} | "
               f"{values[5]:.1%} | {len(runs)} |")
@@ -161,7 +163,7 @@ def main():
     parser.add_argument("--results", type=Path, default=PROJECT / "AAE_logs" / "ablation.json", help="file of what is finished")
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA")
     args = parser.parse_args()
-    device = choose_device(args.no_cuda)
+    device = choose_device(args.no_cuda, mps=False)
     keep_freed_memory()
     finished = json.loads(args.results.read_text()) if args.results.is_file() else {}
     found = {name: {} for name in args.only}
@@ -171,7 +173,10 @@ def main():
             for name in args.only:
                 key = f"{name}; {args.epochs} epochs; seed {seed}; {args.precision}"
                 if key not in finished:
-                    finished[key] = run_variant(name, args, seed, device)
+                    try:
+                        finished[key] = run_variant(name, args, seed, device)
+                    except (train.RunError, EvaluationError) as error:  # it has diverged
+                        finished[key] = {"failed": str(error)}
                     args.results.parent.mkdir(parents=True, exist_ok=True)
                     write_atomically(args.results, (json.dumps(finished, indent=2) + "\n").encode())
                 found[name][seed] = finished[key]

@@ -1,12 +1,14 @@
-"""Make all the evidence in README.md and docs/:  python benchmarks/results.py
+"""Train and measure every run of the assignment's questions, and show them:  python benchmarks/results.py
 
-Every run of the assignment's questions is trained by train.py and measured by evaluate.py, each in a process of its own. What
-is finished in --runs is not repeated, what is begun goes on. The figures go into docs/results/results.json, the pictures beside
-it, and the tables of README.md between their two marks are written anew.
+Each is trained by train.py and measured by evaluate.py, in processes of their own. What is finished in --runs is not repeated,
+what is begun goes on; after a change of the project's defaults, name another folder. The figures go into docs/results/results.json,
+the pictures beside it, and README.md's table of all runs, between its two marks, is written anew.
 """
 
 import argparse
+import hashlib
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from checkpoint import CheckpointError, load_state
+from checkpoint import WEIGHTS, CheckpointError, load_state
+from evaluate import COLORS
 from train import BASE, duration, number, png_bytes
 from utils import write_atomically
 
@@ -37,7 +40,6 @@ RUNS = {  # name: flags of train.py
 SHOWN = (0, 20, 50, 100)  # epochs of which pictures are shown
 CURVES = {"reconstruction loss": "generator/recon_loss", "discriminator right": "discriminator/accuracy"}
 POINTS = 100  # of a curve
-COLORS = ("#1f5fbf", "#f28e1c", "#2f9e44", "#d62f2f", "#8250c4", "#8a5a3c", "#e873b8", "#7a7a7a", "#b5b31a", "#17b0c4")
 START, END = "<!-- results: written by benchmarks/results.py -->", "<!-- end of results -->"
 
 
@@ -48,12 +50,18 @@ def finished_run(name, args):
     folder, epochs = args.runs / name, epochs_of(name, args)
     run, done = last_run(folder)
     if done < epochs:
-        begun, new = ["--resume", run], ["--log_dir", folder, "--data_dir", args.data_dir, "--dataset", "mnist", *RUNS[name]]
-        call("train.py", *(begun if run else new), "--epochs", epochs, *["--no-cuda"] * args.no_cuda)
+        begun, new = ["--resume", run], ["--log_dir", folder, "--dataset", "mnist", *RUNS[name]]
+        call("train.py", *(begun if run else new), "--data_dir", args.data_dir, "--epochs", epochs, *["--no-cuda"] * args.no_cuda)
         run, _ = last_run(folder)
-    if done < epochs or not (run / "evaluation" / "metrics.json").is_file():
+    if not measured(run):
         call("evaluate.py", run, "--data_dir", args.data_dir, *["--no-cuda"] * args.no_cuda)
     return run
+
+
+def measured(run):
+    """Return whether the figures in a run's evaluation/ are those of its weights."""
+    figures, weights = run / "evaluation" / "metrics.json", run / "checkpoints" / WEIGHTS
+    return figures.is_file() and json.loads(figures.read_text())["weights_md5"] == hashlib.md5(weights.read_bytes()).hexdigest()
 
 
 def epochs_of(name, args):
@@ -70,7 +78,7 @@ def last_run(folder):
 def call(script, *flags):
     """Run one of the project's commands, whose progress bar and errors are seen; end with its status if it fails."""
     command = [sys.executable, str(PROJECT / script), *map(str, flags)]
-    print("+ python", script, *flags[:-1 if flags[-1] == "--no-cuda" else None], file=sys.stderr)
+    print("+ python", script, *flags, file=sys.stderr)
     status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
     if status:
         sys.exit(status)
@@ -191,6 +199,9 @@ def main():
     args.docs.mkdir(parents=True, exist_ok=True)
     file = args.docs / "results.json"
     results = json.loads(file.read_text()) if file.is_file() else {}
+    if args.readme_only and not results:
+        sys.exit(f"results.py: error: {file} has no results yet; leave --readme-only out")
+    signal.signal(signal.SIGINT, lambda *_: None)  # train.py saves its state, and its status ends this script
     for name in () if args.readme_only else args.only:
         try:
             run = finished_run(name, args)

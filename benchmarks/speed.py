@@ -46,7 +46,7 @@ def project_epoch(args, device, steps, way, folder):
     writer = SummaryWriter(folder)
     loggers = [train.TensorBoardLogger(writer, name=name) for name in ("generator", "discriminator")]
     optimizers = train.build_optimizers(model, args)
-    step = train.averaged(train.build_step(model, *optimizers, args), train.WeightAverage(model, args.averaging))
+    step = train.with_averaging(train.build_step(model, *optimizers, args), train.WeightAverage(model, args.averaging))
     return lambda: train.train_aae(1, model, loader, *loggers, *optimizers, args.lambda_, step=step)
 
 
