@@ -22,7 +22,7 @@ try:
 except ImportError:  # Windows: runs are not locked there
     fcntl = None
 
-FORMAT = "adversarial autoencoder, training state 2"
+FORMAT, OLD_FORMAT = (f"adversarial autoencoder, training state {version}" for version in (2, 1))
 CURRENT, PREVIOUS, WEIGHTS = "training_state.pt", "training_state.previous.pt", "model_checkpoint.pt"
 
 
@@ -90,6 +90,9 @@ def load_state(resume):
 def read_state(path):
     """Return the training state in a file; raise CheckpointError if it is damaged or no training state."""
     state = read_packed(path)
+    if isinstance(state, dict) and state.get("format") == OLD_FORMAT:
+        raise CheckpointError(f"{path} is of an older version of the program, which did not average the weights; evaluate.py "
+                              f"takes the run, but to go on, begin a new one")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path} is no training state of this version of the program; {CURRENT} is one, "
                               f"{WEIGHTS} is not")

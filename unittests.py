@@ -1928,6 +1928,13 @@ class Resume(TrainGroup):
         for wrong in (empty, empty / "none", file, run / "checkpoints" / "model_checkpoint.pt", "latest"):
             self.assert_refused(self.run_cli("--resume", wrong, "--log_dir", empty), 1, empty if wrong == "latest" else wrong)
 
+    def test_run_of_an_older_version_is_refused_by_name(self):
+        run, _ = self.train_quietly("--epochs", "1")
+        file = run / "checkpoints" / "training_state.pt"
+        state = torch.load(file, weights_only=True)
+        torch.save({**state, "format": "adversarial autoencoder, training state 1"}, file)
+        self.assert_refused(self.go_on(run), 1, file, "older version")
+
     def test_damaged_checkpoint_is_refused_and_the_one_before_offered(self):
         run, _ = self.train_quietly("--epochs", "2", "--checkpoint_every", "1")
         whole, current = run_contents(run), run / "checkpoints" / "training_state.pt"
