@@ -22,7 +22,8 @@ try:
 except ImportError:  # Windows: runs are not locked there
     fcntl = None
 
-FORMAT, OLD_FORMAT = (f"adversarial autoencoder, training state {version}" for version in (2, 1))
+FORMAT = "adversarial autoencoder, training state 2"
+OLD_FORMAT = "adversarial autoencoder, training state 1"  # without the average of the weights
 CURRENT, PREVIOUS, WEIGHTS = "training_state.pt", "training_state.previous.pt", "model_checkpoint.pt"
 
 

@@ -7,8 +7,8 @@ the result more than a seed does? Finished runs in --runs are not repeated.
 Two cores of an AMD EPYC (Zen 5), torch 2.15.0, 20 epochs, seeds 42, 1 and 2, --base, mean (minimum..maximum) in fp32 and bf16:
 recon_loss 0.0471 (0.0469..0.0474) and 0.0471 (0.0468..0.0476), accuracy 0.725 (0.717..0.729) and 0.725 (0.720..0.730), test MSE
 0.0522 (0.0513..0.0531) and 0.0515 (0.0507..0.0521), mean variance of the codes 1.01 (0.98..1.03) and 0.98 (0.93..1.05), largest
-covariance of two dimensions 0.099 (0.081..0.116) and 0.069 (0.062..0.077). Nobody has run it on CUDA yet, nor
-without --base.
+covariance of two dimensions 0.099 (0.081..0.116) and 0.069 (0.062..0.077). Nobody has run it on CUDA yet, nor without
+--base.
 """
 
 import argparse

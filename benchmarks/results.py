@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from checkpoint import WEIGHTS, CheckpointError, load_state
+from checkpoint import WEIGHTS, CheckpointError, has_state, latest_run, load_state
 from evaluate import COLORS
 from train import BASE, duration, number, png_bytes
 from utils import write_atomically
@@ -40,6 +40,7 @@ RUNS = {  # name: flags of train.py
 SHOWN = (0, 20, 50, 100)  # epochs of which pictures are shown
 CURVES = {"reconstruction loss": "generator/recon_loss", "discriminator right": "discriminator/accuracy"}
 POINTS = 100  # of a curve
+README = PROJECT / "README.md"
 START, END = "<!-- results: written by benchmarks/results.py -->", "<!-- end of results -->"
 
 
@@ -70,9 +71,10 @@ def epochs_of(name, args):
 
 def last_run(folder):
     """Return the newest run in a folder and how many epochs it has done; None and 0 without one."""
-    for run in sorted((file.parent.parent for file in folder.glob("*/checkpoints/training_state.pt")), reverse=True):
-        return run, load_state(run)["epoch"]
-    return None, 0
+    if not any(has_state(run) for run in folder.glob("*")):
+        return None, 0
+    run = latest_run(folder)
+    return run, load_state(run)["epoch"]
 
 
 def call(script, *flags):
@@ -174,13 +176,13 @@ def spread(results, figure, digits):
     return f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def write_readme(results, readme):
-    """Put the table into README.md, between the marks START and END."""
-    before, _, rest = readme.read_text().partition(START)
+def around_table():
+    """Return what README.md has before its mark START and after its mark END; end the script where one is missing."""
+    before, _, rest = README.read_text().partition(START)
     _, _, after = rest.partition(END)
     if not after:
-        sys.exit(f"results.py: error: {readme} lacks the line {START} or {END}; put them back")
-    write_atomically(readme, f"{before}{START}\n{table(results)}\n{END}{after}".encode())
+        sys.exit(f"results.py: error: {README} lacks the line {START} or {END}; put them back")
+    return before, after
 
 
 def main():
@@ -196,6 +198,7 @@ def main():
     parser.add_argument("--readme-only", action="store_true", help="make README's table and the curves from results.json alone")
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA")
     args = parser.parse_args()
+    before, after = around_table()  # before hours of training
     args.docs.mkdir(parents=True, exist_ok=True)
     file = args.docs / "results.json"
     results = json.loads(file.read_text()) if file.is_file() else {}
@@ -209,12 +212,11 @@ def main():
             sys.exit(f"results.py: error: {error}")
         results[name] = collect(run)
         write_atomically(args.docs / f"{name}.png", png_bytes(draw_progress(run)))
-        ordered = {known: results[known] for known in RUNS if known in results}
-        write_atomically(file, (json.dumps(ordered, indent=1) + "\n").encode())
-    ordered = {known: results[known] for known in RUNS if known in results}
+        results = {known: results[known] for known in RUNS if known in results}  # in the order of RUNS
+        write_atomically(file, (json.dumps(results, indent=1) + "\n").encode())
     for title in CURVES:
-        write_atomically(args.docs / f"{title.replace(' ', '_')}.png", png_bytes(draw_curves(ordered, title)))
-    write_readme(ordered, PROJECT / "README.md")
+        write_atomically(args.docs / f"{title.replace(' ', '_')}.png", png_bytes(draw_curves(results, title)))
+    write_atomically(README, f"{before}{START}\n{table(results)}\n{END}{after}".encode())
 
 
 if __name__ == "__main__":
