@@ -571,8 +571,9 @@ def build_model(z_dim, posterior="deterministic", networks="residual"):
 
 
 def place(model, device, precision):
-    """Return the model on the device, in the memory layout that measures fastest for the precision."""
-    return model.to(device, memory_format=torch.channels_last if precision == "bf16" else torch.preserve_format)
+    """Return the model on the device, in the memory layout that measures fastest: channels last on the CPU and in bf16."""
+    channels_last = device.type == "cpu" or precision == "bf16"
+    return model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
 
 
 def build_optimizers(model, args):
