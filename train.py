@@ -250,7 +250,8 @@ class WeightAverage:
         self.model = copy.deepcopy(model).requires_grad_(False)
         self.decay = decay
         self.updates = 0
-        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
+        own, current = ([tensor.detach() for tensor in (*one.parameters(), *one.buffers())] for one in (self.model, model))
+        pairs = list(zip(own, current))  # each once, even if two layers share it
         self._averaged, self._current = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
         self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
 

@@ -885,6 +885,15 @@ class Training(TrainGroup):
         for name in ("0.weight", "0.bias", "1.weight", "1.running_mean", "1.running_var"):
             np.testing.assert_allclose(average.model.state_dict()[name], expected[name], rtol=1e-5, err_msg=name)
 
+    def test_average_takes_in_a_shared_weight_once(self):
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        model[1].weight = model[0].weight
+        average = self.train.WeightAverage(model, 0.5)
+        expected = 2 / 11 * model[0].weight.detach().clone() + 9 / 11
+        nn.init.ones_(model[0].weight)
+        average.update()
+        self.assertTrue(torch.allclose(average.model[1].weight, expected), "a shared weight is averaged more than once a step")
+
     def test_average_goes_on_from_its_state(self):
         model = nn.Linear(2, 3)
         average = self.train.WeightAverage(model, 0.9)

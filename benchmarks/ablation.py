@@ -165,7 +165,10 @@ def main():
     args = parser.parse_args()
     device = choose_device(args.no_cuda, mps=False)
     keep_freed_memory()
-    finished = json.loads(args.results.read_text()) if args.results.is_file() else {}
+    try:
+        finished = json.loads(args.results.read_text()) if args.results.is_file() else {}
+    except ValueError as error:
+        sys.exit(f"ablation.py: error: {args.results} is damaged ({error}); delete it, or name another file with --results")
     found = {name: {} for name in args.only}
     try:
         set_precision(args.precision, device)

@@ -1,7 +1,7 @@
 """Train and measure every run of the assignment's questions, and show them:  python benchmarks/results.py
 
 Each is trained by train.py and measured by evaluate.py, in processes of their own. What is finished in --runs is not repeated,
-what is begun goes on; after a change of the project's defaults, name another folder. The figures go into docs/results/results.json,
+what is begun goes on; after a change of the networks, name another folder. The figures go into docs/results/results.json,
 the pictures beside it, and README.md's table of all runs, between its two marks, is written anew.
 """
 
@@ -22,7 +22,7 @@ sys.path.insert(0, str(PROJECT))
 
 from checkpoint import WEIGHTS, CheckpointError, has_state, latest_run, load_state
 from evaluate import COLORS
-from train import BASE, duration, number, png_bytes
+from train import BASE, HYPERPARAMETERS, duration, number, parse_args, png_bytes
 from utils import write_atomically
 
 RUNS = {  # name: flags of train.py
@@ -70,11 +70,18 @@ def epochs_of(name, args):
 
 
 def last_run(folder):
-    """Return the newest run in a folder and how many epochs it has done; None and 0 without one."""
+    """Return the newest run in a folder and how many epochs it has done; None and 0 without one.
+
+    Raises CheckpointError if it was made with other flags than those in RUNS.
+    """
     if not any(has_state(run) for run in folder.glob("*")):
         return None, 0
     run = latest_run(folder)
-    return run, load_state(run)["epoch"]
+    state, wanted = load_state(run), vars(parse_args(RUNS[folder.name]))
+    other = [name for name in HYPERPARAMETERS if name != "epochs" and state["settings"][name] != wanted.get(name, "mnist")]
+    if other:
+        raise CheckpointError(f"{run} was made with another --{other[0]}; name another folder with --runs")
+    return run, state["epoch"]
 
 
 def call(script, *flags):
@@ -90,12 +97,12 @@ def collect(run):
     """Return what a run has come to, as a dict that json can write."""
     state = load_state(run)
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
-    quality = metrics["digit_classifier"]
+    quality, codes = metrics["digit_classifier"], metrics["prior_match"]["codes"]
     settings = {name: state["settings"][name] for name in ("z_dim", "lambda_", "posterior", "networks", "seed", "precision",
                                                            "device", "device_name", "torch")}
     return {**settings, "epochs": state["epoch"], "seconds": state["seconds"], "recon_loss": state["means"]["recon_loss"],
             "accuracy": state["means"]["accuracy"], "test_mse": metrics["reconstruction"]["mse"],
-            "ks": metrics["prior_match"]["codes"]["ks"], "frechet_samples": quality["samples"]["frechet_to_test_images"],
+            "ks": codes["ks"], "std": [min(codes["std"]), max(codes["std"])], "frechet_samples": quality["samples"]["frechet_to_test_images"],
             "frechet_reconstructions": quality["reconstructions"]["frechet_to_test_images"],
             "sure": quality["samples"]["sure"], "parzen": metrics["log_likelihood"]["mean"],
             "parzen_error": metrics["log_likelihood"]["standard_error"],
@@ -129,6 +136,11 @@ def draw_progress(run):
         picture.paste(samples, (index * width, 24))
         picture.paste(pairs, (index * width, 32 + samples.height))
     return picture.quantize(16)
+
+
+def draw_codes(run):
+    """Return the codes of the test images of a run of 2 dimensions, as evaluate.py has drawn them, in few colours."""
+    return Image.open(run / "evaluation" / "codes.png").quantize(32)
 
 
 def draw_curves(results, title, size=(480, 300)):
@@ -176,6 +188,14 @@ def spread(results, figure, digits):
     return f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
+def read_results(file):
+    """Return what results.json holds, nothing where there is none; end the script where it is damaged."""
+    try:
+        return json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        sys.exit(f"results.py: error: {file} is damaged ({error}); delete it, and the runs are collected anew")
+
+
 def around_table():
     """Return what README.md has before its mark START and after its mark END; end the script where one is missing."""
     before, _, rest = README.read_text().partition(START)
@@ -201,7 +221,7 @@ def main():
     before, after = around_table()  # before hours of training
     args.docs.mkdir(parents=True, exist_ok=True)
     file = args.docs / "results.json"
-    results = json.loads(file.read_text()) if file.is_file() else {}
+    results = read_results(file)
     if args.readme_only and not results:
         sys.exit(f"results.py: error: {file} has no results yet; leave --readme-only out")
     signal.signal(signal.SIGINT, lambda *_: None)  # train.py saves its state, and its status ends this script
@@ -212,6 +232,8 @@ def main():
             sys.exit(f"results.py: error: {error}")
         results[name] = collect(run)
         write_atomically(args.docs / f"{name}.png", png_bytes(draw_progress(run)))
+        if results[name]["z_dim"] == 2:
+            write_atomically(args.docs / f"{name}-codes.png", png_bytes(draw_codes(run)))
         results = {known: results[known] for known in RUNS if known in results}  # in the order of RUNS
         write_atomically(file, (json.dumps(results, indent=1) + "\n").encode())
     for title in CURVES:
