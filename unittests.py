@@ -2259,11 +2259,14 @@ class Evaluation(TrainGroup):
         match = metrics["prior_match"]
         self.check_close(match["codes"]["std"][1], codes[:, 1].double().std(), "the standard deviation of the codes is wrong")
         self.check_close(match["codes"]["ks"], self.metrics.ks_distance(codes), "the KS distance is not the test codes'")
+        with torch.no_grad():
+            seen = model.encoder(self.mnist.load_digits(train=True)[0][:749])
+        self.check_close(match["training_codes"]["ks"], self.metrics.ks_distance(seen), "the KS distance of training codes is wrong")
         self.check_close(match["prior_draws"]["ks"], 0.8687 / math.sqrt(299), "the prior's draws are not from the prior", 0.03)
         self.check(abs(match["prior_draws"]["mmd"]) < 0.005, "the prior's draws are not from the prior")
         self.assertEqual((metrics["test_images"], metrics["z_dim"], metrics["trained_on"]), (299, 2, "digits"))
         self.assertRegex(out, r"(?s)z_dim 2, deterministic encoder, residual networks, 299 test images of the bundled digits.*"
-                              r"Parzen log-likelihood: -?\d+\.\d \+- \d+\.\d")
+                              r"Parzen log-likelihood of.*  nats +-?\d+\.\d \+- \d+\.\d")
         self.assertIn(f"{errors.mean():.4f}", out)
 
     def test_pictures(self):
@@ -2284,6 +2287,25 @@ class Evaluation(TrainGroup):
         shown = read_png(run / "evaluation" / "reconstructions.png")[4:60:2, 4 + 3 * 60:60 * 4:2]
         third = images[labels == 3][0, 0]
         self.assertTrue(np.array_equal(shown, ((third + 1) * 127.5).round()), "the fourth column does not begin with a 3")
+
+    def test_training_images_are_split_evenly(self):
+        images = torch.arange(60_000)
+        seen, last = self.evaluate.split_training_images(images)
+        self.assertEqual((len(seen), len(last), last[0], last[-1]), (10_000, 1_000, 59_000, 59_999))
+        self.assertEqual(seen.diff().unique().tolist(), [5])
+        seen, last = self.evaluate.split_training_images(images[:10])
+        self.assertEqual((seen.tolist(), last.tolist()), ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9]))
+
+    def test_log_likelihood_is_compared_with_that_of_training_images(self):
+        model, (images, labels) = self.models.AdversarialAE(z_dim=2), self.mnist.load_digits()
+        with mock.patch.object(self.evaluate, "SAMPLES", 300):
+            found = self.evaluate.evaluate(model, images, images[-300:], labels[-300:])["log_likelihood"]
+        with torch.no_grad():
+            reconstructions = model.eval()(images[:749])[0]
+        for name, windows in (("training_images", images[:749]), ("training_reconstructions", reconstructions)):
+            expected = self.evaluate.log_likelihood(windows, images[749:], images[-300:])
+            self.check_close(found[name]["mean"], expected["mean"], f"the log-likelihood with {name} is wrong")
+        self.assertGreater(found["training_images"]["mean"], found["training_reconstructions"]["mean"] + 10)
 
     def test_log_likelihood_is_that_of_images_in_0_1(self):
         images, _ = self.mnist.load_digits()
