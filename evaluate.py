@@ -248,11 +248,11 @@ def draw_codes(codes, labels, size=800, scale=2):
     picture = Image.new("RGB", (pixels + 110 * scale, pixels), "white")
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(18 * scale)
-    draw_axes(draw, font, reach, to_pixels, pixels, scale)
     order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))  # so that no label hides the others
     for index in order.tolist():
         x, y = to_pixels(codes[index, 0].item()), to_pixels(-codes[index, 1].item())
         draw_circle(draw, x, y, 2.2 * scale, fill=COLORS[labels[index]])
+    draw_axes(draw, font, reach, to_pixels, pixels, scale)
     for label in labels.unique().tolist():
         x, y = pixels + 30 * scale, (40 + 34 * label) * scale
         draw_circle(draw, x, y, 9 * scale, fill=COLORS[label])
@@ -270,8 +270,8 @@ def draw_axes(draw, font, reach, to_pixels, pixels, scale):
     draw.line((0, middle, pixels, middle), "#c8c8c8", scale)
     draw.line((middle, 0, middle, pixels), "#c8c8c8", scale)
     for radius in (1, 2, 3):
-        draw_circle(draw, middle, middle, to_pixels(radius) - middle, outline="#c8c8c8", width=scale)
-    for value in range(step, int(reach) + 1, step):
+        draw_circle(draw, middle, middle, to_pixels(radius) - middle, outline="#404040", width=scale)
+    for value in range(step, int(0.95 * reach) + 1, step):  # a number at the very edge would be cut off
         for signed in (-value, value):
             draw.text((to_pixels(signed), pixels - 4 * scale), str(signed), "black", font, anchor="md")
             draw.text((4 * scale, to_pixels(-signed)), str(signed), "black", font, anchor="lm")

@@ -22,7 +22,7 @@ sys.path.insert(0, str(PROJECT))
 
 from checkpoint import WEIGHTS, CheckpointError, has_state, latest_run, load_state
 from evaluate import COLORS
-from train import BASE, HYPERPARAMETERS, duration, number, parse_args, png_bytes
+from train import BASE, HYPERPARAMETERS, number, parse_args, png_bytes
 from utils import write_atomically
 
 RUNS = {  # name: flags of train.py
@@ -97,15 +97,19 @@ def collect(run):
     """Return what a run has come to, as a dict that json can write."""
     state = load_state(run)
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
-    quality, codes = metrics["digit_classifier"], metrics["prior_match"]["codes"]
+    quality, match, likelihood = metrics["digit_classifier"], metrics["prior_match"], metrics["log_likelihood"]
+    codes = match["codes"]
     settings = {name: state["settings"][name] for name in ("z_dim", "lambda_", "posterior", "networks", "seed", "precision",
                                                            "device", "device_name", "torch")}
-    return {**settings, "epochs": state["epoch"], "seconds": state["seconds"], "recon_loss": state["means"]["recon_loss"],
-            "accuracy": state["means"]["accuracy"], "test_mse": metrics["reconstruction"]["mse"],
-            "ks": codes["ks"], "std": [min(codes["std"]), max(codes["std"])], "frechet_samples": quality["samples"]["frechet_to_test_images"],
+    return {**settings, "epochs": state["epoch"], "seconds": state["seconds"],
+            **{name: state["means"][name] for name in ("recon_loss", "gen_loss", "disc_loss", "accuracy")},
+            "test_mse": metrics["reconstruction"]["mse"],
+            "ks": codes["ks"], "ks_training": match["training_codes"]["ks"], "std": [min(codes["std"]), max(codes["std"])],
+            "frechet_samples": quality["samples"]["frechet_to_test_images"],
             "frechet_reconstructions": quality["reconstructions"]["frechet_to_test_images"],
-            "sure": quality["samples"]["sure"], "parzen": metrics["log_likelihood"]["mean"],
-            "parzen_error": metrics["log_likelihood"]["standard_error"],
+            "sure": quality["samples"]["sure"], "labels": list(quality["samples"]["labels"].values()),
+            "parzen": likelihood["mean"], "parzen_error": likelihood["standard_error"],
+            "parzen_reconstructions": likelihood["training_reconstructions"]["mean"],
             "curves": {title: curve(run, tag) for title, tag in CURVES.items()}}
 
 
@@ -139,8 +143,9 @@ def draw_progress(run):
 
 
 def draw_codes(run):
-    """Return the codes of the test images of a run of 2 dimensions, as evaluate.py has drawn them, in few colours."""
-    return Image.open(run / "evaluation" / "codes.png").quantize(32)
+    """Return the codes of the test images of a run of 2 dimensions as evaluate.py has drawn them, at half the size."""
+    picture = Image.open(run / "evaluation" / "codes.png")
+    return picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS).quantize(128)
 
 
 def draw_curves(results, title, size=(480, 300)):
@@ -167,13 +172,13 @@ def draw_curves(results, title, size=(480, 300)):
 
 def table(results):
     """Return the figures of all runs as a table in Markdown."""
-    lines = ["| run | flags | epochs | reconstruction loss | test MSE | KS | Fréchet, samples | reconstructions | Parzen, nats | "
-             "time |", "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| run | flags | epochs | reconstruction loss | test MSE | KS | of training codes | Fréchet, samples | "
+             "reconstructions | samples sure | Parzen, nats |", "|---|---|---|---|---|---|---|---|---|---|---|"]
     for name, one in results.items():
         lines.append(f"| {name} | `{' '.join(RUNS[name]) or 'none'}` | {one['epochs']} | {one['recon_loss']:.4f} | "
-                     f"{one['test_mse']:.4f} | {one['ks']:.4f} | {one['frechet_samples']:.1f} | "
-                     f"{one['frechet_reconstructions']:.1f} | {one['parzen']:.1f} ± {one['parzen_error']:.1f} | "
-                     f"{duration(one['seconds'])} |")
+                     f"{one['test_mse']:.4f} | {one['ks']:.4f} | {one['ks_training']:.4f} | {one['frechet_samples']:.1f} | "
+                     f"{one['frechet_reconstructions']:.1f} | {one['sure']:.1%} | {one['parzen']:.1f} ± "
+                     f"{one['parzen_error']:.1f} |")
     seeds = [results[name] for name in ("z8", "z8-seed1", "z8-seed2") if name in results]
     if len({one["epochs"] for one in seeds}) == 1 and len(seeds) == 3:
         lines.append(f"\nThe default run with three seeds, mean and range: test MSE {spread(seeds, 'test_mse', 4)}, KS "
