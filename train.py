@@ -41,9 +41,10 @@ from utils import TensorBoardLogger, write_atomically
 
 SAMPLE_SEED = 0
 MAY_DIFFER = {"data_dir", "log_dir", "num_workers", "no_cuda", "checkpoint_every", "resume"}  # when a run is resumed
-HYPERPARAMETERS = ("z_dim", "lambda_", "posterior", "networks", "ae_lr", "d_lr", "d_momentum", "averaging", "batch_size",
-                   "epochs", "seed", "precision", "trained_on")  # what one compares runs by
-BASE = ["--networks", "base", "--d_momentum", "0", "--averaging", "0"]  # what the assignment suggests, for benchmarks
+HYPERPARAMETERS = ("z_dim", "lambda_", "posterior", "networks", "ae_lr", "drop_after", "d_lr", "d_momentum", "averaging",
+                   "batch_size", "epochs", "seed", "precision", "trained_on")  # what one compares runs by
+BASE = ["--networks", "base", "--drop_after", "0", "--d_momentum", "0", "--averaging", "0"]  # what the assignment suggests
+CLIP = 1.0  # largest norm of the discriminator's gradient: 0.7 in the default run, but with momentum a larger one can run away
 READ_EVERY = 50  # steps between two looks at the losses: for a look, the CPU waits for the device
 
 
@@ -231,6 +232,7 @@ def train_step(model, optimizer_ae, optimizer_disc, lambda_, x, precision="fp32"
 
     optimizer_disc.zero_grad()  # after ae_loss.backward(), which may have left gradients on the discriminator
     disc_loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.discriminator.parameters(), CLIP)
     optimizer_disc.step()
     return tuple({name: torch.as_tensor(value).detach() for name, value in values.items()}
                  for values in (ae_values, disc_values))
@@ -462,6 +464,7 @@ class Session:
         loggers = (self.logger_ae, self.logger_disc)
         log = StepLog(epoch, self.model.device, loggers, progress, self.steps, self.totals)
         self.loader.epoch, self.loader.skip = self.epoch, self.steps
+        set_rate(self.optimizer_ae, epoch, self.args)
         means = train_aae(epoch, self.model, self.loader, *loggers, self.optimizer_ae, self.optimizer_disc,
                           self.args.lambda_, log, self.step, stop=lambda: received)
         if log.steps < len(self.loader):
@@ -506,7 +509,7 @@ class Session:
             for name in self.PARTS:
                 part = getattr(self, name)
                 for group, own in zip(state[name].get("param_groups", ()), getattr(part, "param_groups", ())):
-                    group.update({flag: own[flag] for flag in ("fused", "capturable") if flag in own})  # those of this device
+                    group.update({flag: own[flag] for flag in ("fused", "capturable", "lr") if flag in own})  # those of this device
                 part.load_state_dict(state[name])
             for name in ("epoch", "steps", "totals", "means", "seconds"):
                 setattr(self, name, state[name])
@@ -544,7 +547,7 @@ def stop_signals():
 
 def resumed_args(args, given, settings):
     """Return a stopped run's flags, with those that may differ as they are given now; refuse the others by name."""
-    settings = {**vars(make_parser().parse_args([])), **settings}  # a run of an older version may lack some
+    settings = {**vars(make_parser().parse_args([])), "drop_after": 0, **settings}  # an older run has not that one
     for name in sorted(given & set(settings) - MAY_DIFFER - {"epochs"}):
         if getattr(args, name) != settings[name]:
             raise FlagError(f"--{name} {getattr(args, name)} contradicts the run, which has {settings[name]}; leave the flag "
@@ -580,10 +583,26 @@ def place(model, device, precision):
 def build_optimizers(model, args):
     """Return Adam for encoder and decoder, and SGD for the discriminator, each over its own parameters only."""
     fused = model.device.type in ("cpu", "cuda")  # one call for all weights; not tried elsewhere
-    optimizer_ae = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()], lr=args.ae_lr,
-                                    betas=(0.5, 0.999), fused=fused, capturable=model.device.type == "cuda")
+    cuda = model.device.type == "cuda"
+    rate = torch.tensor(args.ae_lr, device=model.device) if cuda else args.ae_lr  # a CUDA graph reads it anew at each replay
+    optimizer_ae = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()], lr=rate, betas=(0.5, 0.999),
+                                    fused=fused, capturable=cuda)
     optimizer_disc = torch.optim.SGD(model.discriminator.parameters(), lr=args.d_lr, momentum=args.d_momentum, fused=fused)
     return optimizer_ae, optimizer_disc
+
+
+def set_rate(optimizer_ae, epoch, args):
+    """Set the autoencoder's learning rate for an epoch, counted from 1: args.ae_lr, and a tenth after args.drop_after epochs.
+
+    The codes then move less from step to step, and the discriminator sees finer differences between them and the prior. What
+    an epoch does does not depend on how many there are, so that a run with more of them is the longer run.
+    """
+    rate = args.ae_lr / 10 if 0 < args.drop_after < epoch else args.ae_lr
+    for group in optimizer_ae.param_groups:
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def build_step(model, optimizer_ae, optimizer_disc, args):
@@ -693,6 +712,8 @@ def make_parser():
     parser.add_argument("--lambda_", type=number(float, 0, 1), default=0.995,
                         help="weight of the reconstruction in [0, 1]; the adversarial part has the rest")
     parser.add_argument("--ae_lr", type=number(float, 0), default=1e-3, help="learning rate of encoder and decoder, Adam")
+    parser.add_argument("--drop_after", type=number(int, 0), default=90,
+                        help="epochs after which ae_lr is a tenth; 0: never")
     parser.add_argument("--d_lr", type=number(float, 0), default=5e-3, help="learning rate of the discriminator, SGD")
     parser.add_argument("--d_momentum", type=number(float, 0, 0.999), default=0.95,
                         help="momentum of the discriminator's SGD")

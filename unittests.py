@@ -1669,6 +1669,33 @@ class WholeRun(TrainGroup):
                          (1e-3, 0.5, 5e-3))
         self.assertEqual((optimizer_disc.defaults["momentum"], args.averaging), (0.95, 0.999))
 
+    def test_discriminators_gradient_is_clipped(self):
+        model, x = self.models.AdversarialAE(), images_like_mnist(16)
+        nn.init.constant_(model.discriminator.net[-1].weight, 10.0)
+        optimizers = self.train.build_optimizers(model, self.train.parse_args(["--d_momentum", "0"]))
+        before = nn.utils.parameters_to_vector(model.discriminator.parameters()).clone()
+        self.train.train_step(model, *optimizers, 0.5, x)
+        moved = (nn.utils.parameters_to_vector(model.discriminator.parameters()) - before).norm()
+        self.check_close(moved, 5e-3 * self.train.CLIP, "a large gradient of the discriminator is not clipped", 1e-4)
+
+    def test_rate_drops_after_the_epochs_of_the_flag(self):
+        for on_device in (False, True):  # on CUDA the rate is a tensor, which a captured graph reads: it must stay the same one
+            args = self.train.parse_args(["--drop_after", "10"])
+            optimizer, _ = self.train.build_optimizers(self.models.AdversarialAE(), args)
+            if on_device:
+                optimizer.param_groups[0]["lr"] = torch.tensor(args.ae_lr)
+            before = optimizer.param_groups[0]["lr"]
+            for epoch, expected in ((1, 1e-3), (10, 1e-3), (11, 1e-4), (40, 1e-4)):
+                self.train.set_rate(optimizer, epoch, args)
+                self.check_close(1e3 * optimizer.param_groups[0]["lr"], 1e3 * expected, f"the rate of epoch {epoch} is wrong")
+            self.assertTrue(not on_device or optimizer.param_groups[0]["lr"] is before)
+        self.train.set_rate(optimizer, 1000, self.train.parse_args(["--drop_after", "0"]))
+        self.check_close(1e3 * optimizer.param_groups[0]["lr"], 1, "the rate drops with --drop_after 0")
+
+    def test_rate_drops_in_a_run(self):
+        runs = [self.train_quietly("--epochs", "2", "--drop_after", str(after))[1] for after in (1, 2)]
+        self.assertFalse(same(*runs), "the rate of the second epoch does not matter")
+
     def test_namespace_of_the_assignments_flags_alone(self):
         args = Namespace(z_dim=2, batch_size=64, lambda_=1.0, ae_lr=1e-3, d_lr=5e-3, data_dir=str(self.folder()), epochs=1,
                          seed=42, num_workers=4, log_dir=str(self.folder()), no_cuda=True)
@@ -1774,9 +1801,9 @@ class Resume(TrainGroup):
 
     def test_resumed_run_is_the_uninterrupted_one(self):
         with mock.patch.object(self.train.TensorBoardLogger.__init__, "__defaults__", (3, None)):  # windows across every stop
-            whole, _ = self.train_quietly("--epochs", "4")
+            whole, _ = self.train_quietly("--epochs", "4", "--drop_after", "1")
             for steps in (1, 2, 5):  # within an epoch, at its end, and within a later one
-                run, stopped = self.stop_after(steps, "--epochs", "4")
+                run, stopped = self.stop_after(steps, "--epochs", "4", "--drop_after", "1")
                 self.assertIn(f"after {steps // self.STEPS} epochs and {steps % self.STEPS} steps", str(stopped))
                 self.assertEqual(self.go_on(run)[0], 0)
                 self.assert_same_run(run, whole)

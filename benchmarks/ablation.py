@@ -135,6 +135,7 @@ def train_variant(model, loader, flags, name):
     step = train.with_averaging(train.build_step(model, *optimizers, flags), average)
     with tqdm(total=flags.epochs * len(loader), desc=name, leave=False, disable=None) as bar:
         for epoch in range(1, flags.epochs + 1):
+            train.set_rate(optimizers[0], epoch, flags)
             log = train.StepLog(epoch, model.device, (), lambda steps, means: bar.update(steps))
             means = train.train_aae(epoch, model, loader, None, None, *optimizers, flags.lambda_, log, step)
     return means["accuracy"], average.model
