@@ -6,8 +6,8 @@ same networks and optimizers in fp32, torchvision's MNIST decoded image by image
 .item() at every step; once with no workers, and once with as many as are fastest here. A part of an epoch is timed and scaled up.
 With --profile, a table of the costliest operations of each way instead.
 
-Two cores of an AMD EPYC (Zen 5), torch 2.15.0, seconds an epoch, medians of three rounds of 120 steps: fp32 24.1, bf16 18.5, base
-19.0, plain 29.9 (no workers, the best there). Nobody has run it on CUDA yet.
+Two cores of an AMD EPYC (Zen 5), torch 2.15.0, seconds an epoch, medians of three rounds of 200 steps: fp32 25.1, bf16 18.2, base
+20.7, plain 31.0 (no workers, the best there). Nobody has run it on CUDA yet.
 """
 
 import argparse
