@@ -44,7 +44,7 @@ MAY_DIFFER = {"data_dir", "log_dir", "num_workers", "no_cuda", "checkpoint_every
 HYPERPARAMETERS = ("z_dim", "lambda_", "posterior", "networks", "ae_lr", "drop_after", "d_lr", "d_momentum", "averaging",
                    "batch_size", "epochs", "seed", "precision", "trained_on")  # what one compares runs by
 BASE = ["--networks", "base", "--drop_after", "0", "--d_momentum", "0", "--averaging", "0"]  # what the assignment suggests
-CLIP = 1.0  # largest norm of the discriminator's gradient: 0.7 in the default run, but with momentum a larger one can run away
+CLIP = 1.0  # largest norm of the discriminator's gradient; why: docs/ABLATION.md
 READ_EVERY = 50  # steps between two looks at the losses: for a look, the CPU waits for the device
 
 
@@ -509,7 +509,7 @@ class Session:
             for name in self.PARTS:
                 part = getattr(self, name)
                 for group, own in zip(state[name].get("param_groups", ()), getattr(part, "param_groups", ())):
-                    group.update({flag: own[flag] for flag in ("fused", "capturable", "lr") if flag in own})  # those of this device
+                    group.update({flag: own[flag] for flag in ("fused", "capturable", "lr") if flag in own})  # of this device
                 part.load_state_dict(state[name])
             for name in ("epoch", "steps", "totals", "means", "seconds"):
                 setattr(self, name, state[name])
@@ -713,7 +713,7 @@ def make_parser():
                         help="weight of the reconstruction in [0, 1]; the adversarial part has the rest")
     parser.add_argument("--ae_lr", type=number(float, 0), default=1e-3, help="learning rate of encoder and decoder, Adam")
     parser.add_argument("--drop_after", type=number(int, 0), default=90,
-                        help="epochs after which ae_lr is a tenth; 0: never")
+                        help="epochs after which ae_lr is a tenth, however many there are; 0: never")
     parser.add_argument("--d_lr", type=number(float, 0), default=5e-3, help="learning rate of the discriminator, SGD")
     parser.add_argument("--d_momentum", type=number(float, 0, 0.999), default=0.95,
                         help="momentum of the discriminator's SGD")

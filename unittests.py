@@ -1808,6 +1808,15 @@ class Resume(TrainGroup):
                 self.assertEqual(self.go_on(run)[0], 0)
                 self.assert_same_run(run, whole)
 
+    def test_rate_of_an_older_run_stays(self):
+        run, _ = self.stop_after(2, "--epochs", "2")
+        path = run / "checkpoints" / "training_state.pt"
+        state = torch.load(path, weights_only=True)
+        del state["settings"]["drop_after"]
+        torch.save(state, path)
+        self.assertEqual(self.go_on(run)[0], 0)
+        self.assertEqual(json.loads((run / "hparams.json").read_text())["drop_after"], 0)
+
     def test_base_networks_are_resumed(self):
         whole, weights = self.train_quietly("--epochs", "2", "--networks", "base")
         self.models.AdversarialAE(networks="base").load_state_dict(weights)
@@ -2610,8 +2619,11 @@ class Cuda(TrainGroup):
         optimizers = self.train.build_optimizers(model, args)
         step = self.train.build_step(model, *optimizers, args)
         self.assertEqual(isinstance(step, self.train.CapturedStep), capturable)
-        batches = (images[:32] if number % 4 == 3 else images for number in range(200))
-        values = [torch.stack([value.clone() for part in step(batch) for value in part.values()]) for batch in batches]
+        values = []
+        for number in range(200):
+            self.train.set_rate(optimizers[0], 90 + number // 100, args)  # drops halfway, when the graphs are captured
+            parts = step(images[:32] if number % 4 == 3 else images)
+            values.append(torch.stack([value.clone() for part in parts for value in part.values()]))
         return model.state_dict(), torch.stack(values).cpu()
 
     def test_captured_step_is_the_eager_step(self):

@@ -91,8 +91,8 @@ def on_vectors(layer):
 
 VARIANTS = {  # name: flags of train.py, change of the model
     "base": (train.BASE, None),
-    "base, momentum": (("--networks", "base", "--averaging", "0"), None),
-    "base, momentum, averaging": (("--networks", "base"), None),
+    "base, momentum": (("--networks", "base", "--drop_after", "0", "--averaging", "0"), None),
+    "base, momentum, averaging": (("--networks", "base", "--drop_after", "0"), None),
     "final": ((), None),
     "final without momentum": (("--d_momentum", "0"), None),
     "final without averaging": (("--averaging", "0"), None),

@@ -41,9 +41,11 @@ def captured_and_eager(args, device):
         loader, _, _ = train.load_data(flags, device)
         model = train.build_model(flags.z_dim).to(device)
         model.capturable = capturable
-        step = train.build_step(model, *train.build_optimizers(model, flags), flags)
-        values = [torch.stack([value.clone() for part in step(x) for value in part.values()])
-                  for x, _ in (batch for batch, _ in zip(loader, range(STEPS)))]
+        optimizers, values = train.build_optimizers(model, flags), []
+        step = train.build_step(model, *optimizers, flags)
+        for number, (x, _) in zip(range(STEPS), loader):
+            train.set_rate(optimizers[0], flags.drop_after + 2 * number // STEPS, flags)  # drops halfway
+            values.append(torch.stack([value.clone() for part in step(x) for value in part.values()]))
         found.append((torch.stack(values), torch.cat([weight.detach().flatten() for weight in model.parameters()])))
     return [float((captured - eager).abs().max()) for captured, eager in zip(*found)]
 

@@ -36,7 +36,7 @@ from unittests import run_contents  # noqa: E402
 
 TRAIN = [sys.executable, str(PROJECT / "train.py")]
 EPOCHS = 12
-FLAGS = ["--dataset", "digits", "--no-cuda", "--epochs", str(EPOCHS), "--checkpoint_every", "1"]
+FLAGS = ["--dataset", "digits", "--no-cuda", "--epochs", str(EPOCHS), "--checkpoint_every", "1", "--drop_after", "6"]
 
 
 # Faults --------------------------------------------------------------------------------------------------------------
@@ -302,8 +302,8 @@ class BadInputs:
 
     def flags(self):
         """Every flag that takes a number or a choice with every value, and with none."""
-        names = ("z_dim", "batch_size", "lambda_", "ae_lr", "d_lr", "seed", "num_workers", "checkpoint_every", "epochs",
-                 "dataset")
+        names = ("z_dim", "batch_size", "lambda_", "ae_lr", "drop_after", "d_lr", "d_momentum", "averaging", "seed", "num_workers",
+                 "checkpoint_every", "epochs", "dataset")
         always = ["--dataset", "digits", "--no-cuda", "--epochs", "1", "--log_dir", self.folder / "flags"]
         for name in tqdm(names, desc="flags", disable=None):
             for value in [*self.VALUES, None]:

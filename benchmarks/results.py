@@ -62,7 +62,9 @@ def finished_run(name, args):
 def measured(run):
     """Return whether the figures in a run's evaluation/ are those of its weights."""
     figures, weights = run / "evaluation" / "metrics.json", run / "checkpoints" / WEIGHTS
-    return figures.is_file() and json.loads(figures.read_text())["weights_md5"] == hashlib.md5(weights.read_bytes()).hexdigest()
+    found = json.loads(figures.read_text()) if figures.is_file() else {}
+    return (found.get("weights_md5") == hashlib.md5(weights.read_bytes()).hexdigest()
+            and "training_codes" in found["prior_match"])  # not by an older evaluate.py
 
 
 def epochs_of(name, args):
@@ -78,7 +80,7 @@ def last_run(folder):
         return None, 0
     run = latest_run(folder)
     state, wanted = load_state(run), vars(parse_args(RUNS[folder.name]))
-    other = [name for name in HYPERPARAMETERS if name != "epochs" and state["settings"][name] != wanted.get(name, "mnist")]
+    other = [name for name in HYPERPARAMETERS if name != "epochs" and state["settings"].get(name) != wanted.get(name, "mnist")]
     if other:
         raise CheckpointError(f"{run} was made with another --{other[0]}; name another folder with --runs")
     return run, state["epoch"]
@@ -165,7 +167,7 @@ def draw_curves(results, title, size=(480, 300)):
         draw.line(points, COLORS[index % len(COLORS)], 2)
         draw.line((size[0], top + 10 + 20 * index, size[0] + 16, top + 10 + 20 * index), COLORS[index % len(COLORS)], 3)
         draw.text((size[0] + 22, top + 10 + 20 * index), name, "black", font, anchor="lm")
-    return picture.quantize(32)
+    return picture.quantize(64)
 
 
 # README --------------------------------------------------------------------------------------------------------------
