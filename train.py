@@ -513,6 +513,7 @@ class Session:
                 part.load_state_dict(state[name])
             for name in ("epoch", "steps", "totals", "means", "seconds"):
                 setattr(self, name, state[name])
+            set_rate(self.optimizer_ae, self.epoch + (self.steps > 0), self.args)
             set_random_states(self.model, {name: stream for name, stream in state["random"].items()
                                            if name != "device" or "device" not in differing})
         except (RuntimeError, ValueError, KeyError) as error:
