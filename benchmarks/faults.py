@@ -137,8 +137,8 @@ def stop(signum):
         if process.poll() is not None:
             return "done" if process.returncode == 0 else "badly"
         process.send_signal(signum)
-        _, err = process.communicate(timeout=60)
-        if process.returncode == 0:  # it came after the last step
+        out, err = process.communicate(timeout=60)
+        if process.returncode == 0 or "done: " in out:  # it came after the last step, or as Python exited
             return "done"
         if process.returncode == 128 + signum and f"go on with: python train.py --resume {run}\n" in err:
             return "well"
