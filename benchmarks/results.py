@@ -151,18 +151,21 @@ def draw_codes(run):
 
 
 def draw_curves(results, title, size=(480, 300)):
-    """Return the curves of all runs under a title, over the share of training done."""
+    """Return the curves of all runs under a title, over the epochs."""
     curves = {name: result["curves"][title] for name, result in results.items()}
+    epochs = max(result["epochs"] for result in results.values())
     low, high = 0.0, max(sorted(values)[-max(1, len(values) // 20)] for values in curves.values())  # but for the first ones
     picture, font = Image.new("RGB", (size[0] + 150, size[1]), "white"), ImageFont.load_default(13)
     draw, (left, top, right, bottom) = ImageDraw.Draw(picture), (50, 26, size[0] - 10, size[1] - 24)
-    draw.text((left, 4), f"{title}, over the epochs from the first to the last", "black", font)
+    draw.text((left, 4), f"{title}, over the epochs", "black", font)
     for part in range(5):
+        draw.text((left + part * (right - left) / 4, bottom + 6), f"{part * epochs / 4:g}", "black", font, anchor="mt")
         y, value = bottom - part * (bottom - top) / 4, low + part * (high - low) / 4
         draw.line((left, y, right, y), "#dddddd")
         draw.text((left - 6, y), f"{value:.3f}", "black", font, anchor="rm")
     for index, (name, values) in enumerate(curves.items()):
-        points = [(left + (right - left) * (place + 0.5) / len(values),
+        width = (right - left) * results[name]["epochs"] / epochs / len(values)
+        points = [(left + width * (place + 0.5),
                    bottom - (bottom - top) * (min(value, high) - low) / (high - low)) for place, value in enumerate(values)]
         draw.line(points, COLORS[index % len(COLORS)], 2)
         draw.line((size[0], top + 10 + 20 * index, size[0] + 16, top + 10 + 20 * index), COLORS[index % len(COLORS)], 3)

@@ -1,10 +1,10 @@
 """Time an epoch of train.py against the plain loop that most implementations have:  python benchmarks/speed.py
 
 All ways take turns for several rounds, each round in a process of its own; "base" is train.py's with the networks and training
-that the assignment suggests. The plain loop is written out in `plain_epoch`: the
-same networks and optimizers in fp32, torchvision's MNIST decoded image by image, a DataLoader, and every loss read with
-.item() at every step; once with no workers, and once with as many as are fastest here. A part of an epoch is timed and scaled up.
-With --profile, a table of the costliest operations of each way instead.
+that the assignment suggests. The plain loop is written out in `plain_epoch`: the same networks and optimizers in fp32,
+torchvision's MNIST decoded image by image, a DataLoader, and every loss read with .item() at every step; once with no workers,
+and once with as many as are fastest here. A part of an epoch is timed and scaled up. With --profile, a table of the costliest
+operations of each way instead.
 
 Two cores of an AMD EPYC (Zen 5), torch 2.15.0, seconds an epoch, medians of three rounds of 200 steps: fp32 25.1, bf16 18.2, base
 20.7, plain 31.0 (no workers, the best there). Nobody has run it on CUDA yet.
