@@ -25,6 +25,7 @@ def choose_device(no_cuda=False, deterministic=False, mps=True):
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it finds mistakes, at the price of a kernel a tensor
     if torch.cuda.is_available() and not no_cuda:
         return torch.device("cuda")
     return torch.device("mps" if mps and torch.backends.mps.is_available() else "cpu")
@@ -120,6 +121,7 @@ class CapturedStep:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            raise CaptureError("the training step cannot be captured as a CUDA graph: a loss copies between host and "
-                               "device, or depends on a value; set `capturable = False` in the model's class") from error
+            cause = str(error.__context__ or error).partition("\n")[0]  # what ends a failed capture raises an error of its own
+            raise CaptureError(f"the training step cannot be captured as a CUDA graph ({cause}): a loss copies between host and "
+                               f"device, or depends on a value; set `capturable = False` in the model's class") from error
         return graph, batch, values

@@ -511,6 +511,8 @@ class Session:
                 for group, own in zip(state[name].get("param_groups", ()), getattr(part, "param_groups", ())):
                     group.update({flag: own[flag] for flag in ("fused", "capturable", "lr") if flag in own})  # of this device
                 part.load_state_dict(state[name])
+            for optimizer in (self.optimizer_ae, self.optimizer_disc):
+                lay_out_like_weights(optimizer)
             for name in ("epoch", "steps", "totals", "means", "seconds"):
                 setattr(self, name, state[name])
             set_rate(self.optimizer_ae, self.epoch + (self.steps > 0), self.args)
@@ -590,6 +592,17 @@ def build_optimizers(model, args):
                                     fused=fused, capturable=cuda)
     optimizer_disc = torch.optim.SGD(model.discriminator.parameters(), lr=args.d_lr, momentum=args.d_momentum, fused=fused)
     return optimizer_ae, optimizer_disc
+
+
+def lay_out_like_weights(optimizer):
+    """Give an optimizer's moments the memory layout of the weights: fused steps go through both in the order of memory.
+
+    Those of a state that was saved on another device may have another one.
+    """
+    for weight, moments in optimizer.state.items():
+        for name, moment in moments.items():
+            if torch.is_tensor(moment) and moment.shape == weight.shape:
+                moments[name] = torch.empty_like(weight).copy_(moment)
 
 
 def set_rate(optimizer_ae, epoch, args):

@@ -104,7 +104,9 @@ def main():
     device, found, steps = choose_device(args.no_cuda), {}, None
     if device.type == "cuda":
         set_precision("fp32", device)
+        choose_device(deterministic=True)  # else two eager trainings differ, too
         steps = captured_and_eager(args, device)
+        torch.use_deterministic_algorithms(False)
         print(f"captured against eager, {STEPS} steps: losses differ by at most {steps[0]:.2g}, weights by {steps[1]:.2g}")
     else:
         print("captured against eager: not run, for there is no CUDA here")
