@@ -53,14 +53,16 @@ def captured_and_eager(args, device):
 def finished_run(args, device, precision, seed):
     """Return the training state of a run of this precision and seed, which is trained unless it is in --runs."""
     folder = args.runs / f"{precision}-seed{seed}{'-base' * args.base}"
+    flags = train.parse_args([
+        "--precision", precision, "--seed", str(seed), "--epochs", str(args.epochs), "--data_dir", args.data_dir, "--dataset",
+        "mnist", "--log_dir", str(folder), *["--no-cuda"] * args.no_cuda, *(train.BASE if args.base else [])])
+    wanted = {name: value for name, value in vars(flags).items() if name in train.HYPERPARAMETERS} | {"device": device.type}
     for file in folder.glob("*/checkpoints/training_state.pt"):
         state = read_state(file)
-        if state["epoch"] == args.epochs and state["settings"]["device"] == device.type:
+        if state["epoch"] == args.epochs and wanted.items() <= state["settings"].items():
             return state
-    flags = ["--precision", precision, "--seed", str(seed), "--epochs", str(args.epochs), "--data_dir", args.data_dir,
-             "--dataset", "mnist", "--log_dir", str(folder), *["--no-cuda"] * args.no_cuda, *(train.BASE if args.base else [])]
     with contextlib.redirect_stdout(io.StringIO()):
-        run = train.main(train.parse_args(flags))
+        run = train.main(flags)
     return read_state(run / "checkpoints" / "training_state.pt")
 
 
