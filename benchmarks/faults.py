@@ -32,7 +32,7 @@ sys.path.insert(0, str(PROJECT))
 import mnist  # noqa: E402
 import train  # noqa: E402
 from checkpoint import has_state, packed  # noqa: E402
-from unittests import run_contents  # noqa: E402
+from tests.common import run_contents  # noqa: E402
 
 TRAIN = [sys.executable, str(PROJECT / "train.py")]
 EPOCHS = 12

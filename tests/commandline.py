@@ -1,0 +1,132 @@
+"""Flags, and what a user can do wrong."""
+
+import os
+import unittest
+from unittest import mock
+
+from tests.common import TrainGroup
+
+__unittest = True
+
+
+class Flags(TrainGroup):
+    """The command line: defaults, help, and what is refused before anything is made."""
+
+    def test_defaults(self):
+        expected = {"z_dim": 8, "batch_size": 64, "lambda_": 0.995, "ae_lr": 1e-3, "d_lr": 5e-3, "data_dir": "../data/",
+                    "epochs": 100, "seed": 42, "log_dir": "AAE_logs/", "no_cuda": False}
+        args = vars(self.train.parse_args([]))
+        self.assertEqual({name: args[name] for name in expected}, expected)
+        self.assertIn(args["num_workers"], (0, 4))
+
+    def test_help_explains_every_flag(self):
+        status, out, _ = self.run_cli("--help")
+        self.assertEqual(status, 0)
+        actions = self.train.make_parser()._actions
+        self.assertGreaterEqual(len(actions), 14)
+        for action in actions:
+            self.assertRegex(action.help, r"\A[^\n]{10,}\Z", action.option_strings)
+            self.assertIn(action.option_strings[-1], out)
+
+    def test_wrong_flags_are_refused_in_one_sentence(self):
+        log_dir = self.folder() / "none"
+        for flags in ("--lambda_ 1.01", "--lambda_ -0.1", "--lambda_ nan", "--lambda_ half", "--z_dim 0", "--z_dim 2.5",
+                      "--batch_size 0", "--batch_size -64", "--epochs 0", "--ae_lr -1e-3", "--ae_lr nan", "--ae_lr inf",
+                      "--d_lr -1", "--num_workers -1", "--seed -1", "--seed 9999999999999999999999", "--seed x",
+                      "--dataset cifar", "--epoch 3", "--lamda_ 1", "--z_dim", "digits", "--nonsense", "--epochs 1" + "0" * 400,
+                      "--batch_size 99999999999999999999", "--lambda_ -inf", "--checkpoint_every 0"):
+            with mock.patch.object(self.train, "main", side_effect=AssertionError("the run was started")):
+                status, out, err = self.run_cli(*flags.split(), *([] if flags == "--z_dim" else ["--log_dir", log_dir]))
+            self.assertEqual((status, out), (2, ""), flags)
+            self.assertRegex(err, r"\Atrain\.py: error: .+\n\Z|\A\S+: error: [^\n]+\n\Z", flags)
+
+    def test_a_misspelt_flag_is_guessed(self):
+        self.assertIn("perhaps --lambda_ is", self.run_cli("--lamda", "1")[2])
+        self.assertIn("perhaps --no-cuda is", self.run_cli("--no_cuda")[2])
+
+    def test_a_negative_number_is_a_value(self):
+        for flag in ("--ae_lr", "--d_lr", "--lambda_"):
+            self.assertIn("'-1e-3' is not a number from 0", self.run_cli(flag, "-1e-3")[2])
+
+    def test_given_flags_are_known(self):
+        self.assertEqual(self.train.parse_args(["--z_dim", "8", "--no-cuda"]).given, ["z_dim", "no_cuda"])
+
+
+class BadInput(TrainGroup):
+    """What the user can mend ends a run with status 1 and one sentence."""
+
+    def assert_refused(self, result, *fragments):
+        status, _, err = result
+        self.assertEqual(status, 1, err)
+        self.assertEqual(len(err.strip().splitlines()), 1, err)
+        self.assertNotIn("Traceback", err)
+        for fragment in fragments:
+            self.assertIn(str(fragment), err)
+
+    def run_digits(self, *flags):
+        with self.few_digits:
+            return self.run_cli("--dataset", "digits", "--no-cuda", "--epochs", 1, *flags)
+
+    def test_log_dir_that_is_a_file(self):
+        file = self.folder() / "file"
+        file.write_text("")
+        self.assert_refused(self.run_digits("--log_dir", file), file, "--log_dir")
+        self.assert_refused(self.run_digits("--log_dir", file / "below"), file, "--log_dir")
+
+    def test_data_dir_that_is_a_file(self):
+        folder = self.folder()
+        (folder / "file").write_text("")
+        for dataset in ("auto", "mnist"):
+            self.assert_refused(self.run_cli("--dataset", dataset, "--data_dir", folder / "file", "--log_dir",
+                                             folder / "logs"), folder / "file", "--data_dir")
+        self.assertFalse((folder / "logs").exists())
+
+    @unittest.skipIf(not hasattr(os, "geteuid") or os.geteuid() == 0, "root may write everywhere")
+    def test_folders_that_cannot_be_written(self):
+        folder = self.folder()
+        folder.chmod(0o500)
+        self.addCleanup(folder.chmod, 0o700)
+        self.assert_refused(self.run_digits("--log_dir", folder), folder, "--log_dir")
+        self.assert_refused(self.run_cli("--data_dir", folder, "--log_dir", self.folder()), folder, "--data_dir")
+
+    def test_damaged_data(self):
+        folder = self.folder()
+        raw = folder / "MNIST" / "raw"
+        raw.mkdir(parents=True)
+        (raw / self.mnist.MNIST_FILES[True][0]).write_bytes(b"half")
+        with mock.patch("torchvision.datasets.MNIST.mirrors", []):
+            for dataset in ("auto", "mnist"):
+                self.assert_refused(self.run_cli("--dataset", dataset, "--data_dir", folder, "--log_dir", folder / "logs"),
+                                    "is damaged")
+        self.assertFalse((folder / "logs").exists())
+
+    def test_mnist_never_falls_back(self):
+        with mock.patch("torchvision.datasets.MNIST.mirrors", []):
+            self.assert_refused(self.run_cli("--dataset", "mnist", "--data_dir", self.folder(), "--log_dir", self.folder()),
+                                "could not be downloaded")
+
+    def test_not_enough_memory(self):
+        self.assert_refused(self.run_digits("--log_dir", self.folder(), "--z_dim", 2**31 - 1), "not enough memory")
+
+    def test_programming_errors_keep_their_traceback(self):
+        with mock.patch.object(self.train, "main", side_effect=RuntimeError("a bug")), self.assertRaises(RuntimeError):
+            self.run_cli()
+
+    def test_interrupt_before_training(self):
+        with mock.patch.object(self.train, "digits", side_effect=KeyboardInterrupt):
+            status, _, err = self.run_cli("--dataset", "digits")
+        self.assertEqual((status, err.strip()), (130, "interrupted"))
+
+    def test_full_disk(self):
+        folder = self.folder()
+        with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")):
+            self.assert_refused(self.run_digits("--log_dir", folder), "hparams.json", "No space left")
+
+    def test_full_disk_for_events(self):
+        folder = self.folder()
+        with mock.patch("tensorboard.summary.writer.record_writer.RecordWriter.write",
+                        side_effect=OSError(28, "No space left on device")):
+            self.assert_refused(self.run_digits("--log_dir", folder), folder, "No space left")
+
+    def test_divergence(self):
+        self.assert_refused(self.run_digits("--log_dir", self.folder(), "--ae_lr", "1e9"), "of epoch 1", "diverged")

@@ -1,0 +1,159 @@
+"""What several groups of tests share: a tiny model, readers of what a run has written, and runs on a hundred digits."""
+
+import contextlib
+import io
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from unittests import Group
+
+__unittest = True
+
+
+class TinyAAE(nn.Module):
+    """The interface with one number for every network: small enough to follow, and careless about gradients.
+
+    It neither detaches the codes for the discriminator's loss nor spares the discriminator in the autoencoder's, so
+    that train_aae must keep the two players apart. Its codes from the prior are always the same.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.z_dim = 1
+        self.encoder, self.decoder, self.discriminator = (Scale(start) for start in (0.7, 0.9, 0.5))
+        self.batches = []
+
+    @property
+    def device(self):
+        return self.encoder.weight.device
+
+    def forward(self, x):
+        self.batches.append(len(x))
+        z = self.encoder(x)
+        return self.decoder(z), z
+
+    def get_loss_autoencoder(self, x, recon_x, z_fake, lambda_=1):
+        recon_loss = (x - recon_x).square().mean()
+        gen_loss = nn.functional.softplus(-self.discriminator(z_fake)).mean()
+        ae_loss = lambda_ * recon_loss + (1 - lambda_) * gen_loss
+        return ae_loss, {"gen_loss": gen_loss, "recon_loss": recon_loss, "ae_loss": ae_loss}
+
+    def get_loss_discriminator(self, z_fake):
+        z_real = torch.linspace(-1, 2, len(z_fake)).view(-1, 1, 1, 1)
+        loss_real = nn.functional.softplus(-self.discriminator(z_real)).mean()
+        loss_fake = nn.functional.softplus(self.discriminator(z_fake)).mean()
+        disc_loss = (loss_real + loss_fake) / 2
+        return disc_loss, {"disc_loss": disc_loss, "loss_real": loss_real, "loss_fake": loss_fake,
+                           "accuracy": torch.tensor(0.5)}
+
+    def sample(self, batch_size):
+        return torch.randn(batch_size, 1, 28, 28).clamp(-1, 1)
+
+
+class Scale(nn.Module):
+    """Multiplies by one number, which it learns."""
+
+    def __init__(self, start):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(start))
+
+    def forward(self, x):
+        return self.weight * x
+
+
+class ValueList:
+    """Stands in for a logger and keeps what it is given."""
+
+    def __init__(self):
+        self.values = []
+
+    def add_values(self, values):
+        self.values.append({name: float(value) for name, value in values.items()})
+
+
+class Stop(Exception):
+    """Ends a run from within, where a test has seen enough."""
+
+
+def read_events(folder):
+    """Return TensorBoard's own reader of the event files in a folder, with everything loaded."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "histograms": 0}).Reload()
+
+
+def run_contents(run):
+    """Return all that a run has left, by name, in a form in which two runs can be compared to the last bit."""
+    from checkpoint import load_state
+
+    contents = {}
+
+    def flatten(name, value):
+        if isinstance(value, (dict, list)):
+            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+                flatten(f"{name}/{key}", part)
+        else:
+            contents[name] = value.numpy().tobytes() if torch.is_tensor(value) else value
+
+    flatten("state", {name: value for name, value in load_state(run).items()
+                      if name not in ("settings", "events", "seconds", "path")})
+    events = read_events(run)
+    for tag in events.Tags()["scalars"]:
+        contents[tag] = sorted((event.step, event.value) for event in events.Scalars(tag))
+    for tag in events.Tags()["images"]:  # sorted: files of one second and one process may be read in another order
+        contents[tag] = sorted((event.step, event.encoded_image_string) for event in events.Images(tag))
+    for tag in events.Tags()["histograms"]:
+        contents[tag] = sorted((event.step, tuple(event.histogram_value.bucket)) for event in events.Histograms(tag))
+    for file in (*run.glob("[0-9]*/*/*"), *run.glob("*.pbtxt")):  # the projector's
+        contents[str(file.relative_to(run))] = file.read_bytes()
+    weights = torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)
+    flatten("model_checkpoint.pt", dict(weights))
+    for file in (run / "results").rglob("*.png"):
+        contents[str(file.relative_to(run))] = read_png(file).tobytes()
+    return contents
+
+
+def read_png(file):
+    """Return the pixels of a picture's red channel, [H, W]."""
+    from PIL import Image
+
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB"))[:, :, 0].astype(int)
+
+
+class TrainGroup(Group):
+    needs = ("train", "mnist", "models")
+
+    def setUp(self):
+        super().setUp()
+        no_mps = mock.patch("torch.backends.mps.is_available", return_value=False)  # --no-cuda would leave it
+        no_mps.start()
+        self.addCleanup(no_mps.stop)
+        few = [tensor[:100] for tensor in self.mnist.load_digits()]
+        self.few_digits = mock.patch.object(self.train, "digits", lambda batch_size, device:
+                                            self.mnist.BatchLoader(*few, batch_size, device=device))
+
+    def run_cli(self, *flags):
+        """Run the command line in this process; return its exit status, standard output and standard error."""
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                status = self.train.cli([str(flag) for flag in flags])
+            except SystemExit as stop:
+                status = stop.code
+        return status, out.getvalue(), err.getvalue()
+
+    def train_quietly(self, *flags):
+        """Run `main` on a hundred of the bundled digits; return the run's folder and the weights that it saved."""
+        with self.few_digits, contextlib.redirect_stdout(io.StringIO()):
+            run = self.train.main(self.train.parse_args(["--dataset", "digits", "--no-cuda", "--log_dir",
+                                                         str(self.folder()), *flags]))
+        return run, torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)
+
+    def writer(self):
+        writer = self.train.SummaryWriter(self.folder())
+        self.addCleanup(writer.close)
+        return writer

@@ -1,0 +1,126 @@
+"""The metrics against independent computations."""
+
+import math
+from unittest import mock
+
+import numpy as np
+import torch
+
+from unittests import Group
+
+__unittest = True
+
+
+class Metrics(Group):
+    """The functions of metrics.py, each against the same number computed in another way."""
+
+    needs = ("metrics",)
+
+    def codes(self, count=40, z_dim=3):
+        """Return codes with correlated dimensions that are far from N(0, I)."""
+        return torch.randn(count, z_dim) @ torch.randn(z_dim, z_dim) + torch.randn(z_dim)
+
+    def test_ks_distance_is_the_largest_step_between_two_distribution_functions(self):
+        codes = self.codes()[:, :1]
+        values = [float(value) for value in codes[:, 0]]
+        largest, normal = {}, lambda value: (1 + math.erf(value / math.sqrt(2))) / 2
+        for sign in (-1, 1):  # the only directions in one dimension
+            signed = [sign * value for value in values]
+            largest[sign] = max(abs(sum(other <= point for other in signed) / len(signed) - normal(value))
+                                for value in signed for point in (value, value - 1e-9))
+        self.check_close(largest[1], largest[-1], "the reference is wrong")
+        self.check_close(self.metrics.ks_distance(codes, projections=5), largest[1], "the KS distance is wrong")
+
+    def test_ks_distance_is_the_mean_over_projections(self):
+        codes = self.codes(30, 4)
+        directions = torch.randn(4, 7, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        each = [self.metrics.ks_distance(codes.double() @ (direction / direction.norm())[:, None])
+                for direction in directions.T]
+        self.check_close(self.metrics.ks_distance(codes, 7, seed=5), sum(each) / 7, "the mean over the projections is wrong")
+
+    def test_ks_distance_of_the_prior_and_of_a_point(self):
+        self.check_close(self.metrics.ks_distance(torch.randn(10_000, 8)), 0.8687 / 100,
+                         "the KS distance of 10,000 draws from the prior is not what Kolmogorov's distribution says", 1e-3)
+        self.check_close(self.metrics.ks_distance(torch.zeros(50, 8)), 0.5, "a point in the middle has a distance of 1/2")
+
+    def test_frechet_to_prior(self):
+        codes = self.codes().double().numpy()
+        mean, covariance = codes.mean(0), np.cov(codes.T)
+        expected = mean @ mean + np.trace(covariance) + 3 - 2 * np.sqrt(np.linalg.eigvals(covariance)).sum()
+        self.check_close(self.metrics.frechet_to_prior(torch.from_numpy(codes)), expected,
+                         "the Frechet distance to the prior is wrong")
+        shifted = torch.tensor([[-2.0], [2.0], [-2.0], [2.0]]) * math.sqrt(3) / 2 + 5  # mean 5, standard deviation 2
+        self.check_close(self.metrics.frechet_to_prior(shifted), 5**2 + (2 - 1)**2, "the distance to N(5, 4) is 25 + 1")
+
+    def test_frechet_distance_of_two_sets(self):
+        one, two = self.codes(50, 5).double().numpy(), self.codes(60, 5).double().numpy()
+        product = np.linalg.eigvals(np.cov(one.T) @ np.cov(two.T))  # of a matrix that is not symmetric
+        difference = one.mean(0) - two.mean(0)
+        expected = difference @ difference + np.trace(np.cov(one.T) + np.cov(two.T)) - 2 * np.sqrt(product.real).sum()
+        self.check_close(self.metrics.frechet(torch.from_numpy(one), torch.from_numpy(two)), expected,
+                         "the Frechet distance is wrong")
+
+    def test_frechet_distance_of_gaussians_with_the_same_axes(self):
+        axes = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q
+        points = torch.cat([torch.eye(4), -torch.eye(4)]).double() * math.sqrt(7 / 2)  # mean 0, covariance 1
+        one, two = torch.tensor([1.0, 2, 3, 0]).double(), torch.tensor([2.0, 0.5, 3, 1]).double()  # 0: a dead feature
+        self.check_close(self.metrics.frechet(points * one @ axes, points * two @ axes + 1), (one - two).square().sum() + 4,
+                         "the Frechet distance of Gaussians with the same axes is the sum over them")
+
+    def test_frechet_distance_of_a_set_to_itself(self):
+        features = torch.randn(20, 64) @ torch.randn(64, 64)  # fewer than dimensions: a singular covariance
+        self.check_close(self.metrics.frechet(features, features), 0, "the distance of a set to itself is not 0", 1e-4)
+
+    def test_mmd_is_the_unbiased_estimate(self):
+        codes, prior = self.codes(6).tolist(), torch.randn(5, 3).tolist()
+        kernel = lambda x, y: 6 / (6 + sum((a - b)**2 for a, b in zip(x, y)))
+        pairs = lambda points: [kernel(x, y) for i, x in enumerate(points) for j, y in enumerate(points) if i != j]
+        across = [kernel(x, y) for x in codes for y in prior]
+        expected = sum(pairs(codes)) / 30 + sum(pairs(prior)) / 20 - 2 * sum(across) / 30
+        self.check_close(self.metrics.mmd(torch.tensor(codes), torch.tensor(prior)), expected, "the MMD is wrong", 1e-7)
+
+    def test_mmd_in_chunks_and_of_the_prior(self):
+        codes, prior = torch.randn(1200, 2), torch.randn(1100, 2)
+        with mock.patch.object(self.metrics, "CHUNK", 10_000):
+            whole = self.metrics.mmd(codes, prior)
+        self.check_close(self.metrics.mmd(codes, prior), whole, "the MMD depends on the chunks", 1e-10)
+        several = [self.metrics.mmd(torch.randn(100, 2), torch.randn(100, 2)) for _ in range(200)]
+        self.check(abs(np.mean(several)) < 4 * np.std(several) / math.sqrt(200),
+                   f"the MMD of the prior to itself is not 0 on average, but {np.mean(several):.2g}")
+
+    def test_parzen_log_likelihood(self):
+        samples, images, sigma = torch.rand(30, 1, 28, 28), torch.rand(7, 1, 28, 28), 0.3
+        expected = []
+        for image in images.double():
+            logs = [-0.5 * ((image - sample) / sigma).square().sum() - 784 * math.log(sigma * math.sqrt(2 * math.pi))
+                    for sample in samples.double()]
+            expected.append(torch.logsumexp(torch.stack(logs), 0) - math.log(30))
+        values = self.metrics.parzen_log_likelihood(samples, images, sigma)
+        self.assertEqual(values.shape, (7,))
+        for value, right in zip(values, expected):
+            self.check_close(value, right, "the Parzen log-likelihood is wrong", 1e-6)
+
+    def test_parzen_window_of_one_sample_is_a_gaussian(self):
+        image = torch.rand(1, 784)
+        normal = torch.distributions.Normal(torch.zeros(784, dtype=torch.float64), 0.2)
+        value = self.metrics.parzen_log_likelihood(torch.zeros(1, 784), image, 0.2)
+        self.check_close(value, normal.log_prob(image.double()).sum(),
+                         "the Parzen log-likelihood with one sample is not that of a Gaussian", 1e-6)
+
+    def test_sigma_is_the_best_one(self):
+        samples = torch.rand(1, 784).expand(20, 784)
+        images = samples[:1] + 0.37 * torch.randn(600, 784)
+        best = (images - samples[:1]).square().mean().sqrt()  # the likeliest sigma of a Gaussian around a known mean
+        self.check_close(self.metrics.choose_sigma(samples, images), best, "sigma is not the likeliest one", 0.005)
+
+    def test_sigma_at_the_edge_of_the_grid_is_refused(self):
+        samples = torch.rand(20, 784)
+        for edges in ({"low": 0.5}, {"high": 0.1}):
+            with self.assertRaises(ValueError):
+                self.metrics.choose_sigma(samples, samples[:1] + 0.2 * torch.randn(30, 784), **edges)
+
+    def test_near_images_do_not_suffer_from_cancellation(self):
+        samples = torch.ones(3, 784)
+        images = samples + 1e-3
+        distances = self.metrics.squared_distances(*self.metrics.centered(samples, images))
+        self.check_close(distances.mean() / 784e-6, 1, "squared distances of like images are lost in rounding", 1e-3)

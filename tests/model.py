@@ -1,0 +1,108 @@
+"""What models.py does beyond the assignment's interface."""
+
+import itertools
+import math
+from unittest import mock
+
+import torch
+import torch.nn as nn
+
+from unittests import ModelGroup, images_like_mnist, snapshot, same
+
+__unittest = True
+
+
+class Promises(ModelGroup):
+    """What this project's models.py does beyond the interface; skipped for a models.py that does not."""
+
+    def setUp(self):
+        super().setUp()
+        if not hasattr(self.models.AdversarialAE(), "sample_stream"):
+            self.skipTest("this models.py's model has no sample_stream: it promises the interface alone")
+
+    def test_autoencoder_phase_leaves_the_discriminator_alone(self):
+        model, x = self.models.AdversarialAE(), images_like_mnist(3)
+        recon_x, z = model(x)
+        model.get_loss_autoencoder(x, recon_x, z, 0.5)[0].backward()
+        self.check(all(weight.grad is None for weight in model.discriminator.parameters()),
+                   "the autoencoder's loss computes gradients for the discriminator's weights")
+        self.check(all(weight.requires_grad for weight in model.parameters()), "a weight was left frozen")
+
+    def test_sampling_takes_nothing_from_the_training_stream(self):
+        model, before = self.models.AdversarialAE(), torch.get_rng_state()
+        model.sample(4)
+        self.assertTrue(torch.equal(before, torch.get_rng_state()))
+
+    def test_sampling_follows_the_seed(self):
+        samples = []
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            model = self.models.AdversarialAE()
+            with torch.no_grad():
+                model.load_state_dict({name: torch.full_like(value, 0.01) for name, value in model.state_dict().items()})
+            samples.append(model.sample(4))
+        self.assertTrue(torch.equal(samples[0], samples[1]))
+        self.assertFalse(torch.equal(samples[0], samples[2]))
+
+    def test_sampling_with_batch_norm(self):
+        model = self.models.AdversarialAE(z_dim=4).train()
+        model.decoder = nn.Sequential(model.decoder, nn.BatchNorm2d(1), nn.Dropout(0.5))
+        model.decoder[2].eval()  # a mixed state, to be put back as it was
+        before = snapshot(model)
+        model.sample_stream.manual_seed(5)
+        images = model.sample(8)
+        after = snapshot(model)
+        self.assertTrue(same(before[0], after[0]) and before[1] == after[1], "sampling changed the model")
+        model.sample_stream.manual_seed(5)
+        torch.testing.assert_close(images, model.eval().sample(8))
+
+    def test_suggested_architecture(self):
+        model = self.models.AdversarialAE(z_dim=8, networks="base")
+        convolutions = lambda channels: sum(9 * i * o + o for i, o in zip(channels, channels[1:]))
+        linears = lambda widths: sum(i * o + o for i, o in zip(widths, widths[1:]))
+        expected = {"encoder": convolutions([1, 32, 32, 64, 64, 64]) + linears([1024, 8]),
+                    "decoder": linears([8, 1024]) + convolutions([64, 64, 64, 32, 32, 1]),
+                    "discriminator": linears([8, 512, 512, 1])}
+        for part, count in expected.items():
+            self.assertEqual(sum(weight.numel() for weight in getattr(model, part).parameters()), count, part)
+
+    def test_every_posterior_keeps_the_interface(self):
+        x = images_like_mnist(5)
+        for posterior, networks in itertools.product(self.models.ENCODERS, self.models.NETWORKS):
+            torch.manual_seed(0)
+            model = self.models.AdversarialAE(z_dim=3, posterior=posterior, networks=networks)
+            recon_x, z = model(x)
+            self.assertEqual((recon_x.shape, z.shape, model.sample(2).shape), ((5, 1, 28, 28), (5, 3), (2, 1, 28, 28)))
+            model.get_loss_autoencoder(x, recon_x, z, 0.5)[0].backward()
+            self.assertTrue(all(weight.grad.abs().sum() > 0 for weight in model.encoder.parameters()), posterior)
+            model.zero_grad()
+            model.get_loss_discriminator(z)[0].backward()
+            self.assertTrue(all(weight.grad is None for weight in model.encoder.parameters()), posterior)
+            with torch.no_grad():
+                again, evaluated = model.encoder(x), [model.eval().encoder(x) for _ in range(2)]
+            for one, other in ((z, again), evaluated):
+                self.assertEqual(torch.equal(one, other), posterior == "deterministic", posterior)
+        self.assertRaises(KeyError, self.models.AdversarialAE, posterior="normal")
+        self.assertRaises(ValueError, self.models.AdversarialAE, networks="other")
+
+    def test_gaussian_codes_have_the_mean_and_variance_that_the_network_gives(self):
+        encoder = self.models.ENCODERS["gaussian"](2)
+        outputs = torch.tensor([3.0, -1.0, math.log(4), math.log(0.25)]).expand(100_000, 4)
+        with mock.patch.object(encoder.net, "forward", return_value=outputs):
+            z = encoder(torch.zeros(100_000, 1, 28, 28))
+        for dimension, (mean, deviation) in enumerate([(3, 2), (-1, 0.5)]):
+            self.check_close(z[:, dimension].mean(), mean, f"mean of dimension {dimension}", 0.02)
+            self.check_close(z[:, dimension].std(), deviation, f"standard deviation of dimension {dimension}", 0.02)
+        self.check_close(z.T.corrcoef()[0, 1], 0, "correlation of the two dimensions", 0.02)
+
+    def test_universal_noise_does_more_than_shift_the_code(self):
+        encoder, x = self.models.ENCODERS["universal"](2), images_like_mnist(2)
+        with torch.no_grad():
+            torch.manual_seed(1)
+            first = encoder(x[:1])
+            torch.manual_seed(1)
+            other = encoder(x[1:])
+            torch.manual_seed(2)
+            shift = encoder(x[:1]) - first
+            torch.manual_seed(2)
+            self.check(not torch.allclose(encoder(x[1:]) - other, shift, atol=1e-6), "noise is added to the code, whatever the image")

@@ -1,0 +1,83 @@
+"""The pictures of an epoch."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from tests.common import TinyAAE, read_events, read_png, TrainGroup
+from unittests import images_like_mnist, snapshot, same
+
+__unittest = True
+
+
+class Pictures(TrainGroup):
+    """generate_and_save and save_reconstruction: what is written, and that nothing else changes."""
+
+    def picture_model(self):
+        """Return an AdversarialAE with BatchNorm and Dropout in its decoder, in training mode."""
+        model = self.models.AdversarialAE(z_dim=3)
+        model.decoder = nn.Sequential(model.decoder, nn.BatchNorm2d(1), nn.Dropout(0.5), nn.Tanh())
+        return model.train()
+
+    def test_13_pictures_are_rescaled(self):
+        writer, model = self.writer(), TinyAAE()
+        levels = torch.linspace(-1, 1, 5).view(5, 1, 1, 1).expand(5, 1, 28, 28)
+        model.sample = lambda batch_size: levels
+        self.train.generate_and_save(model, 7, writer, batch_size=5)
+        pixels = read_png(Path(writer.log_dir) / "results" / "Prior_samples" / "samples_epoch_7.png")
+        shown = [int(pixels[16, 16 + 30 * i]) for i in range(5)]
+        self.check(np.abs(np.array(shown) - [0, 63.75, 127.5, 191.25, 255]).max() <= 1,
+                   f"Mistake 13: the levels -1, -0.5, 0, 0.5, 1 are saved as {shown}, not as 0, 64, 128, 191, 255: rescale "
+                   f"from [-1, 1] before saving, or the dark half is clipped")
+        writer.flush()
+        event, = read_events(writer.log_dir).Images("samples")
+        self.assertEqual(event.step, 7)
+        self.assertTrue(np.array_equal(read_png(io.BytesIO(event.encoded_image_string)), pixels))
+
+    def test_samples_are_8_a_row_and_of_the_same_codes_each_time(self):
+        writer, model = self.writer(), self.models.AdversarialAE()
+        pictures = []
+        for epoch in range(2):
+            self.train.generate_and_save(model, epoch, writer)
+            pictures.append(read_png(Path(writer.log_dir) / f"results/Prior_samples/samples_epoch_{epoch}.png"))
+            torch.rand(1)  # what training would draw in between
+        self.assertEqual(pictures[0].shape, (8 * 30 + 2, 8 * 30 + 2))
+        self.assertTrue(np.array_equal(*pictures))
+
+    def test_reconstructions_are_below_their_inputs(self):
+        writer, x = self.writer(), images_like_mnist(20)
+        for count, given in ((8, {}), (10, {"count": 10})):
+            self.train.save_reconstruction(TinyAAE(), count, writer, x, **given)
+            pixels = read_png(Path(writer.log_dir) / "results" / "Reconstruction" / f"reconstruction_{count}.png")
+            self.assertEqual(pixels.shape, (2 * 30 + 2, count * 30 + 2))
+            for i in (0, count - 1):
+                for row, images in enumerate((x, 0.9 * 0.7 * x)):
+                    found = pixels[2 + 30 * row:30 + 30 * row, 2 + 30 * i:30 + 30 * i]
+                    expected = (images[i, 0].numpy() + 1) * 127.5
+                    self.assertLessEqual(np.abs(found - expected).max(), 1)
+
+    def test_fewer_inputs_than_columns(self):
+        writer = self.writer()
+        self.train.save_reconstruction(TinyAAE(), 1, writer, images_like_mnist(3))
+        pixels = read_png(Path(writer.log_dir) / "results" / "Reconstruction" / "reconstruction_1.png")
+        self.assertEqual(pixels.shape, (62, 92))
+
+    def test_11_pictures_change_nothing(self):
+        model, writer, x = self.picture_model(), self.writer(), images_like_mnist(8)
+        model.decoder[2].eval()
+        before, streams = snapshot(model), self.train.random_states(model)
+        self.train.generate_and_save(model, 0, writer)
+        self.train.save_reconstruction(model, 0, writer, x)
+        after = snapshot(model)
+        self.check(same(before[0], after[0]), "Mistake 11: saving pictures changes the model, such as BatchNorm's statistics")
+        self.check(before[1] == after[1], "Mistake 11: saving pictures leaves the model in another mode")
+        self.check(same(streams, self.train.random_states(model)), "saving pictures draws from a random stream and does not "
+                                                                   "put it back")
+
+    def test_careless_sample_takes_nothing_from_the_training_stream(self):
+        model, stream = TinyAAE(), torch.get_rng_state()
+        self.train.generate_and_save(model, 0, self.writer())
+        self.assertTrue(torch.equal(stream, torch.get_rng_state()))

@@ -1,0 +1,190 @@
+"""train_aae and the training step."""
+
+import contextlib
+import io
+import math
+from argparse import Namespace
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from tests.common import TinyAAE, ValueList, Stop, read_events, TrainGroup
+from unittests import images_like_mnist
+
+__unittest = True
+
+
+class Training(TrainGroup):
+    """train_aae, with the mistakes that people made in it."""
+
+    LAMBDA, AE_LR, D_LR = 0.4, 0.5, 2.0
+
+    def batches(self):
+        return [(images_like_mnist(count), torch.zeros(count)) for count in (6, 6, 2)]
+
+    def reference(self, batches):
+        """Return the weights of a TinyAAE after one epoch in which each player follows its own gradient alone."""
+        model = TinyAAE()
+        for x, _ in batches:
+            recon_x, z = model(x)
+            ae_loss, _ = model.get_loss_autoencoder(x, recon_x, z, self.LAMBDA)
+            disc_loss, _ = model.get_loss_discriminator(z.detach())
+            autoencoder = [model.encoder.weight, model.decoder.weight]
+            gradients = torch.autograd.grad(ae_loss, autoencoder)
+            gradient, = torch.autograd.grad(disc_loss, [model.discriminator.weight])
+            with torch.no_grad():
+                for weight, slope in zip(autoencoder, gradients):
+                    weight -= self.AE_LR * slope
+                model.discriminator.weight -= self.D_LR * gradient
+        return model
+
+    def trained(self, batches, loggers=None):
+        model = TinyAAE()
+        optimizer_ae = torch.optim.SGD([model.encoder.weight, model.decoder.weight], self.AE_LR)
+        optimizer_disc = torch.optim.SGD([model.discriminator.weight], self.D_LR)
+        try:
+            return model, self.train.train_aae(1, model, batches, *(loggers or (ValueList(), ValueList())), optimizer_ae,
+                                               optimizer_disc, self.LAMBDA)
+        except self.train.RunError:
+            raise
+        except RuntimeError as error:  # autograd's, where both losses share the encoder's graph
+            self.check(False, f"Mistake 4: train_aae fails with a model whose get_loss_discriminator does not detach the codes; "
+                              f"give it z.detach() ({str(error).split('.')[0]})")
+
+    def test_02_each_optimizer_has_its_own_parameters(self):
+        with self.few_digits, mock.patch.object(self.train, "train_aae", side_effect=Stop) as train_aae, \
+                contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Stop):
+            self.train.main(Namespace(dataset="digits", log_dir=self.folder(), no_cuda=True))
+        _, model, _, _, _, optimizer_ae, optimizer_disc, *_ = train_aae.call_args.args
+        names = {id(weight): name for name, weight in model.named_parameters()}
+        held = lambda optimizer: {names[id(weight)] for group in optimizer.param_groups for weight in group["params"]}
+        discriminator = {name for name in names.values() if name.startswith("discriminator.")}
+        self.check(held(optimizer_ae) == set(names.values()) - discriminator,
+                   "Mistake 2: the autoencoder's optimizer must hold the parameters of encoder and decoder, and no others")
+        self.check(held(optimizer_disc) == discriminator,
+                   "Mistake 2: the discriminator's optimizer must hold the discriminator's parameters, and no others")
+
+    def test_03_discriminator_steps_along_its_own_gradient(self):
+        batches = self.batches()
+        self.check_close(self.trained(batches)[0].discriminator.weight, self.reference(batches).discriminator.weight,
+                         "Mistake 3: the discriminator's step is not along its own loss's gradient. What the autoencoder's "
+                         "loss left there must be cleared (zero_grad) before disc_loss.backward()")
+
+    def test_04_autoencoder_steps_along_its_own_gradient(self):
+        batches = self.batches()
+        model, reference = self.trained(batches)[0], self.reference(batches)
+        for part in ("encoder", "decoder"):
+            self.check_close(getattr(model, part).weight, getattr(reference, part).weight,
+                             f"Mistake 4: the {part}'s step is not along the autoencoder's gradient alone: detach the codes "
+                             f"for the discriminator's loss, and clear gradients before each backward()")
+
+    def test_14_every_step_is_logged_at_a_step_of_its_own(self):
+        writer, batches = self.writer(), self.batches()
+        loggers = [self.train.TensorBoardLogger(writer, avg_window=1, name=name) for name in ("generator", "discriminator")]
+        for _ in range(2):
+            self.trained(batches, loggers)
+        writer.flush()
+        events = read_events(writer.log_dir)
+        for tag in ("generator/ae_loss", "discriminator/accuracy"):
+            self.check([event.step for event in events.Scalars(tag)] == [1, 2, 3, 4, 5, 6],
+                       f"Mistake 14: two epochs of three steps are logged at {[e.step for e in events.Scalars(tag)]}, but "
+                       f"every step needs a number of its own, counted on over epochs")
+
+    def test_15_partial_last_batch_is_trained(self):
+        model, _ = self.trained(self.batches())
+        self.check(model.batches == [6, 6, 2], f"Mistake 15: batches of 6, 6 and 2 were trained as {model.batches}")
+
+    def test_loggers_get_every_value_once_and_means_are_returned(self):
+        loggers, batches = (ValueList(), ValueList()), [(images_like_mnist(2), None) for _ in range(120)]
+        _, means = self.trained(batches, loggers)
+        for logger, names in zip(loggers, ({"gen_loss", "recon_loss", "ae_loss"},
+                                           {"disc_loss", "loss_real", "loss_fake", "accuracy"})):
+            self.assertEqual(len(logger.values), 120)
+            self.assertEqual(set(logger.values[0]), names)
+            for name in names:
+                self.check_close(means[name], np.mean([values[name] for values in logger.values]), f"mean of {name}")
+
+    def test_progress_counts_every_step(self):
+        calls, model = [], TinyAAE()
+        optimizers = [torch.optim.SGD(part.parameters(), 0.0) for part in (model.encoder, model.discriminator)]
+        loggers = (ValueList(), ValueList())
+        log = self.train.StepLog(1, "cpu", loggers, progress=lambda steps, means: calls.append((steps, set(means))))
+        self.train.train_aae(1, model, [(images_like_mnist(2), None)] * 120, *loggers, *optimizers, log=log)
+        self.assertEqual([steps for steps, _ in calls], [50, 50, 20])
+        self.assertIn("accuracy", calls[0][1])
+
+    def test_divergence_names_epoch_and_step(self):
+        batches = self.batches()
+        batches[1][0][0, 0, 0, 0] = math.inf
+        with self.assertRaisesRegex(self.train.RunError, r"at step 2 of epoch 1\b"):
+            self.trained(batches)
+
+    def test_takes_off_with_seeds_that_start_bright(self):
+        for seed in (1, 2):  # with the decoder's last bias as torch draws it, every fourth seed ended in black images
+            torch.manual_seed(seed)
+            flags = self.train.parse_args(["--networks", "base", "--d_momentum", "0"])
+            model, loader = self.models.AdversarialAE(networks="base"), self.mnist.digits()
+            optimizers = self.train.build_optimizers(model, flags)
+            for epoch in (1, 2):
+                means = self.train.train_aae(epoch, model, loader, ValueList(), ValueList(), *optimizers, 0.995)
+            self.check(means["recon_loss"] < 0.25, f"with seed {seed} the reconstruction loss stays at {means['recon_loss']:.3f}: "
+                       "the first steps drive the decoder's tanh to -1 everywhere; start its last bias at the mean pixel")
+
+    def test_average_is_that_of_the_formula(self):
+        model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+        average, decays = self.train.WeightAverage(model, 0.5), []
+        expected = {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
+        for step in range(1, 12):
+            with torch.no_grad():
+                for tensor in model.state_dict().values():
+                    tensor.add_(torch.rand_like(tensor) if tensor.is_floating_point() else 1)
+            average.update()
+            decays.append(min(0.5, (1 + step) / (10 + step)))
+            for name, tensor in model.state_dict().items():
+                expected[name] = decays[-1] * expected[name] + (1 - decays[-1]) * tensor.double().numpy()
+        self.assertLess(decays[0], decays[5])
+        self.assertEqual(decays[-1], 0.5)
+        self.assertEqual(average.model.state_dict()["1.num_batches_tracked"], 11)
+        for name in ("0.weight", "0.bias", "1.weight", "1.running_mean", "1.running_var"):
+            np.testing.assert_allclose(average.model.state_dict()[name], expected[name], rtol=1e-5, err_msg=name)
+
+    def test_average_takes_in_a_shared_weight_once(self):
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        model[1].weight = model[0].weight
+        average = self.train.WeightAverage(model, 0.5)
+        expected = 2 / 11 * model[0].weight.detach().clone() + 9 / 11
+        nn.init.ones_(model[0].weight)
+        average.update()
+        self.assertTrue(torch.allclose(average.model[1].weight, expected), "a shared weight is averaged more than once a step")
+
+    def test_average_goes_on_from_its_state(self):
+        model = nn.Linear(2, 3)
+        average = self.train.WeightAverage(model, 0.9)
+        nn.init.zeros_(model.weight)
+        average.update()
+        other = self.train.WeightAverage(model, 0.9)
+        other.load_state_dict(average.state_dict())
+        for one in (average, other):
+            one.update()
+        self.assertTrue(torch.equal(average.model.weight, other.model.weight))
+        self.assertGreater(average.model.weight.abs().sum(), 0)
+
+    def test_bf16_differs_by_rounding_alone(self):
+        def after_one_step(precision):
+            torch.manual_seed(1)
+            model, x = self.models.AdversarialAE(), images_like_mnist(16)
+            optimizers = self.train.build_optimizers(model, self.train.parse_args([]))
+            with mock.patch.object(model, "get_loss_discriminator", wraps=model.get_loss_discriminator) as judged:
+                values = self.train.train_step(model, *optimizers, 0.5, x, precision)
+            self.assertEqual(judged.call_args.args[0].dtype, torch.float32)  # the codes, and so the prior's draws beside them
+            return model, {**values[0], **values[1]}
+
+        (model, values), (rounded, rounded_values) = (after_one_step(precision) for precision in ("fp32", "bf16"))
+        for name, value in values.items():
+            self.check_close(rounded_values[name], value, f"{name} in bf16 is not that in fp32", 0.02)
+        self.assertNotEqual(rounded_values["ae_loss"], values["ae_loss"])
+        self.assertEqual({weight.dtype for weight in rounded.parameters()}, {torch.float32})
+        self.assertEqual({value.dtype for value in rounded_values.values()}, {torch.float32})
+        self.assertFalse(any(value.requires_grad for value in rounded_values.values()))
