@@ -34,7 +34,7 @@ class Group(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         for name in cls.needs:
-            setattr(cls, name, importlib.import_module(name))
+            setattr(cls, name.rpartition(".")[2], importlib.import_module(name))
 
     def setUp(self):
         torch.manual_seed(0)

@@ -1,6 +1,6 @@
 """Show what each change to the base networks and their training brings:  python benchmarks/ablation.py
 
-Every variant is trained on the first 55,000 training images of MNIST and measured, as evaluate.py measures, on the last 5,000:
+Every variant is trained on the first 55,000 training images of MNIST and measured, as python -m evaluation measures, on the last 5,000:
 the test set takes no part in any choice. docs/ABLATION.md has the figures of all that was tried. What is finished is kept in
 --results and not repeated.
 """
@@ -20,10 +20,14 @@ sys.path.insert(0, str(PROJECT))
 
 import mnist
 import train
-from device import PrecisionError, choose_device, keep_freed_memory, set_precision
-from evaluate import EvaluationError, evaluate
+from evaluation.measures import evaluate
 from models import Residual
-from utils import write_atomically
+from runs.files import write_atomically
+from training.commandline import UserError
+from training.data import Batches
+from training.device import PrecisionError, choose_device, keep_freed_memory, set_precision
+from training.options import BASE
+from training.statistics import LossStatistics
 
 HELD_OUT = 5_000  # of the training images
 COLUMNS = {"held-out MSE": "mse", "KS": "ks", "Fréchet, samples": "samples", "Fréchet, reconstructions": "reconstructions",
@@ -90,7 +94,7 @@ def on_vectors(layer):
 
 
 VARIANTS = {  # name: flags of train.py, change of the model
-    "base": (train.BASE, None),
+    "base": (BASE, None),
     "base, momentum": (("--networks", "base", "--drop_after", "0", "--averaging", "0"), None),
     "base, momentum, averaging": (("--networks", "base", "--drop_after", "0"), None),
     "final": ((), None),
@@ -119,7 +123,7 @@ def run_variant(name, args, seed, device):
     model = train.build_model(flags.z_dim, networks=flags.networks)
     if change:
         change(model)
-    model = train.place(model, device, flags.precision)
+    model = train.to_device(model, device, flags.precision)
     accuracy, model = train_variant(model, loader, flags, name)
     found = evaluate(model, images[:-HELD_OUT], images[-HELD_OUT:], labels[-HELD_OUT:])
     quality = found["digit_classifier"]
@@ -131,14 +135,15 @@ def run_variant(name, args, seed, device):
 
 def train_variant(model, loader, flags, name):
     """Train as train.py does; return the discriminator's accuracy over the last epoch, and the model of averaged weights."""
-    optimizers, average = train.build_optimizers(model, flags), train.WeightAverage(model, flags.averaging)
-    step = train.with_averaging(train.build_step(model, *optimizers, flags), average)
+    optimizers, ema = train.build_optimizers(model, flags), train.EMA(model, flags.averaging)
+    step, statistics = train.build_step(model, *optimizers, flags), LossStatistics()
     with tqdm(total=flags.epochs * len(loader), desc=name, leave=False, disable=None) as bar:
         for epoch in range(1, flags.epochs + 1):
-            train.set_rate(optimizers[0], epoch, flags)
-            log = train.StepLog(epoch, model.device, (), lambda steps, means: bar.update(steps))
-            means = train.train_aae(epoch, model, loader, None, None, *optimizers, flags.lambda_, log, step)
-    return means["accuracy"], average.model
+            train.set_learning_rate(optimizers[0], epoch, flags)
+            means = train.train_aae(epoch, model, Batches(loader, ema.update), None, None, *optimizers, flags.lambda_,
+                                    step, statistics)
+            bar.update(len(loader))
+    return means["accuracy"], ema.model
 
 
 def print_table(found, epochs):
@@ -179,7 +184,7 @@ def main():
                 if key not in finished:
                     try:
                         finished[key] = run_variant(name, args, seed, device)
-                    except (train.RunError, EvaluationError) as error:  # it has diverged
+                    except UserError as error:  # it has diverged
                         finished[key] = {"failed": str(error)}
                     args.results.parent.mkdir(parents=True, exist_ok=True)
                     write_atomically(args.results, (json.dumps(finished, indent=2) + "\n").encode())

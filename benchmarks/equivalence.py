@@ -25,8 +25,11 @@ sys.path.insert(0, str(PROJECT))
 
 import mnist
 import train
-from checkpoint import read_state
-from device import PrecisionError, choose_device, set_precision
+from evaluation.monitoring import reconstruct
+from runs.checkpoint import read_state
+from training.data import load_training_set
+from training.device import PrecisionError, choose_device, set_precision
+from training.options import BASE, HYPERPARAMETERS
 
 STEPS = 200
 
@@ -37,13 +40,13 @@ def captured_and_eager(args, device):
     for capturable in (True, False):
         torch.manual_seed(args.seeds[0])
         flags = train.parse_args(["--data_dir", args.data_dir])
-        loader, _, _ = train.load_data(flags, device)
+        loader, _, _ = load_training_set(flags, device)
         model = train.build_model(flags.z_dim).to(device)
         model.capturable = capturable
         optimizers, values = train.build_optimizers(model, flags), []
         step = train.build_step(model, *optimizers, flags)
         for number, (x, _) in zip(range(STEPS), loader):
-            train.set_rate(optimizers[0], flags.drop_after + 2 * number // STEPS, flags)  # drops halfway
+            train.set_learning_rate(optimizers[0], flags.drop_after + 2 * number // STEPS, flags)  # drops halfway
             values.append(torch.stack([value.clone() for part in step(x) for value in part.values()]))
         found.append((torch.stack(values), torch.cat([weight.detach().flatten() for weight in model.parameters()])))
     return [float((captured - eager).abs().max()) for captured, eager in zip(*found)]
@@ -54,8 +57,8 @@ def finished_run(args, device, precision, seed):
     folder = args.runs / f"{precision}-seed{seed}{'-base' * args.base}"
     flags = train.parse_args([
         "--precision", precision, "--seed", str(seed), "--epochs", str(args.epochs), "--data_dir", args.data_dir, "--dataset",
-        "mnist", "--log_dir", str(folder), *["--no-cuda"] * args.no_cuda, *(train.BASE if args.base else [])])
-    wanted = {name: value for name, value in vars(flags).items() if name in train.HYPERPARAMETERS} | {"device": device.type}
+        "mnist", "--log_dir", str(folder), *["--no-cuda"] * args.no_cuda, *(BASE if args.base else [])])
+    wanted = {name: value for name, value in vars(flags).items() if name in HYPERPARAMETERS} | {"device": device.type}
     for file in folder.glob("*/checkpoints/training_state.pt"):
         state = read_state(file)
         if state["epoch"] == args.epochs and wanted.items() <= state["settings"].items():
@@ -70,7 +73,7 @@ def figures(state, images):
     """Return what a run has learnt, measured on test images, as a dict of numbers."""
     model = train.build_model(state["settings"]["z_dim"], networks=state["settings"]["networks"])
     model.load_state_dict(state["average"]["weights"])
-    recon, codes = train.reconstruct(model.eval(), images)
+    recon, codes = reconstruct(model.eval(), images)
     off_diagonal = torch.cov(codes.T) - torch.diag(torch.var(codes, 0))
     return {"recon_loss": state["means"]["recon_loss"], "accuracy": state["means"]["accuracy"],
             "test MSE": float((recon - images).square().mean()), "largest |mean|": float(codes.mean(0).abs().max()),

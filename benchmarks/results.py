@@ -1,6 +1,6 @@
 """Train and measure every run of the assignment's questions, and show them:  python benchmarks/results.py
 
-Each is trained by train.py and measured by evaluate.py, in processes of their own. What is finished in --runs is not repeated,
+Each is trained by train.py and measured by python -m evaluation, in processes of their own. What is finished in --runs is not repeated,
 what is begun goes on; after a change of the networks, name another folder. The figures go into docs/results/results.json,
 the pictures beside it, and README.md's table of all runs, between its two marks, is written anew.
 """
@@ -8,6 +8,7 @@ the pictures beside it, and README.md's table of all runs, between its two marks
 import argparse
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -20,10 +21,12 @@ from PIL import Image, ImageDraw, ImageFont
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from checkpoint import WEIGHTS, CheckpointError, has_state, latest_run, load_state
-from evaluate import COLORS
-from train import BASE, HYPERPARAMETERS, number, parse_args, png_bytes
-from utils import write_atomically
+from evaluation.pictures import COLORS
+from runs.checkpoint import WEIGHTS, CheckpointError, load_state
+from runs.files import png_bytes, write_atomically
+from runs.folder import has_state, latest_run
+from training.commandline import number
+from training.options import BASE, HYPERPARAMETERS, parse_args
 
 RUNS = {  # name: flags of train.py
     "z8": [],
@@ -52,10 +55,10 @@ def finished_run(name, args):
     run, done = last_run(folder)
     if done < epochs:
         begun, new = ["--resume", run], ["--log_dir", folder, "--dataset", "mnist", *RUNS[name]]
-        call("train.py", *(begun if run else new), "--data_dir", args.data_dir, "--epochs", epochs, *["--no-cuda"] * args.no_cuda)
+        call([PROJECT / "train.py"], *(begun if run else new), "--data_dir", args.data_dir, "--epochs", epochs, *["--no-cuda"] * args.no_cuda)
         run, _ = last_run(folder)
     if not measured(run):
-        call("evaluate.py", run, "--data_dir", args.data_dir, *["--no-cuda"] * args.no_cuda)
+        call(["-m", "evaluation"], run, "--data_dir", args.data_dir, *["--no-cuda"] * args.no_cuda)
     return run
 
 
@@ -64,7 +67,7 @@ def measured(run):
     figures, weights = run / "evaluation" / "metrics.json", run / "checkpoints" / WEIGHTS
     found = json.loads(figures.read_text()) if figures.is_file() else {}
     return (found.get("weights_md5") == hashlib.md5(weights.read_bytes()).hexdigest()
-            and "training_codes" in found["prior_match"])  # not by an older evaluate.py
+            and "training_codes" in found["prior_match"])  # not by an older evaluation
 
 
 def epochs_of(name, args):
@@ -86,11 +89,11 @@ def last_run(folder):
     return run, state["epoch"]
 
 
-def call(script, *flags):
+def call(program, *flags):
     """Run one of the project's commands, whose progress bar and errors are seen; end with its status if it fails."""
-    command = [sys.executable, str(PROJECT / script), *map(str, flags)]
-    print("+ python", script, *flags, file=sys.stderr)
-    status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+    command = [sys.executable, *map(str, [*program, *flags])]
+    print("+", *command, file=sys.stderr)
+    status = subprocess.run(command, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(PROJECT)}).returncode
     if status:
         sys.exit(status)
 
@@ -145,7 +148,7 @@ def draw_progress(run):
 
 
 def draw_codes(run):
-    """Return the codes of the test images of a run of 2 dimensions as evaluate.py has drawn them, at half the size."""
+    """Return the codes of the test images of a run of 2 dimensions as the evaluation has drawn them, at half the size."""
     picture = Image.open(run / "evaluation" / "codes.png")
     return picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS).quantize(128)
 

@@ -31,23 +31,24 @@ CUDA_WAYS = {"eager": [], "deterministic": ["--deterministic"]}  # "eager": not 
 
 def project_epoch(args, device, steps, way, folder):
     """Return a function that trains for `steps` steps the project's way."""
-    import torch
     from torch.utils.tensorboard import SummaryWriter
 
     import mnist
     import train
+    from training.data import Batches, load_training_set
+    from training.device import keep_freed_memory
 
-    train.keep_freed_memory()
-    loader, _, _ = train.load_data(args, device)
+    keep_freed_memory()
+    loader, _, _ = load_training_set(args, device)
     images, labels = (tensor[:steps * args.batch_size] for tensor in loader.dataset.tensors)
     loader = mnist.BatchLoader(images, labels, args.batch_size, device=device)
-    model = train.place(train.build_model(args.z_dim, networks=args.networks), device, args.precision)
+    model = train.to_device(train.build_model(args.z_dim, networks=args.networks), device, args.precision)
     model.capturable = way != "eager"
     writer = SummaryWriter(folder)
     loggers = [train.TensorBoardLogger(writer, name=name) for name in ("generator", "discriminator")]
     optimizers = train.build_optimizers(model, args)
-    step = train.with_averaging(train.build_step(model, *optimizers, args), train.WeightAverage(model, args.averaging))
-    return lambda: train.train_aae(1, model, loader, *loggers, *optimizers, args.lambda_, step=step)
+    step, ema = train.build_step(model, *optimizers, args), train.EMA(model, args.averaging)
+    return lambda: train.train_aae(1, model, Batches(loader, ema.update), *loggers, *optimizers, args.lambda_, step=step)
 
 
 def plain_epoch(args, device, steps, workers, folder):
@@ -56,12 +57,12 @@ def plain_epoch(args, device, steps, workers, folder):
     from torch.utils.data import DataLoader, Subset
     from torch.utils.tensorboard import SummaryWriter
 
-    import train
+    from models import AdversarialAE
 
     data = Subset(plain_images(args), range(steps * args.batch_size))
     loader = DataLoader(data, args.batch_size, shuffle=True, num_workers=workers, pin_memory=device.type == "cuda",
                         persistent_workers=workers > 0)
-    model = train.AdversarialAE(args.z_dim).to(device)
+    model = AdversarialAE(args.z_dim).to(device)
     optimizer_ae = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()], args.ae_lr, (0.5, 0.999))
     optimizer_disc = torch.optim.SGD(model.discriminator.parameters(), args.d_lr, args.d_momentum)
     writer = SummaryWriter(folder)
@@ -113,13 +114,14 @@ def measure(args, folder):
     import torch
 
     bare = peak_memory()
-    import train
+    from training.device import choose_device, device_name, set_precision
+    from training.options import BASE, parse_args
 
-    flags = train.parse_args(["--dataset", args.dataset, "--data_dir", args.data_dir, *["--no-cuda"] * args.no_cuda,
-                              *{**WAYS, **CUDA_WAYS, "base": train.BASE}.get(args.way, [])])
-    device = train.choose_device(flags.no_cuda, flags.deterministic)
+    flags = parse_args(["--dataset", args.dataset, "--data_dir", args.data_dir, *["--no-cuda"] * args.no_cuda,
+                              *{**WAYS, **CUDA_WAYS, "base": BASE}.get(args.way, [])])
+    device = choose_device(flags.no_cuda, flags.deterministic)
     torch.manual_seed(flags.seed)
-    train.set_precision(flags.precision, device)
+    set_precision(flags.precision, device)
     if args.way == "plain":
         epoch = plain_epoch(flags, device, args.steps, args.workers, folder)
     else:
@@ -135,7 +137,7 @@ def measure(args, folder):
     seconds = time.perf_counter() - start
     gpu = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0
     print(json.dumps({"step": seconds / args.steps, "memory": peak_memory() - bare, "gpu_memory": gpu,
-                      "device": f"{device.type} ({train.device_name(device)})", "torch": torch.__version__}))
+                      "device": f"{device.type} ({device_name(device)})", "torch": torch.__version__}))
 
 
 def profiled(epoch, steps, device):
@@ -180,7 +182,7 @@ def in_own_process(args, way, workers=0):
 
 def ways_here(args):
     """Return the ways of the project that this machine can go."""
-    from device import PrecisionError, choose_device, set_precision
+    from training.device import PrecisionError, choose_device, set_precision
 
     device, ways = choose_device(args.no_cuda), []
     for way in WAYS:
@@ -231,7 +233,7 @@ def print_table(rounds, steps, timed):
 
 
 def main():
-    from train import number
+    from training.commandline import number
 
     parser = argparse.ArgumentParser(description="Time train.py's epoch against the plain loop's.")
     parser.add_argument("--rounds", type=number(int, 1), default=3, help="rounds, each of all ways")

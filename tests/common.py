@@ -7,6 +7,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn as nn
+from torch.utils.tensorboard import SummaryWriter
 
 from unittests import Group
 
@@ -87,7 +88,7 @@ def read_events(folder):
 
 def run_contents(run):
     """Return all that a run has left, by name, in a form in which two runs can be compared to the last bit."""
-    from checkpoint import load_state
+    from runs.checkpoint import load_state
 
     contents = {}
 
@@ -99,7 +100,7 @@ def run_contents(run):
             contents[name] = value.numpy().tobytes() if torch.is_tensor(value) else value
 
     flatten("state", {name: value for name, value in load_state(run).items()
-                      if name not in ("settings", "events", "seconds", "path")})
+                      if name not in ("settings", "events", "saved", "seconds", "path")})
     events = read_events(run)
     for tag in events.Tags()["scalars"]:
         contents[tag] = sorted((event.step, event.value) for event in events.Scalars(tag))
@@ -125,7 +126,7 @@ def read_png(file):
 
 
 class TrainGroup(Group):
-    needs = ("train", "mnist", "models")
+    needs = ("train", "training.data", "training.commandline", "training.statistics", "mnist", "models")
 
     def setUp(self):
         super().setUp()
@@ -133,7 +134,7 @@ class TrainGroup(Group):
         no_mps.start()
         self.addCleanup(no_mps.stop)
         few = [tensor[:100] for tensor in self.mnist.load_digits()]
-        self.few_digits = mock.patch.object(self.train, "digits", lambda batch_size, device:
+        self.few_digits = mock.patch.object(self.data, "digits", lambda batch_size, device:
                                             self.mnist.BatchLoader(*few, batch_size, device=device))
 
     def run_cli(self, *flags):
@@ -154,6 +155,32 @@ class TrainGroup(Group):
         return run, torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)
 
     def writer(self):
-        writer = self.train.SummaryWriter(self.folder())
+        writer = SummaryWriter(self.folder())
         self.addCleanup(writer.close)
         return writer
+
+
+FOREIGN = """analysis/codes/mine.npy analysis/notes.txt 00100/notes.txt 00002/codes/mine.tsv 00002/codes/readme.md 00007/codes/tensor.tsv
+results/mine/plot_2026.png results/Prior_samples/favourite_7.png results/Prior_samples/samples_epoch_99_best.png
+results/Prior_samples/samples_epoch_0099.png results/Prior_samples/my_samples_epoch_99.png results/Reconstruction/reconstruction_x.png
+results/Reconstruction/reconstruction_99.jpg results/samples_epoch_99.png results/Prior_samples/old/samples_epoch_99.png x.tmp
+checkpoints/best.pt checkpoints/training_state.best.pt checkpoints/x.tmp results/Prior_samples/favourite_7.png.tmp events.notes
+events.out.tfevents.mine old/events.out.tfevents.1700000000.host.1.0 hparams.json.bak projector_config.txt .notes results.csv""".split()
+
+
+def put_foreign_files(run):
+    """Put files and folders into a run's folder as its user might."""
+    for name in FOREIGN:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_bytes(f"mine: {name}".encode())
+    (run / "00100" / "codes").mkdir(exist_ok=True)
+
+
+def foreign_files_lost(run):
+    """Return which of those files are not as they were put there."""
+    return [name for name in FOREIGN if not (run / name).is_file() or (run / name).read_bytes() != f"mine: {name}".encode()]
+
+
+def remove_foreign_files(run):
+    for name in FOREIGN:
+        (run / name).unlink()

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from unittests import Group, HERE
+from unittests import HERE, Group
 
 __unittest = True
 

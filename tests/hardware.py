@@ -20,7 +20,7 @@ __unittest = True
 class Hardware(TrainGroup):
     """Precisions and CUDA graphs, as far as they can be tried without the hardware."""
 
-    needs = (*TrainGroup.needs, "device")
+    needs = (*TrainGroup.needs, "training.device", "training.cuda_graph")
 
     def processor(self, text):
         """Let the processor say this of itself."""
@@ -104,11 +104,11 @@ class Hardware(TrainGroup):
         batches = [torch.arange(start, start + count).float() for start in range(0, 600, 100) for count in (4, 4, 3)]
         with mock.patch.multiple("torch.cuda", CUDAGraph=Graph, graph=graph, Stream=mock.Mock(), stream=mock.MagicMock(),
                                  current_stream=mock.Mock()):
-            captured = self.device.CapturedStep(step)
+            captured = self.cuda_graph.CapturedStep(step)
             sums = [float(captured(batch)) for batch in batches]
             with mock.patch("torch.cuda.graph", side_effect=RuntimeError("copy")), \
-                    self.assertRaisesRegex(self.device.CaptureError, r"\(copy\)"):
-                one = self.device.CapturedStep(lambda x: x)
+                    self.assertRaisesRegex(self.commandline.UserError, r"\(copy\)"):
+                one = self.cuda_graph.CapturedStep(lambda x: x)
                 for _ in range(4):
                     one(batches[0])
         self.assertEqual(trained, [batch.tolist() for batch in batches])
@@ -119,7 +119,7 @@ class Hardware(TrainGroup):
 class Cuda(TrainGroup):
     """What only a GPU can show."""
 
-    needs = (*TrainGroup.needs, "device")
+    needs = (*TrainGroup.needs, "training.device", "training.cuda_graph")
 
     def setUp(self):
         super().setUp()
@@ -161,14 +161,14 @@ class Cuda(TrainGroup):
         self.check_close(losses[1], losses[0], "the autoencoder's loss on CUDA is not that on the CPU", 1e-3)
 
     def test_evaluation_agrees_with_the_cpu(self):
-        evaluate = importlib.import_module("evaluate")
+        measures, pictures = importlib.import_module("evaluation.measures"), importlib.import_module("evaluation.pictures")
         model, (images, labels) = self.models.AdversarialAE(), self.mnist.load_digits(train=False)
         results = []
-        with mock.patch.object(evaluate, "SAMPLES", 300):
+        with mock.patch.object(measures, "SAMPLES", 300):
             for device in ("cpu", "cuda"):
-                results.append(evaluate.evaluate(model.to(device), images, images, labels))
-                evaluate.draw_pictures(model, images, images, labels)
-        for names in (("reconstruction", "mse"), ("prior_match", "codes", "ks"), ("prior_match", "codes", "mmd"),
+                results.append(measures.evaluate(model.to(device), images, images, labels))
+                pictures.draw_pictures(model, images, images, labels)
+        for names in (("reconstruction", "mse"), ("prior_match", "codes", "ks"),
                       ("log_likelihood", "mean"), ("digit_classifier", "samples", "frechet_to_test_images")):
             values = [functools.reduce(dict.get, names, result) for result in results]
             self.check_close(values[1], values[0], f"{'/'.join(names)} on CUDA is not that on the CPU", 1e-3)
@@ -184,15 +184,15 @@ class Cuda(TrainGroup):
         self.assertEqual(isinstance(step, self.train.CapturedStep), capturable)
         values = []
         for number in range(200):
-            self.train.set_rate(optimizers[0], 90 + number // 100, args)  # drops halfway, when the graphs are captured
+            self.train.set_learning_rate(optimizers[0], 90 + number // 100, args)  # drops halfway, when the graphs are captured
             parts = step(images[:32] if number % 4 == 3 else images)
             values.append(torch.stack([value.clone() for part in parts for value in part.values()]))
         return model.state_dict(), torch.stack(values).cpu()
 
     def test_captured_step_is_the_eager_step(self):
         self.addCleanup(torch.use_deterministic_algorithms, False)
-        self.train.choose_device(deterministic=True)
-        self.train.set_precision("fp32", torch.device("cuda"))
+        self.device.choose_device(deterministic=True)
+        self.device.set_precision("fp32", torch.device("cuda"))
         weights, values = self.trained_for_200_steps(capturable=True)
         eager_weights, eager_values = self.trained_for_200_steps(capturable=False)
         torch.testing.assert_close(values, eager_values, rtol=1e-4, atol=1e-5)

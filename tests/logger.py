@@ -6,6 +6,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+import runs.files as files
 from tests.common import read_events
 from unittests import Group
 
@@ -90,12 +91,12 @@ class Logging(Group):
 
     def test_writing_is_all_or_nothing(self):
         path = self.folder() / "new" / "file"
-        self.utils.write_atomically(path, b"zeroth")
-        self.utils.write_atomically(path, b"first", keep=path.with_name("old"))
+        files.write_atomically(path, b"zeroth")
+        files.write_atomically(path, b"first", keep=path.with_name("old"))
         self.assertEqual(path.with_name("old").read_bytes(), b"zeroth")
         path.with_name("old").unlink()
         with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")):
             with self.assertRaises(OSError) as caught:
-                self.utils.write_atomically(path, b"second")
+                files.write_atomically(path, b"second")
         self.assertEqual(caught.exception.filename, str(path))
         self.assertEqual([(file.name, file.read_bytes()) for file in path.parent.iterdir()], [("file", b"first")])

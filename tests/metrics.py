@@ -1,7 +1,6 @@
 """The metrics against independent computations."""
 
 import math
-from unittest import mock
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ __unittest = True
 class Metrics(Group):
     """The functions of metrics.py, each against the same number computed in another way."""
 
-    needs = ("metrics",)
+    needs = ("evaluation.metrics",)
 
     def codes(self, count=40, z_dim=3):
         """Return codes with correlated dimensions that are far from N(0, I)."""
@@ -70,23 +69,6 @@ class Metrics(Group):
     def test_frechet_distance_of_a_set_to_itself(self):
         features = torch.randn(20, 64) @ torch.randn(64, 64)  # fewer than dimensions: a singular covariance
         self.check_close(self.metrics.frechet(features, features), 0, "the distance of a set to itself is not 0", 1e-4)
-
-    def test_mmd_is_the_unbiased_estimate(self):
-        codes, prior = self.codes(6).tolist(), torch.randn(5, 3).tolist()
-        kernel = lambda x, y: 6 / (6 + sum((a - b)**2 for a, b in zip(x, y)))
-        pairs = lambda points: [kernel(x, y) for i, x in enumerate(points) for j, y in enumerate(points) if i != j]
-        across = [kernel(x, y) for x in codes for y in prior]
-        expected = sum(pairs(codes)) / 30 + sum(pairs(prior)) / 20 - 2 * sum(across) / 30
-        self.check_close(self.metrics.mmd(torch.tensor(codes), torch.tensor(prior)), expected, "the MMD is wrong", 1e-7)
-
-    def test_mmd_in_chunks_and_of_the_prior(self):
-        codes, prior = torch.randn(1200, 2), torch.randn(1100, 2)
-        with mock.patch.object(self.metrics, "CHUNK", 10_000):
-            whole = self.metrics.mmd(codes, prior)
-        self.check_close(self.metrics.mmd(codes, prior), whole, "the MMD depends on the chunks", 1e-10)
-        several = [self.metrics.mmd(torch.randn(100, 2), torch.randn(100, 2)) for _ in range(200)]
-        self.check(abs(np.mean(several)) < 4 * np.std(several) / math.sqrt(200),
-                   f"the MMD of the prior to itself is not 0 on average, but {np.mean(several):.2g}")
 
     def test_parzen_log_likelihood(self):
         samples, images, sigma = torch.rand(30, 1, 28, 28), torch.rand(7, 1, 28, 28), 0.3

@@ -7,7 +7,7 @@ from unittest import mock
 import torch
 import torch.nn as nn
 
-from unittests import ModelGroup, images_like_mnist, snapshot, same
+from unittests import ModelGroup, images_like_mnist, same, snapshot
 
 __unittest = True
 

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from tests.common import TinyAAE, read_events, read_png, TrainGroup
-from unittests import images_like_mnist, snapshot, same
+from runs.random_state import random_states
+from tests.common import TinyAAE, TrainGroup, read_events, read_png
+from unittests import images_like_mnist, same, snapshot
 
 __unittest = True
 
@@ -68,13 +69,13 @@ class Pictures(TrainGroup):
     def test_11_pictures_change_nothing(self):
         model, writer, x = self.picture_model(), self.writer(), images_like_mnist(8)
         model.decoder[2].eval()
-        before, streams = snapshot(model), self.train.random_states(model)
+        before, streams = snapshot(model), random_states(model)
         self.train.generate_and_save(model, 0, writer)
         self.train.save_reconstruction(model, 0, writer, x)
         after = snapshot(model)
         self.check(same(before[0], after[0]), "Mistake 11: saving pictures changes the model, such as BatchNorm's statistics")
         self.check(before[1] == after[1], "Mistake 11: saving pictures leaves the model in another mode")
-        self.check(same(streams, self.train.random_states(model)), "saving pictures draws from a random stream and does not "
+        self.check(same(streams, random_states(model)), "saving pictures draws from a random stream and does not "
                                                                    "put it back")
 
     def test_careless_sample_takes_nothing_from_the_training_stream(self):

@@ -16,14 +16,17 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from tests.common import read_events, read_png, TrainGroup
-from unittests import images_like_mnist, same, HERE
+import runs.folder
+from tests.common import TrainGroup, read_events, read_png
+from unittests import HERE, images_like_mnist, same
 
 __unittest = True
 
 
 class WholeRun(TrainGroup):
     """`main` from beginning to end on a hundred of the bundled digits."""
+
+    needs = (*TrainGroup.needs, "evaluation.metrics")
 
     def test_everything_is_written(self):
         run, state = self.train_quietly("--epochs", "6", "--z_dim", "3")
@@ -66,7 +69,7 @@ class WholeRun(TrainGroup):
         [loss], [distance] = events.Scalars("final/test_recon_loss"), events.Scalars("final/test_ks_distance")
         self.assertEqual((loss.step, distance.step), (6, 6))
         self.check_close(loss.value, (recon_x - images).square().mean(), "the reconstruction loss of the test images", 1e-4)
-        self.check_close(distance.value, self.train.ks_distance(codes), "the codes' distance to the prior", 1e-4)
+        self.check_close(distance.value, self.metrics.ks_distance(codes), "the codes' distance to the prior", 1e-4)
 
     def test_settings_and_results_are_in_the_same_run(self):
         from tensorboard.plugins.hparams import plugin_data_pb2
@@ -95,7 +98,7 @@ class WholeRun(TrainGroup):
 
     def test_without_test_files_a_run_goes_on_with_a_warning(self):
         for error in (self.mnist.MissingData("gone"), self.mnist.DamagedData("gone")):
-            with mock.patch.object(self.train, "load_digits", side_effect=error), \
+            with mock.patch.object(self.data, "load_digits", side_effect=error), \
                     contextlib.redirect_stderr(io.StringIO()) as err:
                 run, _ = self.train_quietly("--epochs", "1")
             self.assertIn("WARNING: nothing is measured on test images: gone", err.getvalue())
@@ -147,7 +150,7 @@ class WholeRun(TrainGroup):
         before = nn.utils.parameters_to_vector(model.discriminator.parameters()).clone()
         self.train.train_step(model, *optimizers, 0.5, x)
         moved = (nn.utils.parameters_to_vector(model.discriminator.parameters()) - before).norm()
-        self.check_close(moved, 5e-3 * self.train.CLIP, "a large gradient of the discriminator is not clipped", 1e-4)
+        self.check_close(moved, 5e-3 * self.train.MAX_GRAD_NORM, "a large gradient of the discriminator is not clipped", 1e-4)
 
     def test_rate_drops_after_the_epochs_of_the_flag(self):
         for on_device in (False, True):  # on CUDA the rate is a tensor, which a captured graph reads: it must stay the same one
@@ -157,10 +160,10 @@ class WholeRun(TrainGroup):
                 optimizer.param_groups[0]["lr"] = torch.tensor(args.ae_lr)
             before = optimizer.param_groups[0]["lr"]
             for epoch, expected in ((1, 1e-3), (10, 1e-3), (11, 1e-4), (40, 1e-4)):
-                self.train.set_rate(optimizer, epoch, args)
+                self.train.set_learning_rate(optimizer, epoch, args)
                 self.check_close(1e3 * optimizer.param_groups[0]["lr"], 1e3 * expected, f"the rate of epoch {epoch} is wrong")
             self.assertTrue(not on_device or optimizer.param_groups[0]["lr"] is before)
-        self.train.set_rate(optimizer, 1000, self.train.parse_args(["--drop_after", "0"]))
+        self.train.set_learning_rate(optimizer, 1000, self.train.parse_args(["--drop_after", "0"]))
         self.check_close(1e3 * optimizer.param_groups[0]["lr"], 1, "the rate drops with --drop_after 0")
 
     def test_rate_drops_in_a_run(self):
@@ -199,7 +202,7 @@ class WholeRun(TrainGroup):
 
     def test_two_runs_in_one_second_have_two_folders(self):
         log_dir = self.folder()
-        self.assertNotEqual(*(self.train.create_run_folder(log_dir) for _ in range(2)))
+        self.assertNotEqual(*(runs.folder.create_run_folder(log_dir) for _ in range(2)))
 
     def test_closed_standard_output_does_not_end_a_run(self):
         log_dir = self.folder()
@@ -227,7 +230,7 @@ class WholeRun(TrainGroup):
                 process.kill()
         run, = log_dir.iterdir()
         self.assertEqual(process.returncode, 130, err)
-        self.assertRegex(err, rf"stopped by SIGINT after \d+ epochs and \d+ steps; go on with: python .*train.py --resume {run}")
+        self.assertRegex(err, rf"stopped by SIGINT after \d+ epochs and \d+ steps; resume it with: python .*train.py --resume {run}")
         self.models.AdversarialAE().load_state_dict(torch.load(run / "checkpoints/model_checkpoint.pt", weights_only=True))
         events = read_events(run)
         self.assertGreaterEqual(len(events.Images("samples")), 2)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from tests.common import TinyAAE, ValueList, Stop, read_events, TrainGroup
+from tests.common import Stop, TinyAAE, TrainGroup, ValueList, read_events
 from unittests import images_like_mnist
 
 __unittest = True
@@ -47,7 +47,7 @@ class Training(TrainGroup):
         try:
             return model, self.train.train_aae(1, model, batches, *(loggers or (ValueList(), ValueList())), optimizer_ae,
                                                optimizer_disc, self.LAMBDA)
-        except self.train.RunError:
+        except self.commandline.UserError:
             raise
         except RuntimeError as error:  # autograd's, where both losses share the encoder's graph
             self.check(False, f"Mistake 4: train_aae fails with a model whose get_loss_discriminator does not detach the codes; "
@@ -110,15 +110,16 @@ class Training(TrainGroup):
         calls, model = [], TinyAAE()
         optimizers = [torch.optim.SGD(part.parameters(), 0.0) for part in (model.encoder, model.discriminator)]
         loggers = (ValueList(), ValueList())
-        log = self.train.StepLog(1, "cpu", loggers, progress=lambda steps, means: calls.append((steps, set(means))))
-        self.train.train_aae(1, model, [(images_like_mnist(2), None)] * 120, *loggers, *optimizers, log=log)
-        self.assertEqual([steps for steps, _ in calls], [50, 50, 20])
+        counted = lambda means: calls.append((statistics.steps, set(means)))
+        statistics = self.statistics.LossStatistics(*loggers, progress=counted)
+        self.train.train_aae(1, model, [(images_like_mnist(2), None)] * 120, *loggers, *optimizers, statistics=statistics)
+        self.assertEqual([steps for steps, _ in calls], [50, 100, 120])
         self.assertIn("accuracy", calls[0][1])
 
     def test_divergence_names_epoch_and_step(self):
         batches = self.batches()
         batches[1][0][0, 0, 0, 0] = math.inf
-        with self.assertRaisesRegex(self.train.RunError, r"at step 2 of epoch 1\b"):
+        with self.assertRaisesRegex(self.commandline.UserError, r"at step 2 of epoch 1\b"):
             self.trained(batches)
 
     def test_takes_off_with_seeds_that_start_bright(self):
@@ -134,7 +135,7 @@ class Training(TrainGroup):
 
     def test_average_is_that_of_the_formula(self):
         model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
-        average, decays = self.train.WeightAverage(model, 0.5), []
+        average, decays = self.train.EMA(model, 0.5), []
         expected = {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
         for step in range(1, 12):
             with torch.no_grad():
@@ -153,7 +154,7 @@ class Training(TrainGroup):
     def test_average_takes_in_a_shared_weight_once(self):
         model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
         model[1].weight = model[0].weight
-        average = self.train.WeightAverage(model, 0.5)
+        average = self.train.EMA(model, 0.5)
         expected = 2 / 11 * model[0].weight.detach().clone() + 9 / 11
         nn.init.ones_(model[0].weight)
         average.update()
@@ -161,10 +162,10 @@ class Training(TrainGroup):
 
     def test_average_goes_on_from_its_state(self):
         model = nn.Linear(2, 3)
-        average = self.train.WeightAverage(model, 0.9)
+        average = self.train.EMA(model, 0.9)
         nn.init.zeros_(model.weight)
         average.update()
-        other = self.train.WeightAverage(model, 0.9)
+        other = self.train.EMA(model, 0.9)
         other.load_state_dict(average.state_dict())
         for one in (average, other):
             one.update()

@@ -1,4 +1,4 @@
-"""A small digit classifier, whose features evaluate.py compares generated digits in:  python classifier.py trains it.
+"""A small digit classifier, whose features the evaluation compares generated digits in:  python -m evaluation.classifier.
 
 Its weights are part of this repository: digit_classifier.pt, 0.6 MB in float16. They are right about 99.66 % of MNIST's 10,000
 test images, and about 90.4 % of the 1,797 bundled digits, which they were not trained on. Training them took 3 min 46 s on two
@@ -14,18 +14,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, packed, read_packed
-from device import choose_device, keep_freed_memory, set_precision
-from mnist import DataError, load_digits, mnist
-from train import OneLineParser, explain, number, say
-from utils import write_atomically
+from mnist import load_digits, mnist
+from runs.checkpoint import CheckpointError, load_checked, serialize
+from runs.files import write_atomically
+from training.commandline import OneLineParser, UserError, number, print_line, run_program
+from training.device import choose_device, keep_freed_memory, set_precision
 
 WEIGHTS = Path(__file__).resolve().parent / "digit_classifier.pt"
 BATCH = 250  # images that pass through a network at once where nothing is trained
-
-
-class ClassifierError(RuntimeError):
-    """The classifier's weights cannot be had; the message says why and what to do."""
 
 
 class DigitClassifier(nn.Module):
@@ -52,15 +48,15 @@ def convolution(channels_in, channels_out, padding=1):
 
 
 def load_classifier(device="cpu"):
-    """Return the trained classifier in evaluation mode; raise ClassifierError where its file is missing or damaged."""
+    """Return the trained classifier in evaluation mode; raise UserError where its file is missing or damaged."""
     classifier = DigitClassifier()
-    hint = f"put it back, for example with: git checkout -- {WEIGHTS.name}, or train it anew with: python classifier.py"
+    hint = f"put it back, for example with: git checkout -- evaluation/{WEIGHTS.name}, or train it anew with: python -m evaluation.classifier"
     if not WEIGHTS.is_file():
-        raise ClassifierError(f"{WEIGHTS} is missing; {hint}")
+        raise UserError(f"{WEIGHTS} is missing; {hint}")
     try:
-        classifier.load_state_dict(read_packed(WEIGHTS))
+        classifier.load_state_dict(load_checked(WEIGHTS))
     except (CheckpointError, RuntimeError, TypeError):
-        raise ClassifierError(f"{WEIGHTS} is damaged, or of another version; {hint}") from None
+        raise UserError(f"{WEIGHTS} is damaged, or of another version; {hint}") from None
     return classifier.to(device).eval()
 
 
@@ -125,17 +121,17 @@ def main(args):
     test = mnist(args.data_dir, train=False).dataset.tensors
     classifier = train_classifier(mnist(args.data_dir, 128), args.epochs, args.seed, device)
     classifier.half().float()  # rounds the weights to what is stored
-    say(f"right about {accuracy(classifier, *test):.2%} of MNIST's test images")
+    print_line(f"right about {accuracy(classifier, *test):.2%} of MNIST's test images")
     bundled = [torch.cat(parts) for parts in zip(load_digits(train=True), load_digits(train=False))]
-    say(f"right about {accuracy(classifier, *bundled):.2%} of the bundled digits")
+    print_line(f"right about {accuracy(classifier, *bundled):.2%} of the bundled digits")
     weights = {name: tensor.cpu().contiguous() for name, tensor in classifier.half().state_dict().items()}
-    write_atomically(WEIGHTS, packed(weights))
-    say(f"its weights are in {WEIGHTS}")
+    write_atomically(WEIGHTS, serialize(weights))
+    print_line(f"its weights are in {WEIGHTS}")
 
 
 def make_parser():
     """Return the parser of the command line."""
-    parser = OneLineParser(description="Train the digit classifier that evaluate.py uses.", allow_abbrev=False,
+    parser = OneLineParser(prog="python -m evaluation.classifier", description="Train the digit classifier of the evaluation.", allow_abbrev=False,
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data_dir", default="../data/", help="folder where MNIST is, or is downloaded to")
     parser.add_argument("--epochs", type=number(int, 1), default=12, help="passes through the training set")
@@ -146,15 +142,8 @@ def make_parser():
 
 def cli(argv=None):
     """Run `main` from the command line and return the exit status; what the user can mend is said in one sentence."""
-    try:
-        main(make_parser().parse_args(argv))
-        return 0
-    except KeyboardInterrupt:
-        say("\ninterrupted; nothing was written", sys.stderr)
-        return 130
-    except Exception as error:
-        explain("classifier.py", error, (DataError,), "try --no-cuda, or end other programs")
-        return 1
+    return run_program("python -m evaluation.classifier", main, make_parser().parse_args, argv,
+                       "try --no-cuda, or end other programs")
 
 
 if __name__ == "__main__":

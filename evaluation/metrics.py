@@ -1,7 +1,7 @@
 """How far samples, codes and features are from what they should be: functions of tensors, on any device that has float64.
 
 All of them are estimates from finitely many draws, so that even a perfect model does not get 0: compare with the same
-number for as many draws from the true distribution, as evaluate.py does.
+number for as many draws from the true distribution, as python -m evaluation does.
 """
 
 import math
@@ -39,26 +39,6 @@ def frechet_to_prior(codes):
     mean, covariance = moments(codes)
     deviations = torch.linalg.eigvalsh(covariance).clamp(min=0).sqrt()
     return (mean.square().sum() + (deviations - 1).square().sum()).item()
-
-
-def mmd(codes, prior):
-    """Return an unbiased estimate of the squared maximum mean discrepancy of codes [N, z_dim] to prior draws [M, z_dim].
-
-    The kernel is the inverse multiquadratics C / (C + |x - y|^2) with C = 2 z_dim, the mean squared distance between two
-    draws of the prior, and the estimate that of algorithm 2 in Tolstikhin et al. 2018, "Wasserstein Auto-Encoders",
-    arXiv:1711.01558 (kernel: section 4). Where the two distributions are one, it is 0 on average, and so often below 0.
-    """
-    codes, prior = codes.double(), prior.double()
-    n, m = len(codes), len(prior)
-    within_codes = (kernel_sum(codes, codes) - n) / (n * (n - 1))  # k(x, x) = 1 is left out
-    within_prior = (kernel_sum(prior, prior) - m) / (m * (m - 1))
-    return (within_codes + within_prior - 2 * kernel_sum(codes, prior) / (n * m)).item()
-
-
-def kernel_sum(x, y):
-    """Return the sum of the inverse multiquadratics kernel over all pairs of rows of x [N, d] and y [M, d]."""
-    constant = 2 * x.shape[1]
-    return sum((constant / (constant + squared_distances(part, y))).sum() for part in x.split(CHUNK))
 
 
 # Features of images against those of other images --------------------------------------------------------------------

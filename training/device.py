@@ -1,23 +1,34 @@
-"""What depends on the hardware: the device, how precisely it multiplies, CUDA graphs. Needs no other file of the project."""
+"""What depends on the hardware: the device, and how precisely it multiplies."""
 
 import os
 import platform
 import re
-from collections import Counter
 from pathlib import Path
 
 import torch
 
-WARM_UP = 3  # steps of a size before it is captured: libraries choose kernels and allocate in the first ones
+from training.commandline import FlagError, UserError
+
 CPUINFO = Path("/proc/cpuinfo")  # on Linux
 
 
-class CaptureError(RuntimeError):
-    """A training step that no CUDA graph can hold; the message says what to do."""
+class PrecisionError(FlagError):
+    """A precision that a device cannot compute in, or only slowly."""
 
 
-class PrecisionError(RuntimeError):
-    """A precision that a device cannot compute in, or only slowly; the message says what to do."""
+def setup_device(args):
+    """Return the device that the flags ask for, ready to compute in args.precision; raise UserError where it cannot."""
+    torch.use_deterministic_algorithms(False)  # as an earlier run in this process may have set it
+    device = choose_device(args.no_cuda, args.deterministic)
+    try:
+        set_precision(args.precision, device)
+    except PrecisionError:
+        if not args.resume:
+            raise
+        raise UserError(f"{args.resume} was trained with --precision {args.precision}, which this device cannot do well; "
+                        f"resume it where it began") from None
+    keep_freed_memory()
+    return device
 
 
 def choose_device(no_cuda=False, deterministic=False, mps=True):
@@ -77,51 +88,3 @@ def keep_freed_memory():
     pages back to the kernel after every step. Elsewhere this does nothing.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
-
-
-class CapturedStep:
-    """A training step on CUDA, captured as a CUDA graph for each batch size, and replayed: one launch for all its kernels.
-
-    `step` takes a batch on the device and returns tensors in lists or dicts. It may neither copy between host and device
-    nor depend on a value. The first WARM_UP calls for a size run it as it is, and are training steps like all others;
-    capturing runs nothing. What a call returns is overwritten by the next. Random draws are new at each replay.
-
-    See https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs for the rules.
-    """
-
-    def __init__(self, step):
-        self.step = step
-        self._warm = Counter()  # shape -> calls so far
-        self._graphs = {}       # shape -> the graph, the batch that it reads, the values that it writes
-        self._stream = torch.cuda.Stream()
-
-    def __call__(self, x):
-        if x.shape not in self._graphs:
-            if self._warm[x.shape] < WARM_UP:
-                self._warm[x.shape] += 1
-                return self._on_side_stream(x)
-            self._graphs[x.shape] = self._capture(x)
-        graph, batch, values = self._graphs[x.shape]
-        batch.copy_(x)
-        graph.replay()
-        return values
-
-    def _on_side_stream(self, x):
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            values = self.step(x)
-        torch.cuda.current_stream().wait_stream(self._stream)
-        return values
-
-    def _capture(self, x):
-        graph, batch = torch.cuda.CUDAGraph(), x.clone()
-        try:
-            with torch.cuda.graph(graph):
-                values = self.step(batch)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            cause = str(error.__context__ or error).partition("\n")[0]  # what ends a failed capture raises an error of its own
-            raise CaptureError(f"the training step cannot be captured as a CUDA graph ({cause}): a loss copies between host and "
-                               f"device, or depends on a value; set `capturable = False` in the model's class") from error
-        return graph, batch, values

@@ -1,0 +1,1 @@
+"""How good a model is:  python -m evaluation RUN"""

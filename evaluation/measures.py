@@ -1,0 +1,119 @@
+"""All that is measured of a trained model: reconstructions, codes against the prior, samples, log-likelihood."""
+
+import torch
+
+from evaluation.classifier import features_and_probabilities, load_classifier
+from evaluation.metrics import choose_sigma, frechet, frechet_to_prior, ks_distance, parzen_log_likelihood
+from evaluation.monitoring import reconstruct
+from runs.random_state import evaluation_mode
+from training.commandline import UserError
+
+BATCH = 250            # samples drawn at once
+SAMPLES = 10_000       # drawn for the log-likelihood and for the classifier
+SIGMA_IMAGES = 1_000   # the last ones of the training set, to choose the Parzen window's sigma on
+SEEN_IMAGES = 10_000   # of the other training images, to compare with: what a model does with images it was trained on
+SURE = 0.95            # confidence of the classifier from which on a sample counts as clear
+
+
+def evaluate(model, train_images, test_images, test_labels, seed=0, progress=lambda stage: None):
+    """Return all that is measured of a model, as a dict of dicts of numbers that json can write.
+
+    Args:
+        model: see models.AdversarialAE. Its modes and random streams are put back after.
+        train_images, test_images: [N, 1, 28, 28] in [-1, 1].
+        test_labels: [N], of the digits 0 to 9.
+        seed: of every random draw.
+        progress: called with the name of each stage as it begins.
+    Raises UserError where the model gives NaN, or samples that no Parzen window fits.
+    """
+    with evaluation_mode(model):
+        torch.manual_seed(seed)
+        progress("reconstructions")
+        test_images = test_images.to(model.device)
+        seen, held_out = (part.to(model.device) for part in split_training_images(train_images))
+        reconstructions, codes = reconstruct(model, test_images)
+        seen_reconstructions, seen_codes = reconstruct(model, seen)
+        if not (codes.isfinite().all() and reconstructions.isfinite().all()):
+            raise UserError("the model's codes or reconstructions are NaN or infinite: its training has diverged; name "
+                                  "another run")
+        reconstruction = reconstruction_errors(reconstructions, test_images, test_labels)
+        progress("prior match")
+        match = prior_match({"codes": codes, "training_codes": seen_codes}, seed)
+        progress("samples")
+        samples = draw_samples(model, SAMPLES, seed)
+        progress("log-likelihood")
+        likelihood = {**log_likelihood(samples, held_out, test_images),
+                      "training_reconstructions": log_likelihood(seen_reconstructions, held_out, test_images),
+                      "training_images": log_likelihood(seen, held_out, test_images)}
+        progress("digit classifier")
+        quality = classifier_quality({"samples": samples, "reconstructions": reconstructions,
+                                      "training_images": seen, "test_images": test_images})
+    return {"test_images": len(test_images), "reconstruction": reconstruction, "prior_match": match,
+            "log_likelihood": likelihood, "digit_classifier": quality}
+
+
+def split_training_images(images):
+    """Return SEEN_IMAGES of the training images, in even steps from the first one, or fewer, and the SIGMA_IMAGES last ones.
+
+    In MNIST those are every fifth of 50,000: neither 10,000 in a row nor every second one are like the rest (docs/ABLATION.md).
+    """
+    last = min(SIGMA_IMAGES, len(images) // 2)
+    rest = images[:-last]
+    return rest[::max(1, len(rest) // SEEN_IMAGES)][:SEEN_IMAGES], images[-last:]
+
+
+def draw_samples(model, count, seed):
+    """Return `count` samples of a model, the same ones for the same seed."""
+    torch.manual_seed(seed)  # for a model that draws from torch's stream; ours has its own
+    if hasattr(model, "sample_stream"):
+        model.sample_stream.manual_seed(seed)
+    return torch.cat([model.sample(min(BATCH, count - done)) for done in range(0, count, BATCH)])
+
+
+def reconstruction_errors(reconstructions, images, labels):
+    """Return the mean squared error over images and pixels in [-1, 1], of all images and of those of each label."""
+    errors = (reconstructions - images).square().flatten(1).mean(1).double().cpu()
+    return {"mse": errors.mean().item(),
+            "mse_per_label": {str(label): errors[labels.cpu() == label].mean().item() for label in labels.unique().tolist()}}
+
+
+def prior_match(sets, seed):
+    """Return how far sets of codes [N, z_dim] are from the prior, and how far draws of it, as many as the first, seem to be."""
+    codes = next(iter(sets.values()))
+    generator = torch.Generator().manual_seed((seed + 1) % 2**63)  # not the seed of the directions in ks_distance
+    _, perfect = torch.randn(2, *codes.shape, generator=generator).to(codes.device)
+    return {name: {"mean": own.double().mean(0).tolist(), "std": own.double().std(0).tolist(),
+                   "frechet": frechet_to_prior(own), "ks": ks_distance(own)}
+            for name, own in {**sets, "prior_draws": perfect}.items()}
+
+
+def log_likelihood(samples, held_out, images):
+    """Return the Parzen log-likelihood in nats of images, with the sigma that is best for `held_out`; all in [-1, 1]."""
+    samples, held_out, images = ((part + 1) / 2 for part in (samples, held_out, images))
+    try:
+        sigma = choose_sigma(samples, held_out)
+    except ValueError as error:
+        raise UserError(f"no log-likelihood can be had of such samples ({error}): the model is not trained, or has "
+                              f"diverged; name another run") from None
+    values = parzen_log_likelihood(samples, images, sigma)
+    return {"mean": values.mean().item(), "standard_error": values.std().item() / len(values)**0.5, "sigma": sigma,
+            "samples": len(samples), "sigma_images": len(held_out)}
+
+
+def classifier_quality(sets):
+    """Return how sets of images, a dict with one named test_images, look to the digit classifier.
+
+    That is the squared Frechet distance of each one's features to those of the test images, the share of each label among
+    them, and the share that the classifier is sure of.
+    """
+    classifier = load_classifier(sets["test_images"].device)
+    results = {name: features_and_probabilities(classifier, images) for name, images in sets.items()}
+    test_features, _ = results["test_images"]
+    quality = {"sure_from_probability": SURE}
+    for name, (features, probabilities) in results.items():
+        shares = probabilities.argmax(1).bincount(minlength=10).double() / len(probabilities)
+        quality[name] = {"images": len(features), "frechet_to_test_images": frechet(features, test_features),
+                         "sure": (probabilities.amax(1) >= SURE).double().mean().item(),
+                         "labels": {str(label): share for label, share in enumerate(shares.tolist())}}
+    del quality["test_images"]["frechet_to_test_images"]  # of a set to itself
+    return quality

@@ -1,0 +1,98 @@
+"""The model of a run, or of a file of weights alone, and the data that it was trained on."""
+
+import contextlib
+import itertools
+import json
+from pathlib import Path
+
+import torch
+
+from mnist import load_digits, load_mnist
+from models import ENCODERS, NETWORKS
+from runs.checkpoint import WEIGHTS, load_checked
+from training.commandline import UserError
+from training.optimizers import build_model
+
+DEFAULTS = {"posterior": "deterministic", "networks": "base", "trained_on": "mnist", "data_dir": "../data/"}  # of older runs
+
+
+def find_run(path):
+    """Return the folder for evaluation/, the file of the weights, and the run's settings (None where there is no run)."""
+    path = Path(path)
+    if path.is_dir():
+        weights = path / "checkpoints" / WEIGHTS
+        if not (path / "hparams.json").is_file():
+            raise UserError(f"{path} is no run's folder, for it has no hparams.json; name a folder that train.py made, "
+                                  f"or a {WEIGHTS}")
+        if not weights.is_file():
+            raise UserError(f"{path} has no checkpoints/{WEIGHTS} yet; train.py writes it at a run's beginning, so "
+                                  f"name another run")
+        return path, weights, read_settings(path / "hparams.json")
+    if not path.is_file():
+        raise UserError(f"{path} is not there; name a run's folder, or a {WEIGHTS}")
+    run = path.absolute().parent.parent
+    if path.absolute().parent.name == "checkpoints" and (run / "hparams.json").is_file():
+        return run, path, read_settings(run / "hparams.json")
+    return path.absolute().parent, path, None
+
+
+def read_settings(path):
+    """Return the settings in a run's hparams.json that matter here; raise UserError where they make no sense."""
+    try:
+        settings = json.loads(path.read_bytes())
+        settings = {**DEFAULTS, **settings}
+        whole = (type(settings["z_dim"]) is int and settings["z_dim"] > 0 and settings["posterior"] in ENCODERS
+                 and settings["networks"] in NETWORKS and settings["trained_on"] in ("mnist", "digits")
+                 and isinstance(settings["data_dir"], str))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is damaged, or not from train.py; copy the run's checkpoints/{WEIGHTS} to another "
+                              f"folder and name the copy, whose settings follow from the weights")
+    return settings
+
+
+def read_weights(path):
+    """Return the state_dict in a file, on the CPU; raise UserError if it is none, or has NaN in it."""
+    weights = load_checked(path)
+    if not isinstance(weights, dict) or not all(torch.is_tensor(tensor) for tensor in weights.values()):
+        raise UserError(f"{path} holds something else than a model's weights; name a {WEIGHTS}")
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise UserError(f"{path} has weights that are NaN or infinite: its training has diverged; name another run")
+    return weights
+
+
+def settings_from_weights(path, weights):
+    """Return the settings of a model without a run: its kind by the shapes of its weights, and MNIST."""
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
+    for posterior, networks in itertools.product(ENCODERS, NETWORKS):
+        with contextlib.suppress(KeyError, IndexError):
+            settings = {**DEFAULTS, "z_dim": shapes["discriminator.net.0.weight"][1], "posterior": posterior,
+                        "networks": networks}
+            with torch.device("meta"):  # shapes without memory
+                model = build_model(settings["z_dim"], posterior, networks)
+            if shapes == {name: tensor.shape for name, tensor in model.state_dict().items()}:
+                return settings
+    raise UserError(f"{path} has the weights of another model than models.AdversarialAE; name a {WEIGHTS} of train.py")
+
+
+def load_model(path, weights, settings):
+    """Return the model that a run's settings and weights make; raise UserError where the two do not fit."""
+    model = build_model(settings["z_dim"], settings["posterior"], settings["networks"])
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:
+        raise UserError(f"{path} does not fit a models.AdversarialAE with z_dim {settings['z_dim']}, "
+                              f"{settings['posterior']} encoder and {settings['networks']} networks: hparams.json is another "
+                              f"run's, or models.py has changed since; name another run") from None
+    return model
+
+
+def load_data(settings, data_dir=None):
+    """Return the training images, test images and test labels of what a run was trained on."""
+    if settings["trained_on"] == "digits":
+        return load_digits(train=True)[0], *load_digits(train=False)
+    root = data_dir or settings["data_dir"]
+    return load_mnist(root, train=True)[0], *load_mnist(root, train=False)

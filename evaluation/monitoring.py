@@ -1,0 +1,57 @@
+"""What is measured of a model while it trains, and shown in TensorBoard."""
+
+import torch
+from torch.utils.tensorboard.summary import hparams
+
+from evaluation.metrics import ks_distance
+from runs.random_state import evaluation_mode
+from training.options import HYPERPARAMETERS
+
+
+def reconstruct(model, images):
+    """Return reconstructions [N, 1, 28, 28] and codes [N, z_dim] of images, batch by batch; `evaluation_mode` is the caller's."""
+    reconstructions, codes = zip(*(model(batch) for batch in images.split(500)))
+    return torch.cat(reconstructions), torch.cat(codes)
+
+
+def measure(model, images):
+    """Return the codes [N, z_dim] of images, on the CPU, and a dict: their reconstruction loss and distance to the prior."""
+    with evaluation_mode(model):
+        reconstructions, codes = reconstruct(model, images)
+        recon_loss = torch.nn.functional.mse_loss(reconstructions, images)
+    distance = ks_distance(codes.cpu() if codes.device.type == "mps" else codes)  # MPS has no float64
+    return codes.cpu(), {"recon_loss": recon_loss.item(), "ks_distance": distance}
+
+
+def save_measurements(model, epoch, summary_writer, images):
+    """Write what `measure` finds to TensorBoard, as curves (`test/`) and a histogram of each dimension (`codes/`).
+
+    Without `images`, which are None where there are no test files, do nothing.
+    """
+    if images is None:
+        return
+    codes, values = measure(model, images)
+    for name, value in values.items():
+        summary_writer.add_scalar(f"test/{name}", value, epoch)
+    if epoch and codes.abs().max() < 1e20:  # before training all are one spike, beside which later ones look flat
+        for dimension, column in enumerate(codes.T):
+            summary_writer.add_histogram(f"codes/{dimension}", column, epoch)  # fails for NaN and above 1e20
+
+
+def save_summary(model, epoch, summary_writer, data, settings, means):
+    """Write what a finished run has come to to TensorBoard: 1,000 test codes for the projector, and settings with results.
+
+    `data` is a training.data.Data. `settings` and `means`, the last epoch's, are dicts; the results are curves of one
+    point each (`final/`): those of the training, and those of the test images where there are any.
+    """
+    results = {f"final/{name}": means[name] for name in ("recon_loss", "accuracy") if name in means}
+    if data.test_images is not None:
+        codes, values = measure(model, data.test_images)
+        summary_writer.add_embedding(codes[:1000], data.test_labels[:1000].tolist(),
+                                     (data.test_images[:1000].cpu() + 1) / 2, epoch, "codes")
+        results |= {f"final/test_{name}": value for name, value in values.items()}
+    shown = {name: settings[name] for name in HYPERPARAMETERS}
+    for summary in hparams(shown, results):  # SummaryWriter.add_hparams would make a second run of them
+        summary_writer.file_writer.add_summary(summary)
+    for name, value in results.items():
+        summary_writer.add_scalar(name, value, epoch)

@@ -1,0 +1,140 @@
+"""Pictures of a trained model: samples, reconstructions, interpolations, and in two dimensions the latent space."""
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import to_pil_image
+
+from evaluation.measures import BATCH, draw_samples
+from evaluation.metrics import squared_distances
+from evaluation.monitoring import reconstruct
+from runs.files import image_grid
+from runs.random_state import evaluation_mode
+
+COLORS = ("#1f5fbf", "#f28e1c", "#2f9e44", "#d62f2f", "#8250c4", "#8a5a3c", "#e873b8", "#7a7a7a", "#b5b31a", "#17b0c4")
+
+
+def draw_pictures(model, train_images, test_images, test_labels, seed=0):
+    """Return the pictures of a model, a dict of file names to PIL images."""
+    with evaluation_mode(model):
+        torch.manual_seed(seed)
+        samples = draw_samples(model, 64, seed)
+        pictures = {"samples.png": grid(samples, 8),
+                    "nearest.png": grid(torch.cat([samples[:8], nearest(samples[:8], train_images)]), 8),
+                    "reconstructions.png": draw_reconstructions(model, test_images, test_labels),
+                    "interpolations.png": draw_interpolations(model, test_images, test_labels)}
+        if model.z_dim == 2:
+            pictures["manifold.png"] = draw_manifold(model)
+            pictures["codes.png"] = draw_codes(reconstruct(model, test_images.to(model.device))[1].cpu(), test_labels.cpu())
+    return pictures
+
+
+def grid(images, columns):
+    """Return images [N, 1, 28, 28] in [-1, 1] as one picture, each at twice its size."""
+    picture = to_pil_image(image_grid(images, columns))
+    return picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST)
+
+
+def nearest(samples, train_images):
+    """Return for each sample the training image with the smallest squared distance."""
+    flat = samples.flatten(1)
+    distances = torch.cat([squared_distances(flat, part.flatten(1).to(flat)) for part in train_images.split(40 * BATCH)], 1)
+    return train_images[distances.argmin(1).to(train_images.device)].to(samples)
+
+
+def draw_reconstructions(model, images, labels, rows=4):
+    """Return a picture with a column for each label: `rows` times an image over its reconstruction."""
+    chosen = torch.stack([first_of(labels, label, rows) for label in labels.unique()], 1)
+    lines = []
+    for row in chosen:
+        shown = images[row].to(model.device)
+        lines += [shown, model(shown)[0]]
+    return grid(torch.cat(lines), chosen.shape[1])
+
+
+def first_of(labels, label, count):
+    """Return the indices [count] of the first images with a label; with fewer ones, the last is repeated."""
+    found = (labels == label).nonzero()[:count, 0]
+    return torch.cat([found, found[-1:].expand(count - len(found))])
+
+
+def draw_interpolations(model, images, labels, steps=10):
+    """Return a picture with a row for each label: an image of it, `steps` decoded codes on the way to the next label's, that.
+    """
+    starts = torch.cat([first_of(labels, label, 1) for label in labels.unique()])
+    images = images[starts].to(model.device)
+    codes = model(images)[1]
+    rows = []
+    for row, after in zip(range(len(starts)), torch.arange(len(starts)).roll(-1).tolist()):
+        path = interpolate(codes[row], codes[after], torch.linspace(0, 1, steps, device=codes.device))
+        rows += [images[row:row + 1], model.decoder(path), images[after:after + 1]]
+    return grid(torch.cat(rows), steps + 2)
+
+
+def interpolate(start, end, fractions):
+    """Return codes [N, z_dim] at fractions [N] of the way from one code [z_dim] to another along the sphere.
+
+    The direction turns at constant speed (Shoemake 1985, "Animating rotation with quaternion curves") and the
+    norm changes at constant speed. Draws of N(0, I) have norms near sqrt(z_dim); a straight line between two of them passes
+    through norms that are rare.
+    """
+    fractions = fractions[:, None]
+    norms = start.norm(), end.norm()
+    directions = F.normalize(start, dim=0), F.normalize(end, dim=0)
+    angle = (directions[0] @ directions[1]).clamp(-1, 1).acos()
+    if angle.sin() < 1e-3:  # the same direction, or opposite ones, between which there is no one way
+        return torch.lerp(start, end, fractions)
+    direction = (((1 - fractions) * angle).sin() * directions[0] + (fractions * angle).sin() * directions[1]) / angle.sin()
+    return torch.lerp(*norms, fractions) * direction
+
+
+def draw_manifold(model, side=20):
+    """Return the decoded codes of a model of 2 dimensions, at the prior's quantiles (i + 1/2) / side in each.
+
+    The first dimension grows to the right and the second upwards, as in codes.png.
+    """
+    quantiles = torch.special.ndtri((torch.arange(side) + 0.5) / side)
+    second, first = torch.meshgrid(quantiles.flip(0), quantiles, indexing="ij")
+    codes = torch.stack([first, second], -1).view(-1, 2)
+    return grid(model.decoder(codes.to(model.device)), side)
+
+
+def draw_codes(codes, labels, size=800, scale=2):
+    """Return a picture of codes [N, 2] coloured by their labels [N], with the prior's standard deviations as circles.
+
+    It is drawn `scale` times as large, then reduced, for smooth edges.
+    """
+    reach = max(4.0, 1.05 * codes.abs().max().item())
+    pixels = size * scale
+    to_pixels = lambda value: (value / reach + 1) / 2 * pixels
+    picture = Image.new("RGB", (pixels + 110 * scale, pixels), "white")
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(18 * scale)
+    order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))  # so that no label hides the others
+    for index in order.tolist():
+        x, y = to_pixels(codes[index, 0].item()), to_pixels(-codes[index, 1].item())
+        draw_circle(draw, x, y, 2.2 * scale, fill=COLORS[labels[index]])
+    draw_axes(draw, font, reach, to_pixels, pixels, scale)
+    for label in labels.unique().tolist():
+        x, y = pixels + 30 * scale, (40 + 34 * label) * scale
+        draw_circle(draw, x, y, 9 * scale, fill=COLORS[label])
+        draw.text((x + 20 * scale, y), str(label), "black", font, anchor="lm")
+    return picture.resize((picture.width // scale, picture.height // scale), Image.Resampling.LANCZOS)
+
+
+def draw_circle(draw, x, y, radius, **style):
+    draw.ellipse((x - radius, y - radius, x + radius, y + radius), **style)
+
+
+def draw_axes(draw, font, reach, to_pixels, pixels, scale):
+    """Draw the axes, their numbers, and circles at 1, 2 and 3 standard deviations of the prior."""
+    middle, step = to_pixels(0), max(1, round(reach / 5))
+    draw.line((0, middle, pixels, middle), "#c8c8c8", scale)
+    draw.line((middle, 0, middle, pixels), "#c8c8c8", scale)
+    for radius in (1, 2, 3):
+        draw_circle(draw, middle, middle, to_pixels(radius) - middle, outline="#404040", width=scale)
+    for value in range(step, int(0.95 * reach) + 1, step):  # a number at the very edge would be cut off
+        for signed in (-value, value):
+            draw.text((to_pixels(signed), pixels - 4 * scale), str(signed), "black", font, anchor="md")
+            draw.text((4 * scale, to_pixels(-signed)), str(signed), "black", font, anchor="lm")
+    draw.line((pixels, 0, pixels, pixels), "#c8c8c8", scale)

@@ -1,0 +1,174 @@
+"""What a resume needs, in one file: <run>/checkpoints/training_state.pt.
+
+It is written whole or not at all, and the one before it stays as training_state.previous.pt. Beside it lies
+model_checkpoint.pt, the averaged weights alone, for everybody else.
+"""
+
+import io
+import os
+import re
+import time
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from runs.files import sync, write_atomically
+from training.commandline import UserError
+
+FORMAT = "adversarial autoencoder, training state 2"
+OLD_FORMAT = "adversarial autoencoder, training state 1"  # without the average of the weights
+CURRENT, PREVIOUS, WEIGHTS = "training_state.pt", "training_state.previous.pt", "model_checkpoint.pt"
+PICTURES = {"results/Prior_samples": "samples_epoch_{}.png", "results/Reconstruction": "reconstruction_{}.png"}
+PROJECTOR_FILES = ("tensors.tsv", "metadata.tsv", "sprite.png")  # which SummaryWriter.add_embedding writes into <step>/codes/
+EVENT_FILE = re.compile(r"events\.out\.tfevents\.\d+\..+\.\d+\.\d+")  # .<time>.<host>.<process>.<number>, as SummaryWriter
+
+
+class CheckpointError(UserError):
+    """A checkpoint or run that cannot be resumed or read."""
+
+
+def save_state(run, state, weights, keep=True):
+    """Write a dict of tensors, numbers, strings, lists and dicts as the run's training state, and beside it `weights`.
+
+    The state before it becomes the previous one if `keep`, else it is replaced.
+    """
+    folder = Path(run) / "checkpoints"
+    state = {"format": FORMAT, "events": sync_event_files(run), "saved": time.time(), **state}
+    write_atomically(folder / CURRENT, serialize(state), keep=folder / PREVIOUS if keep else None)
+    write_atomically(folder / WEIGHTS, serialize(weights))
+
+
+def load_state(resume):
+    """Return the training state for what --resume names, with its own path as `path`.
+
+    Raises CheckpointError where it is damaged or something else.
+    """
+    if Path(resume).is_file():
+        return read_state(resume)
+    current, previous = (Path(resume) / "checkpoints" / name for name in (CURRENT, PREVIOUS))
+    if not current.exists():  # killed between the two renames of write_atomically
+        return read_state(previous)
+    try:
+        return read_state(current)
+    except CheckpointError as error:
+        with suppress(CheckpointError):
+            read_state(previous)
+            error = CheckpointError(f"{error}; the one before it is whole: --resume {previous}")
+        raise error from None
+
+
+def read_state(path):
+    """Return the training state in a file; raise CheckpointError if it is damaged or no training state."""
+    state = load_checked(path)
+    if isinstance(state, dict) and state.get("format") == OLD_FORMAT:
+        raise CheckpointError(f"{path} is of an older version of the program, which did not average the weights; "
+                              f"python -m evaluation takes the run, but it cannot be resumed: begin a new one")
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is no training state of this version of the program; {CURRENT} is one, "
+                              f"{WEIGHTS} is not")
+    return {**state, "path": str(path)}
+
+
+def load_checked(path):
+    """Return what torch.save wrote into a file, on the CPU; raise CheckpointError if it is missing or damaged."""
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path} is missing, or no file")
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:  # what torch.save writes; torch.load checks no sums
+            damaged = archive.testzip()
+        if not damaged:
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception:  # the two readers raise a dozen kinds for what is no archive of theirs
+        damaged = True
+    raise CheckpointError(f"{path} is damaged, or no checkpoint")
+
+
+def serialize(value):
+    """Return what torch.save writes of a value, as bytes."""
+    content = io.BytesIO()
+    torch.save(value, content)
+    return content.getvalue()
+
+
+# What the program itself has written into a run's folder, known by its full name --------------------------------------
+
+def rewind(run, state):
+    """Take a run back to where it was when a training state was saved: remove what it logged and wrote since then.
+
+    Nothing else in the folder is touched.
+    """
+    run = Path(run)
+    current = run / "checkpoints" / CURRENT
+    if os.path.abspath(state["path"]) != os.path.abspath(current):
+        os.replace(state["path"], current)
+    remove_files([*temporary_files(run), *pictures_after(run, state["epoch"])])
+    remove_projector(run)
+    for file in event_files(run):
+        if file.name not in state["events"]:
+            file.unlink()
+        elif file.stat().st_size > state["events"][file.name]:
+            os.truncate(file, state["events"][file.name])
+
+
+def remove_unstarted(run):
+    """Remove the folder of a new run that ended before its first checkpoint, if nobody else has put anything there."""
+    run = Path(run)
+    remove_files([*temporary_files(run), *pictures_after(run, -1), *event_files(run), run / "hparams.json", run / ".lock"])
+    for folder in (*(run / name for name in PICTURES), run / "results", run / "checkpoints", run):
+        remove_if_empty(folder)
+
+
+def temporary_files(run):
+    """Return where `write_atomically` may have left a part of a file, when the run was killed."""
+    files = [run / "hparams.json", *(run / "checkpoints" / name for name in (CURRENT, WEIGHTS)), *pictures_after(run, -1, ".tmp")]
+    return [file if file.suffix == ".tmp" else file.with_name(file.name + ".tmp") for file in files]
+
+
+def pictures_after(run, epoch, ending=""):
+    """Return the files of the run's pictures of epochs after this one."""
+    files = []
+    for folder, name in PICTURES.items():
+        for file in (run / folder).glob(name.format("*") + ending):
+            before, after = (name + ending).split("{}")
+            number = file.name[len(before):-len(after)]
+            if number.isdecimal() and str(int(number)) == number and int(number) > epoch:
+                files.append(file)
+    return files
+
+
+def remove_projector(run):
+    """Remove the test codes that a finished run has written for TensorBoard's projector."""
+    for folder in run.glob("[0-9][0-9][0-9][0-9][0-9]/codes"):
+        remove_files(folder / name for name in PROJECTOR_FILES)
+        remove_if_empty(folder)
+        remove_if_empty(folder.parent)
+    remove_files([run / "projector_config.pbtxt"])
+
+
+def event_files(run):
+    return [file for file in Path(run).glob("events.out.tfevents.*") if EVENT_FILE.fullmatch(file.name)]
+
+
+def remove_files(files):
+    for file in files:
+        if file.is_file():
+            file.unlink()
+
+
+def remove_if_empty(folder):
+    with suppress(OSError):  # it is not empty, or not there
+        folder.rmdir()
+
+
+def sync_event_files(run):
+    """Wait until the run's event files are on the disk, as far as they are written; return the size of each in bytes."""
+    files = event_files(run)
+    for file in files:
+        sync(file)
+    return {file.name: file.stat().st_size for file in files}

@@ -1,0 +1,184 @@
+"""A run of train.py from its folder to its last checkpoint: `main` there says what is trained, this says where it stays."""
+
+import contextlib
+import json
+import shlex
+import signal
+import sys
+import time
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from runs.checkpoint import CheckpointError, load_state, remove_unstarted, rewind, save_state
+from runs.files import write_atomically
+from runs.folder import create_run_folder, has_state, latest_run, locked, resume_hint, run_folder
+from runs.signals import stop_signals
+from runs.training_state import TrainingState
+from training.commandline import RunStopped, duration, print_line, warn
+from training.data import Batches
+from training.device import device_name
+from training.ema import weights_on_cpu
+from training.options import resumed_args, with_defaults
+
+
+@contextlib.contextmanager
+def open_run(args):
+    """Give the Run that the flags ask for: a new one, or with --resume an old one, locked and its state read.
+
+    In the end its lock is released. A new one that has got to no checkpoint leaves nothing.
+    """
+    args = with_defaults(args)
+    with contextlib.ExitStack() as stack:
+        if args.resume:
+            resume = latest_run(args.log_dir) if args.resume == "latest" else args.resume
+            folder = run_folder(resume)
+            stack.enter_context(locked(folder))
+            state = load_state(resume)
+            args = resumed_args(args, state["settings"])
+            args.resume = str(folder)
+            run = Run(args, stack, folder, state)
+        else:
+            run = Run(args, stack)
+        try:
+            yield run
+        except BaseException as error:
+            hint = run.folder and resume_hint(run.folder)
+            if run.folder and not has_state(run.folder):
+                remove_unstarted(run.folder)
+            if run.folder and isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(f"stopped at once; {hint}") from None
+            if run.folder and isinstance(error, OSError):
+                raise OSError(error.errno, error.strerror, error.filename or str(run.folder)) from None
+            raise
+    run.print_end()
+
+
+class Run:
+    """A run as `main` sees it: epochs to train, batches that stop for a signal, and checkpoints.
+
+    Attributes: `args`, the flags; `folder`; `settings`, what hparams.json holds; `resumed`, the training state of the run
+    that is resumed, else None.
+    """
+
+    def __init__(self, args, stack, folder=None, state=None):
+        self.args = args
+        self.folder = folder
+        self.resumed = state
+        self._stack = stack  # of what ends with the run
+
+    def start(self, data, device):
+        """Make or take the folder, and say where what is trained. From here on a signal stops the run between two steps."""
+        settings = {**vars(self.args), "trained_on": data.name, "fallback": data.warning, "device": device.type,
+                    "device_name": device_name(device), "torch": torch.__version__}
+        self.settings = {name: value for name, value in json.loads(json.dumps(settings, default=str)).items()
+                         if name not in ("explicit_flags", "resume")}
+        self._loader = data.train_loader
+        self._pending_signals = self._stack.enter_context(stop_signals())
+        if not self.resumed:
+            self.folder = create_run_folder(self.args.log_dir)
+            self._stack.enter_context(locked(self.folder))
+        print_line(f"device: {device.type} ({self.settings['device_name']}), torch {torch.__version__}")
+        print_line(f"data:   {len(self._loader.dataset):,} images of {'MNIST' if data.name == 'mnist' else 'the bundled digits'}")
+        print_line(f"run:    {self.folder}")
+
+    def track(self, **parts):
+        """Tell the run what a checkpoint holds, see TrainingState; of a resumed run, all of it takes over its state."""
+        self.state = TrainingState(**parts)
+        if self.resumed:
+            try:
+                self.state.load_state_dict(self.resumed, self.settings)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.folder} cannot be resumed: {error}") from None
+
+    @contextlib.contextmanager
+    def summary_writer(self, *loggers):
+        """Give the run's SummaryWriter, to the loggers too."""
+        if self.resumed:
+            rewind(self.folder, self.resumed)
+        write_atomically(self.folder / "hparams.json", (json.dumps(self.settings, indent=2) + "\n").encode())
+        with SummaryWriter(self.folder) as writer:
+            self._writer = writer
+            for logger in loggers:
+                logger.summary_writer = writer
+            try:
+                yield writer
+            finally:  # after the last checkpoint, for a resume continues the loggers' open windows
+                for logger in loggers:
+                    logger.flush()
+
+    def epochs(self):
+        """Give the numbers of the epochs that are left: from 0, which is before training, or from where the run stopped."""
+        if self.resumed:
+            self._save(keep=False)  # its settings may be new, its weights older than its state
+        steps = len(self._loader)
+        with tqdm(total=self.args.epochs * steps, initial=self.state.epoch * steps + self.state.steps, disable=None,
+                  bar_format="{desc}|{bar}|{remaining} left{postfix}", dynamic_ncols=True) as self._bar:
+            yield from range(self.state.epoch + 1 if self.resumed else 0, self.args.epochs + 1)
+
+    def batches(self, after_step):
+        """Return what is left of the next epoch's batches. `after_step` is called after each one's training step.
+
+        Where a signal is pending then, the run saves everything and RunStopped is raised, unless that was the last step.
+        """
+        epoch = self.state.epoch + 1
+        self._loader.epoch, self._loader.skip = self.state.epoch, self.state.steps
+        self.state.statistics.begin(epoch)
+        self._bar.set_description(f"epoch {epoch}/{self.args.epochs}")
+        self._epoch_started = time.monotonic()
+
+        def step_done():
+            after_step()
+            self.state.steps += 1
+            self._bar.update()
+            if self._pending_signals and self.state.steps < len(self._loader):
+                self._save()
+                self._stop()
+
+        return Batches(self._loader, step_done)
+
+    def show_losses(self, means):
+        """Show the means of some steps beside the progress bar."""
+        self._bar.set_postfix_str(describe(means), refresh=False)
+
+    def end_epoch(self, epoch):
+        """Print the epoch's losses and save a checkpoint where one is due; stop where a signal is pending."""
+        if epoch:
+            self.state.end_epoch(epoch)
+            if self._bar.disable or not sys.stdout.isatty():
+                print_line(f"epoch {epoch}/{self.args.epochs}: {describe(self.state.means)}, "
+                           f"{time.monotonic() - self._epoch_started:.1f} s")
+        signals, last = tuple(self._pending_signals), epoch == self.args.epochs  # a later signal is seen after the next step
+        if signals or last or epoch % self.args.checkpoint_every == 0:
+            self._save(keep=epoch > 0)
+        if signals and not last:
+            self._stop()
+
+    def print_end(self):
+        """Say how the run has ended, and where its results are."""
+        epochs = self.args.epochs
+        print_line(f"done:   {epochs} epoch{'s' * (epochs > 1)} in {duration(self.state.seconds)}; last epoch: "
+                   f"{describe(self.state.means)}")
+        print_line(f"see:    pictures in {self.folder / 'results'}, curves with: tensorboard --logdir "
+                   f"{shlex.quote(str(self.folder))}")
+        if self.settings["fallback"]:
+            warn(self.settings["fallback"])
+
+    def _save(self, keep=True):
+        """Save everything that a resume needs, and the weights; `keep` the state before."""
+        state = self.state.state_dict(self.settings)
+        self._writer.flush()  # what is logged so far belongs to this state, what comes later does not
+        save_state(self.folder, state, weights_on_cpu(self.state.parts["average"].model), keep)
+
+    def _stop(self):
+        signum = self._pending_signals[0]
+        raise RunStopped(f"stopped by {signal.Signals(signum).name} after {self.state.epoch} epochs and {self.state.steps} steps; "
+                         f"{resume_hint(self.folder)}", signum)
+
+
+def describe(means):
+    """Return the losses and the accuracy, as far as they are known, as text for people."""
+    shown = [f"{name} {means[name]:.4f}" for name in ("recon_loss", "gen_loss", "disc_loss") if name in means]
+    shown += [f"accuracy {means['accuracy']:.1%}"] if "accuracy" in means else []
+    return ", ".join(shown) or "no losses reported"

@@ -1,0 +1,71 @@
+"""All that changes from step to step of a run, and so all that a resume needs."""
+
+import time
+
+from runs.checkpoint import CheckpointError
+from runs.random_state import random_states, set_random_states
+from training.commandline import warn
+from training.ema import weights_on_cpu
+from training.optimizers import load_optimizer
+
+
+class TrainingState:
+    """Model, average, optimizers, loggers and statistics of a run, and how far they have come."""
+
+    OPTIMIZERS, OTHERS = ("optimizer_ae", "optimizer_disc"), ("average", "logger_ae", "logger_disc")
+
+    def __init__(self, model, statistics, **parts):
+        self.model = model
+        self.statistics = statistics
+        self.parts = parts  # by the names in OPTIMIZERS and OTHERS
+        self.epoch = 0      # whole epochs done
+        self.steps = 0      # steps done of the next one
+        self.means = {}     # of the losses, over the last whole epoch
+        self.earlier, self.started = 0.0, time.monotonic()
+
+    @property
+    def seconds(self):
+        """The time that the run has taken, before it was resumed and since."""
+        return self.earlier + time.monotonic() - self.started
+
+    def end_epoch(self, epoch):
+        self.epoch, self.steps, self.means = epoch, 0, self.statistics.means()
+
+    def state_dict(self, settings):
+        """Return where the run stands, as a dict of tensors on the CPU, numbers, strings, lists and dicts."""
+        self.statistics.read()
+        sums = self.statistics.state_dict() if self.steps else {"totals": {}, "counts": {}}
+        return {"settings": settings, "model": weights_on_cpu(self.model), "epoch": self.epoch, "steps": self.steps,
+                "totals": sums["totals"], "counts": sums["counts"], "means": self.means, "seconds": self.seconds,
+                "random": random_states(self.model), "types": self._types(),
+                **{name: self.parts[name].state_dict() for name in (*self.OPTIMIZERS, *self.OTHERS)}}
+
+    def load_state_dict(self, state, settings):
+        """Take over where a run stood; raise CheckpointError where that does not fit. `settings` are those of today."""
+        differing = [name for name in ("device", "device_name", "torch") if settings[name] != state["settings"][name]]
+        try:
+            if state["types"] != self._types():
+                raise ValueError(f"its optimizers are {state['types']}, not {self._types()}")
+            self.model.load_state_dict(state["model"])
+            for name in self.OPTIMIZERS:
+                load_optimizer(self.parts[name], state[name])
+            for name in self.OTHERS:
+                self.parts[name].load_state_dict(state[name])
+            self.epoch, self.steps, self.means, self.earlier = (state[name] for name in ("epoch", "steps", "means", "seconds"))
+            if self.steps:
+                self.statistics.load_state_dict({"epoch": self.epoch + 1, "steps": self.steps, "totals": state["totals"],
+                                                 "counts": state.get("counts", {})})
+            streams = dict(state["random"])
+            if "device" in differing:
+                streams.pop("device", None)
+            set_random_states(self.model, streams)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"the checkpoint does not fit models.py or train.py as they are now: "
+                                  f"{' '.join(str(error).split())[:200]}") from None
+        for name in differing:
+            warn(f"the run began with {state['settings'][name]} and continues with {settings[name]} ({name}): the results "
+                 f"may not be the same to the last bit")
+
+    def _types(self):
+        """Return the names of the optimizers' classes, whose states do not say whose they are."""
+        return [type(self.parts[name]).__name__ for name in self.OPTIMIZERS]

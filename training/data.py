@@ -1,0 +1,75 @@
+"""What a run trains on and is measured on, and batches that report each step."""
+
+from typing import NamedTuple
+
+import torch
+
+from mnist import DataError, MissingData, digits, load_digits, load_mnist, mnist
+from training.commandline import warn
+
+
+class Data(NamedTuple):
+    """The images of a run, in [-1, 1], [N, 1, 28, 28], and labels [N]."""
+
+    train_loader: object
+    name: str                         # "mnist" or "digits"
+    warning: str | None               # where the data are not what was hoped for
+    fixed_images: torch.Tensor        # one of each label, whose reconstructions are shown
+    test_images: torch.Tensor | None  # not trained on; None where they cannot be had
+    test_labels: torch.Tensor | None
+
+
+def load_data(args, device, settings=None):
+    """Return the Data that the flags ask for; of a run that is resumed, with its `settings`, what it was trained on or nothing."""
+    loader, name, warning = load_training_set(args, device, settings)
+    return Data(loader, name, warning, one_of_each_label(loader.dataset), *load_test_set(args, name, device))
+
+
+def load_training_set(args, device, settings=None):
+    """Return the loader, the name of what is in it, and a warning where it is not what was hoped for, else None."""
+    dataset, warning = (settings["trained_on"], settings["fallback"]) if settings else (args.dataset, None)
+    if dataset == "digits":
+        return digits(args.batch_size, device=device), "digits", warning
+    try:
+        return mnist(args.data_dir, args.batch_size, args.num_workers, device=device), "mnist", None
+    except MissingData as error:
+        if dataset == "mnist":
+            raise
+        warning = f"this run trains on the bundled digits instead of MNIST: {error}"
+    warn(warning)
+    return digits(args.batch_size, device=device), "digits", warning
+
+
+def load_test_set(args, name, device):
+    """Return images and labels that are not trained on; None twice, with a warning, where they cannot be had."""
+    try:
+        images, labels = load_digits(train=False) if name == "digits" else load_mnist(args.data_dir, train=False)
+    except DataError as error:
+        warn(f"nothing is measured on test images: {error}")
+        return None, None
+    return images.to(device), labels
+
+
+def one_of_each_label(dataset):
+    """Return the first image of each label of a TensorDataset, in the order of the labels."""
+    images, labels = dataset.tensors
+    return torch.stack([images[(labels == label).nonzero()[0, 0]] for label in labels.unique()])
+
+
+class Batches:
+    """A loader whose consumer, any train_aae, is followed: `after_step` is called when it has done with a batch."""
+
+    def __init__(self, loader, after_step):
+        self.loader = loader
+        self.after_step = after_step
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for batch in self.loader:
+            yield batch
+            self.after_step()  # the consumer asks for the next batch
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)

@@ -1,0 +1,86 @@
+"""The losses of an epoch's steps, read from the device once in a while."""
+
+import math
+
+import torch
+
+from training.commandline import UserError
+
+SYNC_EVERY = 50  # steps between two readings of the losses: for a reading, the CPU waits for the device
+
+
+class LossStatistics:
+    """Keeps the losses of each step on the device; every SYNC_EVERY steps reads, checks and logs all of them.
+
+    Each of `loggers` gets one `add_values` a step, of numbers; `progress`, if given, is called with the means over the steps
+    of each reading. `steps`, `totals` (sums) and `counts` are those of the epoch so far, as far as they have been read.
+    """
+
+    def __init__(self, *loggers, progress=None):
+        self.loggers = loggers
+        self.progress = progress
+        self.epoch = 0
+        self.steps, self.totals, self.counts = 0, {}, {}
+        self._unread = []  # of each step: for each logger the names of its values, and all values, float32
+
+    def begin(self, epoch):
+        """Begin an epoch, or continue it where `load_state_dict` has restored its first steps."""
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.steps, self.totals, self.counts = 0, {}, {}
+
+    def add(self, *values):
+        """Take the values of one step: for each logger a dict of scalar tensors or numbers."""
+        device = next((value.device for part in values for value in part.values() if torch.is_tensor(value)), None)
+        row = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device).detach().reshape(())
+                           for part in values for value in part.values()])
+        self._unread.append(([list(part) for part in values], row))
+        if len(self._unread) == SYNC_EVERY:
+            self.read()
+
+    def read(self):
+        """Log the steps that are unread, and add them to the totals."""
+        if not self._unread:
+            return
+        unread, self._unread = self._unread, []
+        numbers = iter(torch.cat([row for _, row in unread]).tolist())  # the CPU waits for the device here
+        sums, counts = {}, {}
+        for names, _ in unread:
+            self.steps += 1
+            parts = [{name: next(numbers) for name in part} for part in names]
+            for name, value in merged(parts).items():
+                self._check(name, value)
+                for into, counted in ((self.totals, self.counts), (sums, counts)):
+                    into[name] = into.get(name, 0.0) + value
+                    counted[name] = counted.get(name, 0) + 1
+            for logger, part in zip(self.loggers, parts, strict=False):
+                logger.add_values(part)
+        if self.progress:
+            self.progress({name: total / counts[name] for name, total in sums.items()})
+
+    def means(self):
+        """Return the mean of each value over the epoch's steps that reported it."""
+        self.read()
+        return {name: total / self.counts[name] for name, total in self.totals.items()}
+
+    def state_dict(self):
+        """Return the sums over the steps of an unfinished epoch; call `read` before."""
+        rare = {name: count for name, count in self.counts.items() if count != self.steps}
+        return {"epoch": self.epoch, "steps": self.steps, "totals": dict(self.totals), "counts": rare}
+
+    def load_state_dict(self, state):
+        self.epoch, self.steps, self.totals = state["epoch"], state["steps"], dict(state["totals"])
+        self.counts = {**dict.fromkeys(self.totals, self.steps), **state["counts"]}
+
+    def _check(self, name, value):
+        if name == "ae_loss" and not math.isfinite(value):
+            raise UserError(f"the autoencoder's loss is {value} at step {self.steps} of epoch {self.epoch}: training has "
+                            f"diverged; try smaller learning rates (--ae_lr, --d_lr)")
+
+
+def merged(parts):
+    """Return several dicts as one; where a later one has a name again, its number is added to it."""
+    values = {}
+    for number, part in enumerate(parts, 1):
+        values.update({f"{name}_{number}" if name in values else name: value for name, value in part.items()})
+    return values
