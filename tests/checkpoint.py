@@ -19,14 +19,19 @@ __unittest = True
 class Checkpoint(ResumeGroup):
     """Training states that are damaged, of another version, or of another run; full disks and locks."""
 
-    def test_latest_run(self):
+    def test_latest_run_is_the_one_saved_last_whatever_its_name(self):
         log_dir = self.folder()
-        with self.few_digits:
-            for _ in range(2):
-                self.assertEqual(self.run_cli("--dataset", "digits", "--epochs", 1, "--log_dir", log_dir, "--no-cuda")[0], 0)
-            (log_dir / "2999_01_01_00_00_00").mkdir()  # has no checkpoint
-            _, out, _ = self.run_cli("--resume", "latest", "--log_dir", log_dir)
-        self.assertIn(str(sorted(log_dir.iterdir())[1]), out)
+        for name in ("z20", "a"):
+            run, _ = self.train_quietly("--epochs", "1")
+            run.rename(log_dir / name)
+        (log_dir / "2999_01_01_00_00_00").mkdir()  # has no checkpoint
+        os.utime(log_dir / "z20" / "checkpoints" / "training_state.pt")  # as a copy or a backup would
+        latest = lambda: self.resume("latest", "--log_dir", log_dir)
+        self.assertIn(f"run:    {log_dir / 'a'}", latest()[1])
+        self.assertEqual(self.resume(log_dir / "z20", "--epochs", 2)[0], 0)
+        self.assertIn(f"run:    {log_dir / 'z20'}", latest()[1])
+        (log_dir / "a" / "checkpoints" / "training_state.pt").write_bytes(b"half")
+        self.assert_refused(latest(), 1, log_dir / "a", "is damaged")
 
     def test_flag_that_an_older_run_lacks_is_its_default(self):
         parse = lambda *flags: self.train.parse_args(flags)
@@ -40,8 +45,8 @@ class Checkpoint(ResumeGroup):
         before = run_contents(run)
         for flag, value in (("--z_dim", 8), ("--batch_size", 32), ("--lambda_", 1), ("--ae_lr", 0.1), ("--d_lr", 0.1),
                             ("--seed", 1), ("--dataset", "auto"), ("--epochs", 1)):
-            self.assert_refused(self.go_on(run, flag, value), 2, flag)
-        self.assertEqual(self.go_on(run, "--z_dim", 3, "--num_workers", 2)[0], 0)
+            self.assert_refused(self.resume(run, flag, value), 2, flag)
+        self.assertEqual(self.resume(run, "--z_dim", 3, "--num_workers", 2)[0], 0)
         self.assert_same_contents(run_contents(run), before)
 
     def test_what_cannot_be_resumed(self):
@@ -56,7 +61,7 @@ class Checkpoint(ResumeGroup):
         file = run / "checkpoints" / "training_state.pt"
         state = torch.load(file, weights_only=True)
         torch.save({**state, "format": "adversarial autoencoder, training state 1"}, file)
-        self.assert_refused(self.go_on(run), 1, file, "older version")
+        self.assert_refused(self.resume(run), 1, file, "older version")
 
     def test_damaged_checkpoint_is_refused_and_the_one_before_offered(self):
         run, _ = self.train_quietly("--epochs", "2", "--checkpoint_every", "1")
@@ -67,13 +72,13 @@ class Checkpoint(ResumeGroup):
         damages += [lambda: self.flipped(content, random)] * 4
         for damage in damages:
             current.write_bytes(damage())
-            self.assert_refused(self.go_on(run), 1, current, f"--resume {previous}")
+            self.assert_refused(self.resume(run), 1, current, f"--resume {previous}")
         self.assertEqual(self.checkpoint.load_state(previous)["epoch"], 1)
-        self.assertEqual(self.go_on(previous)[0], 0)
+        self.assertEqual(self.resume(previous)[0], 0)
         self.assert_same_contents(run_contents(run), whole)
         previous.write_bytes(b"")
         current.write_bytes(b"")
-        self.assert_refused(self.go_on(run), 1, current)
+        self.assert_refused(self.resume(run), 1, current)
 
     def weights_alone(self):
         return self.checkpoint.serialize(self.models.AdversarialAE().state_dict())
@@ -94,7 +99,7 @@ class Checkpoint(ResumeGroup):
                 self.encoder.extra = nn.Linear(2, 2)
 
         with mock.patch.object(self.optimizers, "AdversarialAE", Wider):
-            self.assert_refused(self.go_on(run), 1, run, "does not fit models.py")
+            self.assert_refused(self.resume(run), 1, run, "does not fit models.py")
         self.assert_same_contents(run_contents(run), before)
 
     def test_checkpoint_of_another_optimizer(self):
@@ -102,15 +107,15 @@ class Checkpoint(ResumeGroup):
         build = self.train.build_optimizers
         with mock.patch.object(self.train, "build_optimizers", lambda model, args:
                                (torch.optim.RMSprop(model.encoder.parameters()), build(model, args)[1])):
-            self.assert_refused(self.go_on(run, "--epochs", 2), 1, run, "RMSprop")
+            self.assert_refused(self.resume(run, "--epochs", 2), 1, run, "RMSprop")
 
-    def test_a_run_of_another_device_goes_on_with_a_warning(self):
+    def test_a_run_of_another_device_continues_with_a_warning(self):
         run, _ = self.train_quietly("--epochs", "1")
         state = self.checkpoint.load_state(run)
         state["settings"]["device"], state["random"]["device"] = "cuda", torch.zeros(16, dtype=torch.uint8)
         del state["path"]
         (run / "checkpoints" / "training_state.pt").write_bytes(self.checkpoint.serialize(state))
-        status, _, err = self.go_on(run, "--epochs", 2)
+        status, _, err = self.resume(run, "--epochs", 2)
         self.assertEqual(status, 0)
         self.assertIn("began with cuda and continues with cpu", err)
 
@@ -122,29 +127,29 @@ class Checkpoint(ResumeGroup):
             for name in ("exp_avg", "exp_avg_sq"):
                 moments[name] = moments[name].contiguous()  # as CUDA has them
         (run / "checkpoints" / "training_state.pt").write_bytes(self.checkpoint.serialize(state))
-        self.assertEqual(self.go_on(run, "--epochs", 2)[0], 0)
+        self.assertEqual(self.resume(run, "--epochs", 2)[0], 0)
         self.assert_same_run(run, self.train_quietly("--epochs", "2")[0])
 
     def test_weights_older_than_the_state_are_written_again(self):
         run, weights = self.train_quietly("--epochs", "2")
         (run / "checkpoints" / "model_checkpoint.pt").unlink()
-        self.assertEqual(self.go_on(run)[0], 0)
+        self.assertEqual(self.resume(run)[0], 0)
         self.assertTrue(same(weights, torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)))
 
     def test_state_named_from_within_its_folder(self):
         run, _ = self.train_quietly("--epochs", "1")
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(run / "checkpoints")
-        self.assertEqual(self.go_on("training_state.pt")[0], 0)
+        self.assertEqual(self.resume("training_state.pt")[0], 0)
         os.chdir(run)
-        self.assertEqual(self.go_on(".")[0], 0)
+        self.assertEqual(self.resume(".")[0], 0)
 
     def test_file_system_without_locks(self):
         if runs.folder.fcntl is None:
             self.skipTest("runs are not locked here")
         run, _ = self.train_quietly("--epochs", "1")
         with mock.patch.object(runs.folder.fcntl, "flock", side_effect=OSError(38, "Function not implemented")):
-            status, _, err = self.go_on(run)
+            status, _, err = self.resume(run)
         self.assertEqual(status, 0)
         self.assertIn("cannot be locked", err)
 
@@ -153,8 +158,8 @@ class Checkpoint(ResumeGroup):
         if runs.folder.fcntl is None:
             self.skipTest("runs are not locked here")
         with runs.folder.locked(run):
-            self.assert_refused(self.go_on(run), 1, run, "in use")
-        self.assertEqual(self.go_on(run)[0], 0)
+            self.assert_refused(self.resume(run), 1, run, "in use")
+        self.assertEqual(self.resume(run)[0], 0)
 
     def test_full_disk_leaves_the_last_checkpoint(self):
         log_dir, fsync = self.folder(), os.fsync
@@ -170,7 +175,7 @@ class Checkpoint(ResumeGroup):
         run, = log_dir.iterdir()
         self.assertEqual(self.checkpoint.load_state(run)["epoch"], 0)
         self.assertEqual(list(run.rglob("*.tmp")), [])
-        self.assertEqual(self.go_on(run)[0], 0)
+        self.assertEqual(self.resume(run)[0], 0)
         self.assert_same_run(run, self.train_quietly("--epochs", "2")[0])
 
     def test_removed_run_folder_is_said_and_does_not_come_back(self):

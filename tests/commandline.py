@@ -1,8 +1,13 @@
 """Flags, and what a user can do wrong."""
 
 import os
+import threading
 import unittest
+from argparse import Namespace
+from pathlib import Path
 from unittest import mock
+
+import torch
 
 from tests.common import TrainGroup
 
@@ -100,7 +105,48 @@ class BadInput(TrainGroup):
                                 "could not be downloaded")
 
     def test_not_enough_memory(self):
-        self.assert_refused(self.run_digits("--log_dir", self.folder(), "--z_dim", 2**31 - 1), "not enough memory")
+        log_dir = self.folder()
+        self.assert_refused(self.run_digits("--log_dir", log_dir, "--z_dim", 2**31 - 1), "not enough memory")
+        self.assertEqual(list(log_dir.iterdir()), [], "a run that never trained leaves something")
+
+    def test_a_run_that_ends_before_its_first_checkpoint_leaves_nothing_but_what_others_put_there(self):
+        log_dir = self.folder()
+        for place in ("generate_and_save", "save_reconstruction", "save_measurements"):
+            with mock.patch.object(self.train, place, side_effect=OSError(28, "No space left on device")) as failing:
+                self.assert_refused(self.run_digits("--log_dir", log_dir), log_dir, "No space left")
+            self.assertTrue(failing.called)
+            self.assertEqual(list(log_dir.iterdir()), [], place)
+
+        def put_and_fail(model, epoch, writer):
+            Path(writer.log_dir, "results", "mine.png").write_bytes(b"mine")
+            raise MemoryError
+
+        with mock.patch.object(self.train, "save_measurements", lambda model, epoch, writer, _: put_and_fail(model, epoch, writer)):
+            self.assert_refused(self.run_digits("--log_dir", log_dir), "not enough memory")
+        self.assertEqual([file.name for file in log_dir.rglob("*") if file.is_file()], ["mine.png"])
+
+    def test_gpu_that_is_full_or_busy(self):
+        full = "the GPU's memory is full, or another program has it for itself; end the other programs there, or use --no-cuda"
+        for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of ..."),
+                      RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+                      RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"),
+                      RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"),
+                      RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+                      RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+                      RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
+                      RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED")):
+            with mock.patch.object(self.train, "main", side_effect=error):
+                self.assertEqual(self.run_cli(), (1, "", f"train.py: error: {full}\n"))
+        with mock.patch.multiple("torch.cuda", max_memory_reserved=lambda: 3, get_device_properties=lambda _: Namespace(total_memory=4)), \
+                mock.patch.object(self.train, "main", side_effect=torch.OutOfMemoryError("CUDA out of memory.")):
+            self.assertIn("try a smaller --batch_size or --z_dim, or --no-cuda", self.run_cli()[2])
+
+    def test_the_hook_of_threads_is_restored(self):
+        before = threading.excepthook
+        with mock.patch.object(self.train, "main", side_effect=lambda args: self.assertIsNot(threading.excepthook, before)) as main:
+            self.run_cli()
+        self.assertTrue(main.called)
+        self.assertIs(threading.excepthook, before)
 
     def test_programming_errors_keep_their_traceback(self):
         with mock.patch.object(self.train, "main", side_effect=RuntimeError("a bug")), self.assertRaises(RuntimeError):

@@ -11,7 +11,7 @@ import torch
 
 import runs.folder
 import runs.run
-from tests.common import Stop, TrainGroup, run_contents
+from tests.common import Stop, TrainGroup, foreign_files_lost, put_foreign_files, remove_foreign_files, run_contents
 from unittests import same
 
 __unittest = True
@@ -40,7 +40,7 @@ class ResumeGroup(TrainGroup):
         run, = log_dir.iterdir()
         return run, caught.exception
 
-    def go_on(self, run, *flags):
+    def resume(self, run, *flags):
         with self.few_digits:
             return self.run_cli("--resume", run, *flags)
 
@@ -68,7 +68,7 @@ class Resume(ResumeGroup):
                 run, stopped = self.stop_after(steps, "--epochs", "4", "--drop_after", "1")
                 self.assertIn(f"after {steps // self.STEPS} epochs and {steps % self.STEPS} steps", str(stopped))
                 for _ in range(2):  # the second time there is nothing left to do
-                    self.assertEqual(self.go_on(run)[0], 0)
+                    self.assertEqual(self.resume(run)[0], 0)
                     self.assert_same_run(run, whole)
 
     def test_rate_of_an_older_run_stays(self):
@@ -77,15 +77,15 @@ class Resume(ResumeGroup):
         state = torch.load(path, weights_only=True)
         del state["settings"]["drop_after"]
         torch.save(state, path)
-        self.assertEqual(self.go_on(run)[0], 0)
+        self.assertEqual(self.resume(run)[0], 0)
         self.assertEqual(json.loads((run / "hparams.json").read_text())["drop_after"], 0)
 
     def test_base_networks_are_resumed(self):
         whole, weights = self.train_quietly("--epochs", "2", "--networks", "base")
         self.models.AdversarialAE(networks="base").load_state_dict(weights)
         run, _ = self.stop_after(3, "--epochs", "2", "--networks", "base")
-        self.assertEqual(self.go_on(run, "--networks", "residual")[0], 2)
-        self.assertEqual(self.go_on(run)[0], 0)
+        self.assertEqual(self.resume(run, "--networks", "residual")[0], 2)
+        self.assertEqual(self.resume(run)[0], 0)
         self.assert_same_run(run, whole)
 
     def test_every_posterior_is_resumed(self):
@@ -93,8 +93,8 @@ class Resume(ResumeGroup):
             whole, weights = self.train_quietly("--epochs", "2", "--posterior", posterior)
             self.models.AdversarialAE(posterior=posterior).load_state_dict(weights)
             run, _ = self.stop_after(3, "--epochs", "2", "--posterior", posterior)
-            self.assertEqual(self.go_on(run, "--posterior", "deterministic")[0], 2)
-            self.assertEqual(self.go_on(run)[0], 0)
+            self.assertEqual(self.resume(run, "--posterior", "deterministic")[0], 2)
+            self.assertEqual(self.resume(run)[0], 0)
             self.assert_same_run(run, whole)
             self.assertEqual(json.loads((run / "hparams.json").read_text())["posterior"], posterior)
 
@@ -123,14 +123,14 @@ class Resume(ResumeGroup):
         with mock.patch.object(self.train.TensorBoardLogger.__init__, "__defaults__", (3, None)):
             whole, _ = self.train_quietly("--epochs", "4")
             run, _ = self.train_quietly("--epochs", "2")
-            self.assertEqual(self.go_on(run, "--epochs", "4")[0], 0)
+            self.assertEqual(self.resume(run, "--epochs", "4")[0], 0)
             self.assert_same_run(run, whole)
             self.assertEqual(json.loads((run / "hparams.json").read_text())["epochs"], 4)
 
     def test_finished_run_stays_as_it_is(self):
         run, _ = self.train_quietly("--epochs", "2")
         before = run_contents(run)
-        status, out, _ = self.go_on(run)
+        status, out, _ = self.resume(run)
         self.assertEqual(status, 0)
         self.assertIn("done:", out)
         self.assert_same_contents(run_contents(run), before)
@@ -153,7 +153,7 @@ class Resume(ResumeGroup):
                 self.run_cli("--resume", run)
         (run / "checkpoints" / "training_state.pt.tmp").write_bytes(b"half")
         self.assertEqual(self.checkpoint.load_state(run)["epoch"], 1)
-        self.assertEqual(self.go_on(run)[0], 0)
+        self.assertEqual(self.resume(run)[0], 0)
         self.assert_same_run(run, whole)
         self.assertEqual(list(run.rglob("*.tmp")), [])
 
@@ -201,8 +201,8 @@ class Resume(ResumeGroup):
     def test_more_epochs_survive_a_kill(self):
         run, _ = self.train_quietly("--epochs", "2")
         with mock.patch.object(self.train, "train_aae", side_effect=Stop), self.assertRaises(Stop):
-            self.go_on(run, "--epochs", 4)
-        self.assertEqual(self.go_on(run)[0], 0)
+            self.resume(run, "--epochs", 4)
+        self.assertEqual(self.resume(run)[0], 0)
         self.assert_same_run(run, self.train_quietly("--epochs", "4")[0])
 
     def test_what_came_after_the_checkpoint_is_removed(self):
@@ -210,5 +210,58 @@ class Resume(ResumeGroup):
         late = [run / "results" / "Prior_samples" / "samples_epoch_10.png", run / "events.out.tfevents.9999999999.host.1.0"]
         for file in late:
             file.write_bytes(b"half")
-        self.assertEqual(self.go_on(run)[0], 0)
+        self.assertEqual(self.resume(run)[0], 0)
         self.assertEqual([file.name for file in late if file.exists()], [])
+
+    def test_files_of_the_user_stay(self):
+        run, _ = self.stop_after(3, "--epochs", "2")
+        put_foreign_files(run)
+        for flags in ((), (), ("--epochs", "3")):  # to the end, with nothing left to do, and further
+            self.assertEqual(self.resume(run, *flags)[0], 0)
+            self.check(not foreign_files_lost(run), f"a resume has removed or changed {foreign_files_lost(run)}")
+        for name in ("results/Prior_samples/samples_epoch_3.png", "00003/codes/tensors.tsv", "projector_config.pbtxt"):
+            self.assertTrue((run / name).is_file(), name)
+        self.assertFalse((run / "00002" / "codes" / "tensors.tsv").exists(), "the projector's files of a shorter run are left")
+        remove_foreign_files(run)
+        self.assert_same_run(run, self.train_quietly("--epochs", "3")[0])
+
+    def test_a_students_train_aae_is_trained_stopped_and_resumed(self):
+        trained = []
+
+        def train_aae(epoch, model, train_loader, logger_ae, logger_disc, optimizer_ae, optimizer_disc, lambda_=1):
+            for number, (x, _) in enumerate(train_loader, 1):
+                values = self.train.train_step(model, optimizer_ae, optimizer_disc, lambda_, x)
+                logger_ae.add_values(values[0])
+                logger_disc.add_values(values[1])
+                trained.append((epoch, number, len(train_loader)))
+                if len(trained) == 3:
+                    signal.raise_signal(signal.SIGTERM)
+
+        log_dir = self.folder()
+        with mock.patch.object(self.train, "train_aae", train_aae), self.few_digits:
+            status, _, err = self.run_cli("--dataset", "digits", "--no-cuda", "--epochs", 3, "--log_dir", log_dir)
+            self.assertEqual(status, 128 + signal.SIGTERM, err)
+            run, = log_dir.iterdir()
+            status, out, err = self.run_cli("--resume", run)
+        self.assertEqual((status, err), (0, ""))
+        self.assertEqual(trained, [(1, 1, 2), (1, 2, 2), (2, 1, 2), (2, 1, 2), (3, 1, 2), (3, 2, 2)])
+        self.assertIn("no losses reported", out)
+        whole, _ = self.train_quietly("--epochs", "3")
+        for name in ("model", "average", "optimizer_ae", "optimizer_disc"):
+            states = [self.checkpoint.serialize(self.checkpoint.load_state(folder)[name]) for folder in (run, whole)]
+            self.assertEqual(*states, f"{name} is not that of our train_aae")
+
+    def test_a_model_without_a_sample_stream_is_resumed(self):
+        run, _ = self.train_quietly("--epochs", "1")
+
+        class Plain(self.models.AdversarialAE):
+            def __init__(self, z_dim):
+                super().__init__(z_dim)
+                del self.sample_stream
+
+            def sample(self, batch_size):
+                return self.decoder(torch.randn(batch_size, self.z_dim))
+
+        with mock.patch.object(self.optimizers, "AdversarialAE", Plain) as model:
+            self.assertEqual(self.resume(run, "--epochs", 2)[0], 0)
+        self.assertIs(model, Plain)

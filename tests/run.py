@@ -102,7 +102,19 @@ class WholeRun(TrainGroup):
                     contextlib.redirect_stderr(io.StringIO()) as err:
                 run, _ = self.train_quietly("--epochs", "1")
             self.assertIn("WARNING: nothing is measured on test images: gone", err.getvalue())
-            self.assertNotIn("test/recon_loss", read_events(run).Tags()["scalars"])
+            events = read_events(run)
+            self.assertNotIn("test/recon_loss", events.Tags()["scalars"])
+            self.assertIn("_hparams_/session_start_info", events.summary_metadata)
+            [final], [last] = events.Scalars("final/recon_loss"), events.Scalars("generator/recon_loss")
+            self.check_close(final.value, last.value, "final/recon_loss is not the mean over the epoch")
+            self.assertNotIn("final/test_recon_loss", events.Tags()["scalars"])
+
+    def test_deterministic_kernels_are_those_of_the_run_alone(self):
+        self.addCleanup(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+        for flags in (["--deterministic"], []):
+            run, _ = self.train_quietly("--epochs", "1", *flags)
+            self.assertEqual(json.loads((run / "hparams.json").read_text())["deterministic"],
+                             torch.are_deterministic_algorithms_enabled())
 
     def test_inputs_of_reconstructions_stay_the_same_and_have_all_labels(self):
         run, _ = self.train_quietly("--epochs", "1")

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import math
 from argparse import Namespace
 from unittest import mock
@@ -189,3 +190,28 @@ class Training(TrainGroup):
         self.assertEqual({weight.dtype for weight in rounded.parameters()}, {torch.float32})
         self.assertEqual({value.dtype for value in rounded_values.values()}, {torch.float32})
         self.assertFalse(any(value.requires_grad for value in rounded_values.values()))
+
+    def test_statistics_of_values_that_are_not_always_there(self):
+        loggers = (ValueList(), ValueList())
+        statistics = self.statistics.LossStatistics(*loggers)
+        for step in range(1, 121):
+            part = {"a": torch.tensor(1.0)} if step % 3 else {"b": 2.0}
+            statistics.add(part, {"a": torch.tensor(5.0), "c": step})
+        means = statistics.means()
+        self.assertEqual(means, {"a": 1.0, "b": 2.0, "a_2": 5.0, "c": 60.5})
+        self.assertEqual(loggers[0].values[:4], [{"a": 1.0}, {"a": 1.0}, {"b": 2.0}, {"a": 1.0}])
+        self.assertEqual(loggers[1].values[119], {"a": 5.0, "c": 120.0})
+        other = self.statistics.LossStatistics(*loggers)
+        other.load_state_dict(json.loads(json.dumps(statistics.state_dict())))
+        for each in (statistics, other):
+            each.add({"b": 8.0}, {})
+        self.assertEqual(statistics.means(), other.means())
+        self.check_close(other.means()["b"], (40 * 2 + 8) / 41, "the mean of a value is not over the steps that reported it")
+
+    def test_values_of_a_step_may_be_overwritten_by_the_next(self):
+        value, logger = torch.zeros(()), ValueList()
+        statistics = self.statistics.LossStatistics(logger)
+        for step in range(60):
+            statistics.add({"loss": value.fill_(step)})
+        statistics.read()
+        self.assertEqual([values["loss"] for values in logger.values], list(range(60)))

@@ -22,6 +22,7 @@ class LossStatistics:
         self.epoch = 0
         self.steps, self.totals, self.counts = 0, {}, {}
         self._unread = []  # of each step: for each logger the names of its values, and all values, float32
+        self._owners = {}  # name -> number of the logger that reported it first
 
     def begin(self, epoch):
         """Begin an epoch, or continue it where `load_state_dict` has restored its first steps."""
@@ -48,7 +49,7 @@ class LossStatistics:
         for names, _ in unread:
             self.steps += 1
             parts = [{name: next(numbers) for name in part} for part in names]
-            for name, value in merged(parts).items():
+            for name, value in self._merged(parts):
                 self._check(name, value)
                 for into, counted in ((self.totals, self.counts), (sums, counts)):
                     into[name] = into.get(name, 0.0) + value
@@ -72,15 +73,14 @@ class LossStatistics:
         self.epoch, self.steps, self.totals = state["epoch"], state["steps"], dict(state["totals"])
         self.counts = {**dict.fromkeys(self.totals, self.steps), **state["counts"]}
 
+    def _merged(self, parts):
+        """Give names and values of all loggers; a name belongs to the logger that had it first, another one's gets a number."""
+        for number, part in enumerate(parts, 1):
+            for name, value in part.items():
+                yield (name if self._owners.setdefault(name, number) == number else f"{name}_{number}"), value
+
     def _check(self, name, value):
         if name == "ae_loss" and not math.isfinite(value):
             raise UserError(f"the autoencoder's loss is {value} at step {self.steps} of epoch {self.epoch}: training has "
                             f"diverged; try smaller learning rates (--ae_lr, --d_lr)")
 
-
-def merged(parts):
-    """Return several dicts as one; where a later one has a name again, its number is added to it."""
-    values = {}
-    for number, part in enumerate(parts, 1):
-        values.update({f"{name}_{number}" if name in values else name: value for name, value in part.items()})
-    return values
