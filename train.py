@@ -5,6 +5,10 @@ leaves its TensorBoard events, settings, weights and pictures in <log_dir>/<YYYY
 continues from its last checkpoint, to the same weights to the last bit as if it had never been stopped.
 """
 
+import training.threads  # noqa: F401 (before torch, which reads there what it sets)
+
+# isort: split
+
 import contextlib
 import inspect
 import sys

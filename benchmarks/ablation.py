@@ -11,12 +11,16 @@ import sys
 from pathlib import Path
 from statistics import mean
 
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import training.threads  # noqa: F401 (before torch, which reads there what it sets)
+
+# isort: split
+
 import torch
 import torch.nn as nn
 from tqdm import tqdm
-
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
 
 import mnist
 import train

@@ -18,12 +18,16 @@ import time
 from pathlib import Path
 from unittest import mock
 
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import training.threads  # noqa: F401 (before torch, which reads there what it sets)
+
+# isort: split
+
 import numpy as np
 import torch
 from tqdm import tqdm
-
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
 
 import mnist
 import train

@@ -18,10 +18,14 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-import torch
-
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
+
+import training.threads  # noqa: F401 (before torch, which reads there what it sets)
+
+# isort: split
+
+import torch
 
 import mnist
 import train

@@ -18,11 +18,15 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
+
+import training.threads  # noqa: F401 (before torch, which reads there what it sets)
+
+# isort: split
+
+import torch
+from tqdm import tqdm
 
 import train
 from runs.folder import has_state

@@ -15,11 +15,15 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-import torch
-from PIL import Image, ImageDraw, ImageFont
-
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
+
+import training.threads  # noqa: F401 (before torch, which reads there what it sets)
+
+# isort: split
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
 
 from evaluation.pictures import COLORS
 from runs.checkpoint import WEIGHTS, CheckpointError, load_state

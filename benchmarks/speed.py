@@ -26,6 +26,9 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 WAYS = {"fp32": [], "tf32": ["--precision", "tf32"], "bf16": ["--precision", "bf16"]}  # name -> flags of train.py
+SPINS = {"libgomp's own spin": {"GOMP_SPINCOUNT": "300000"}, "passive waiting": {"OMP_WAIT_POLICY": "PASSIVE"},
+         **{f"spin {count:,}": {"GOMP_SPINCOUNT": str(count)} for count in (300, 1000, 2000, 10000)}}
+PATIENCE = 120  # seconds for several processes that stand in each other's way
 CUDA_WAYS = {"eager": [], "deterministic": ["--deterministic"]}  # "eager": not captured
 
 
@@ -111,6 +114,9 @@ def plain_images(args):
 
 def measure(args, folder):
     """Time one way in this process; print seconds per step and peak memory in MB as JSON. Its events go into `folder`."""
+    import training.threads  # noqa: F401 (before torch, which reads there what it sets)
+
+    # isort: split
     import torch
 
     bare = peak_memory()
@@ -131,6 +137,9 @@ def measure(args, folder):
         print(profiled(epoch, args.steps, device))
         return
     wait(device)
+    if args.beside:  # until all processes have come as far as this
+        print("ready", flush=True)
+        sys.stdin.readline()
     start = time.perf_counter()
     epoch()
     wait(device)
@@ -174,10 +183,52 @@ def peak_memory():
 
 def in_own_process(args, way, workers=0):
     """Return what `measure` prints in a new process."""
-    command = [sys.executable, __file__, "--way", way, "--workers", str(workers), "--steps", str(args.steps), "--dataset",
-               args.dataset, "--data_dir", args.data_dir, *["--no-cuda"] * args.no_cuda, *["--profile"] * args.profile]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    output = subprocess.run(command_of(args, way, workers), check=True, stdout=subprocess.PIPE, text=True).stdout
     return output if args.profile else json.loads(output.splitlines()[-1])
+
+
+def command_of(args, way, workers=0):
+    """Return the command that times one way in a process of its own."""
+    return [sys.executable, __file__, "--way", way, "--workers", str(workers), "--steps", str(args.steps), "--dataset",
+            args.dataset, "--data_dir", args.data_dir, *["--no-cuda"] * args.no_cuda, *["--profile"] * args.profile,
+            *["--beside"] * args.beside]
+
+
+def beside(args):
+    """Print the time of a step alone, two and three at once, and beside a busy process, for different spins of libgomp."""
+    print(f"ms a step, {args.steps} steps, median of {args.rounds} rounds; of several at once, the slowest")
+    print(f"{'':<32}{'alone':>9}{'two':>9}{'three':>9}{'beside busy':>13}")
+    for way in ("fp32", "base", "bf16"):
+        if way not in ways_here(args):
+            continue
+        for name, settings in SPINS.items():
+            cells = [median(max(together(args, way, settings, count, busy)) for _ in range(args.rounds))
+                     for count, busy in ((1, False), (2, False), (3, False), (1, True))]
+            print(f"{way + ', ' + name:<32}{cells[0]:>9.1f}{cells[1]:>9.1f}{cells[2]:>9.1f}{cells[3]:>13.1f}", flush=True)
+
+
+def together(args, way, settings, count, busy):
+    """Return the ms a step of `count` processes that train at once; inf for all where they take more than PATIENCE seconds."""
+    environment = {**{name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")},
+                   **settings}
+    spinner = [subprocess.Popen([sys.executable, "-c", "while True: pass"])] if busy else []
+    processes = [subprocess.Popen(command_of(args, way), env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  text=True) for _ in range(count)]
+    try:
+        for process in processes:
+            process.stdout.readline()
+        deadline = time.monotonic() + PATIENCE
+        for process in processes:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        outputs = [process.communicate(timeout=max(0, deadline - time.monotonic()))[0] for process in processes]
+        return [1000 * json.loads(output.splitlines()[-1])["step"] for output in outputs]
+    except subprocess.TimeoutExpired:
+        return [float("inf")]
+    finally:
+        for process in (*processes, *spinner):
+            process.kill()
+            process.wait()
 
 
 def ways_here(args):
@@ -241,6 +292,7 @@ def main():
     parser.add_argument("--data_dir", default=str(PROJECT.parent / "data"), help="folder where MNIST is")
     parser.add_argument("--json", type=Path, help="file to keep the figures in")
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA")
+    parser.add_argument("--beside", action="store_true", help="time a step beside other work instead, on the CPU")
     parser.add_argument("--profile", action="store_true", help="show where the time of a step goes instead")
     for name in ("way", "workers", "dataset"):  # set by this script for the processes that it starts
         parser.add_argument(f"--{name}", type=int if name == "workers" else str, help=argparse.SUPPRESS)
@@ -257,6 +309,10 @@ def main():
     except MissingData as error:
         print(f"timed on the bundled digits, not on MNIST: {error}")
         args.dataset, args.steps = "digits", min(args.steps, 23)
+    if args.beside:
+        args.no_cuda = True
+        beside(args)
+        return
     if args.profile:
         for way in (*ways_here(args), "plain"):
             print(f"\n{way}, a step:\n{in_own_process(args, way)}", end="")

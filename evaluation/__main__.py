@@ -6,6 +6,10 @@ changes. Of a model_checkpoint.pt without a run around it, the kind of model fol
 evaluation/ is made beside the file.
 """
 
+import training.threads  # noqa: F401 (before torch, which reads there what it sets)
+
+# isort: split
+
 import hashlib
 import json
 import sys

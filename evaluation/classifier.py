@@ -5,6 +5,10 @@ test images, and about 90.4 % of the 1,797 bundled digits, which they were not t
 cores of an AMD EPYC (Zen 5) with torch 2.15.0.
 """
 
+import training.threads  # noqa: F401 (before torch, which reads there what it sets)
+
+# isort: split
+
 import argparse
 import sys
 from pathlib import Path

@@ -21,6 +21,7 @@ from training.data import Batches
 from training.device import device_name
 from training.ema import weights_on_cpu
 from training.options import resumed_args, with_defaults
+from training.threads import QUOTA
 
 
 @contextlib.contextmanager
@@ -79,7 +80,8 @@ class Run:
         if not self.resumed:
             self.folder = create_run_folder(self.args.log_dir)
             self._stack.enter_context(locked(self.folder))
-        print_line(f"device: {device.type} ({self.settings['device_name']}), torch {torch.__version__}")
+        quota = f", for a quota of {QUOTA:g} CPUs" if QUOTA else ""
+        print_line(f"device: {device.type} ({self.settings['device_name']}{quota}), torch {torch.__version__}")
         print_line(f"data:   {len(self._loader.dataset):,} images of {'MNIST' if data.name == 'mnist' else 'the bundled digits'}")
         print_line(f"run:    {self.folder}")
 
