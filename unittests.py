@@ -1,7 +1,7 @@
 """Tests of the adversarial autoencoder, on the CPU and without a network:  python unittests.py
 
 Networks, Losses and Mistakes, the groups in this file, use nothing but the assignment's interface. Put this file beside
-your models.py, train.py, mnist.py and utils.py (or models.py alone) and run  python unittests.py Networks Losses Mistakes
+your models.py, train.py, mnist.py and utils.py (or models.py alone):  python unittests.py Networks Losses Mistakes
 A test that fails says what is wrong, one that is skipped what was not looked at. The other groups are in tests/;
 python unittests.py Resume runs one of them.
 """
@@ -55,7 +55,7 @@ def limit(name, add_cleanup):
 
 
 class Group(unittest.TestCase):
-    """Tests that need the modules named in `needs`; where one cannot be imported, this group fails and the others run."""
+    """Tests that need the modules named in `needs`; where one cannot be imported, only this group fails."""
 
     needs = ()
 
@@ -81,7 +81,7 @@ class Group(unittest.TestCase):
 
     def check_close(self, value, expected, words, tolerance=1e-5):
         value, expected = (float(torch.as_tensor(number).detach()) for number in (value, expected))
-        self.check(math.isfinite(value) and math.isfinite(expected), f"{words}: a value is infinite or NaN, as after log(0) "
+        self.check(math.isfinite(value) and math.isfinite(expected), f"{words}: it is infinite or NaN, as after log(0) "
                    "or exp of a large number; binary_cross_entropy_with_logits is finite for all logits")
         self.check(abs(value - expected) <= tolerance * max(1, abs(expected)),
                    f"{words} (it is {value:.6g}, and should be {expected:.6g})")
@@ -165,14 +165,14 @@ class ModelGroup(Group):
         return model
 
     def call(self, loss, *args):
-        """Call a loss of `linear_model` without gradients, and explain the error that losses of probabilities end in."""
+        """Call a loss of `linear_model` without gradients, and explain the error of losses of probabilities."""
         try:
             with torch.no_grad():
                 return loss(*args)
         except (RuntimeError, ValueError) as error:
             if "between 0 and 1" not in str(error):
                 raise
-            self.check(False, "Mistake 8: the loss takes the discriminator's output for a probability. The discriminator "
+            self.check(False, "Mistake 8: the loss takes the discriminator's output for a probability. It "
                               "must return logits (no sigmoid), and the loss use binary_cross_entropy_with_logits")
 
     def autoencoder_loss(self, logits, *lambda_, x=None, recon_x=None):
@@ -203,13 +203,13 @@ class Networks(ModelGroup):
             output = self.network(part)(z_dim).eval()(given)
             expected = {"Encoder": (count, z_dim), "Decoder": (count, 1, 28, 28), "Discriminator": (count, 1)}[part]
             self.check(tuple(output.shape) == expected,
-                       f"{part} with z_dim {z_dim} returns {tuple(output.shape)} for a batch of {count}, not {expected}")
+                       f"{part} with z_dim {z_dim} returns {tuple(output.shape)} for {count}, not {expected}")
             self.check(part != "Decoder" or output.abs().max() <= 1, "the decoder leaves [-1, 1]: end it with tanh")
 
     def test_decoder_ends_in_tanh(self):
         images = zeroed(self.network("Decoder")(8)).eval()(torch.randn(2, 8))
-        self.check(not images.any(), f"with all weights 0 the decoder makes {images.mean().item():.3g}, not 0, the middle "
-                                     f"of [-1, 1]: end it with tanh (a sigmoid makes 0.5)")
+        self.check(not images.any(), f"with all weights 0 the decoder makes {images.mean().item():.3g}, not 0, the "
+                                     f"middle of [-1, 1]: end it with tanh (a sigmoid makes 0.5)")
 
     def test_model_has_its_parts_and_device(self):
         self.assertEqual(self.models.AdversarialAE().z_dim, 8, "AdversarialAE() must have z_dim 8")
@@ -268,15 +268,16 @@ class Losses(ModelGroup):
     def test_discriminator_is_cross_entropy_of_both_halves(self):
         loss, values, real = self.discriminator_loss(self.LOGITS)
         loss_real, loss_fake = softplus(-real[:, 0].numpy()).mean(), softplus(self.LOGITS).mean()
-        self.check_close(values["loss_real"], loss_real, "loss_real is not the cross-entropy of the prior's codes and 1")
-        self.check_close(values["loss_fake"], loss_fake, "loss_fake is not the cross-entropy of the encoder's codes and 0")
+        self.check_close(values["loss_real"], loss_real, "loss_real is not the prior's codes' cross-entropy with 1")
+        self.check_close(values["loss_fake"], loss_fake, "loss_fake is not the encoder's codes' cross-entropy with 0")
         total = loss_real + loss_fake
         self.check_close(min(loss, 2 * loss, key=lambda value: abs(value - total)), total,
                          "disc_loss is neither the sum nor the mean of its two halves")
         self.check_close(values["disc_loss"], loss, "the dict's disc_loss is not the loss")
 
     def test_dicts_hold_scalar_tensors_under_the_agreed_names(self):
-        of_autoencoder, of_discriminator = self.autoencoder_loss(self.LOGITS)[1], self.discriminator_loss(self.LOGITS)[1]
+        _, of_autoencoder = self.autoencoder_loss(self.LOGITS)
+        _, of_discriminator, _ = self.discriminator_loss(self.LOGITS)
         self.assertEqual(set(of_autoencoder), {"gen_loss", "recon_loss", "ae_loss"})
         self.assertEqual(set(of_discriminator), {"disc_loss", "loss_real", "loss_fake", "accuracy"})
         for name, value in {**of_autoencoder, **of_discriminator}.items():
@@ -313,8 +314,8 @@ class Losses(ModelGroup):
         formula = 0.3 * (model.decoder(z) - x).square().mean() + 0.7 * gen_loss
         for gradient, expected in zip(found, torch.autograd.grad(formula, weights)):
             self.check(gradient is not None and torch.allclose(gradient, expected, rtol=1e-3, atol=1e-7),
-                       "ae_loss does not give encoder and decoder the gradient of 0.3 * recon_loss + 0.7 * gen_loss: is z "
-                       "detached somewhere, or computed twice?")
+                       "ae_loss does not give encoder and decoder the gradient of 0.3 * recon_loss + 0.7 * gen_loss: "
+                       "is z detached somewhere, or computed twice?")
 
 
 # Mistakes ------------------------------------------------------------------------------------------------------------
@@ -409,19 +410,19 @@ class Mistakes(ModelGroup):
             self.skip(skipped, seen.error or f"it takes no step of the {player}")
 
     def run_main(self, words, train_aae, generate_and_save=mock.Mock()):
-        """Run train.py's main on made-up images, with stand-ins for its functions, one of which may raise SystemExit."""
+        """Run train.py's main on made-up images, with stand-ins that may raise SystemExit."""
         folder = f"{self.folder()}/"
         with self.attempt(words), contextlib.ExitStack() as stack:
             train, mnist = importlib.import_module("train"), importlib.import_module("mnist")
-            for original, stand_in in ((mnist.mnist, lambda *_, **__: loader_like_mnist()), (train.train_aae, train_aae),
-                                       (train.generate_and_save, generate_and_save),
+            for original, stand_in in ((mnist.mnist, lambda *_, **__: loader_like_mnist()),
+                                       (train.train_aae, train_aae), (train.generate_and_save, generate_and_save),
                                        (train.save_reconstruction, mock.Mock())):
                 for module in list(sys.modules.values()):  # wherever it has been imported to
                     for name in [name for name, value in getattr(module, "__dict__", {}).items() if value is original]:
                         stack.enter_context(mock.patch.object(module, name, stand_in))
             with contextlib.suppress(SystemExit):
-                train.main(Namespace(z_dim=3, batch_size=64, lambda_=0.9, ae_lr=1e-3, d_lr=5e-3, data_dir=folder, epochs=1,
-                                     seed=1, num_workers=0, log_dir=folder, no_cuda=True))
+                train.main(Namespace(z_dim=3, batch_size=64, lambda_=0.9, ae_lr=1e-3, d_lr=5e-3, data_dir=folder,
+                                     epochs=1, seed=1, num_workers=0, log_dir=folder, no_cuda=True))
 
     def stand_in_writer(self):
         folder = self.folder()
@@ -455,17 +456,17 @@ class Mistakes(ModelGroup):
                        f"Mistake 2: the {player}'s optimizer must hold the parameters of {parts}, and no others")
 
     def test_03_discriminator_steps_along_its_own_gradient(self):
-        self.check_steps("discriminator", "Mistake 3: the discriminator's step is not along its own loss's gradient alone. "
-                         "Clear what the autoencoder's loss and earlier steps left there, optimizer_disc.zero_grad(), "
+        self.check_steps("discriminator", "Mistake 3: the discriminator's step is not along its own loss's gradient alone"
+                         ": clear what the autoencoder's loss and earlier steps left there, optimizer_disc.zero_grad(), "
                          "before disc_loss.backward()", "Mistake 3")
 
     def test_04_discriminator_loss_does_not_reach_the_encoder(self):
         model = self.models.AdversarialAE(z_dim=4)
         model.get_loss_discriminator(model.encoder(images_like_mnist(3)))[0].backward()
         if any(weight.grad is not None and weight.grad.any() for weight in model.encoder.parameters()):
-            self.check_steps("autoencoder", "Mistake 4: the encoder is trained along the discriminator's loss too: detach "
-                             "the codes, get_loss_discriminator(z.detach()), and clear the gradients before each step",
-                             "Mistake 4: models.py's get_loss_discriminator does not detach the codes, so that its caller "
+            self.check_steps("autoencoder", "Mistake 4: the encoder is trained along the discriminator's loss too: "
+                             "detach the codes, get_loss_discriminator(z.detach()), and clear gradients before each step",
+                             "Mistake 4: models.py's get_loss_discriminator does not detach the codes, so its caller "
                              "has to, get_loss_discriminator(z.detach())")
 
     def check_standard_normal(self, codes, words):
@@ -481,20 +482,20 @@ class Mistakes(ModelGroup):
     def test_05_codes_are_standard_normal(self):
         real, again = (self.discriminator_loss(np.zeros(4096))[2] for _ in range(2))
         self.check(not torch.equal(real, again), "Mistake 5: the real codes are the same each time: draw them anew")
-        self.check_standard_normal(real, "the codes that the discriminator is shown as real are not drawn from N(0, I): "
-                                         "use torch.randn, not torch.rand")
+        self.check_standard_normal(real, "the codes that the discriminator is shown as real are not drawn from N(0, I)"
+                                         ": use torch.randn, not torch.rand")
         model = self.models.AdversarialAE(z_dim=8)
         model.decoder = Recorder(model.decoder)
         model.sample(1024)
         self.check_standard_normal(torch.cat(model.decoder.inputs),
-                                   "sample() does not draw its codes from the prior N(0, I), which training matches them to")
+                                   "sample() does not draw its codes from the prior N(0, I)")
 
     def test_06_losses_have_a_lower_bound(self):
         for logit in (-60.0, 60.0):
             values = {**self.autoencoder_loss([logit])[1], **self.discriminator_loss([logit])[1]}
             for name in ("gen_loss", "loss_fake"):
                 self.check(values[name] > -1e-6, f"Mistake 6: {name} is negative ({float(values[name]):.4g}), which no "
-                           f"cross-entropy is: a label is outside {{0, 1}}, such as -1, and the loss has no lower bound")
+                           f"cross-entropy is: a label is outside {{0, 1}}, such as -1; the loss has no lower bound")
         for weight in (-60.0, 60.0):  # the real codes' logits come from the prior: large ones of either sign
             value = self.discriminator_loss(np.zeros(64), weight)[1]["loss_real"].item()
             self.check(value > 10, f"Mistake 6: loss_real is {value:.4g} for a discriminator that takes many of the "
@@ -505,7 +506,7 @@ class Mistakes(ModelGroup):
         gen = [float(self.autoencoder_loss([logit] * 3, x=x, recon_x=recon_x)[1]["gen_loss"])
                for logit, recon_x in ((1.0, x), (1.0, -x), (-1.0, x))]
         self.check(abs(gen[0] - gen[1]) < 1e-6 and abs(gen[0] - gen[2]) > 1e-3,
-                   "Mistake 7: gen_loss must change with the discriminator's logits for the codes, and must not with the "
+                   "Mistake 7: gen_loss must change with the discriminator's logits for the codes, and not with the "
                    "reconstructions")
 
     def linear_calls(self, network):
@@ -522,11 +523,11 @@ class Mistakes(ModelGroup):
         logits = discriminator(200 * torch.randn(256, 8)).detach().flatten()
         last = calls[-1][1] if calls else logits[:0]
         if len(last) == 256 and (logits[last.argsort()].diff() >= 0).all():  # the one is a function of the other
-            self.check(torch.stack([last, logits]).double().corrcoef()[0, 1] > 0.99999, "Mistake 8: there is an activation "
-                       "after the discriminator's last linear layer, such as a sigmoid or LeakyReLU")
+            self.check(torch.stack([last, logits]).double().corrcoef()[0, 1] > 0.99999, "Mistake 8: there is an "
+                       "activation after the discriminator's last linear layer, such as a sigmoid or LeakyReLU")
         else:
-            self.check(logits.min() < 0 and logits.abs().max() > 1, "Mistake 8: the discriminator's output is never below "
-                       "0, or never leaves [-1, 1]; a logit does: let it end in a linear layer, with no activation")
+            self.check(logits.min() < 0 and logits.abs().max() > 1, "Mistake 8: the discriminator's output is never "
+                       "below 0, or never leaves [-1, 1]; a logit does: let it end in a linear layer alone")
 
     def test_08_discriminator_returns_logits(self):
         for seed in range(5):
@@ -539,15 +540,15 @@ class Mistakes(ModelGroup):
                                  ("loss_fake", 1, lambda logit: self.discriminator_loss([logit])[1])):
             large, larger = (float(loss(sign * logit)[name]) for logit in (60.0, 90.0))
             self.check(math.isfinite(larger) and not (large > 1 and larger - large < 1),
-                       f"Mistake 8: {name} is {large:.4g} and {larger:.4g} where the discriminator is wrong with logits of "
-                       f"60 and 90: it levels off, as log(p + 1e-15) does, and the gradient is lost. Compute it from the "
+                       f"Mistake 8: {name} is {large:.4g} and {larger:.4g} where the discriminator errs with logits of 60 "
+                       f"and 90: it levels off, as log(p + 1e-15) does, and the gradient is lost. Compute it from the "
                        f"logits, with binary_cross_entropy_with_logits")
 
     def test_09_lambda_weighs_the_reconstruction(self):
         loss, values = self.autoencoder_loss([-3.0, -3.0], 0.9)
         self.check(abs(float(loss) - (0.1 * float(values["recon_loss"]) + 0.9 * float(values["gen_loss"]))) > 1e-4,
-                   "Mistake 9: lambda_ weighs the adversarial part; it must weigh the reconstruction, and 1 - lambda_ the "
-                   "adversarial part")
+                   "Mistake 9: lambda_ weighs the adversarial part; it must weigh the reconstruction, and 1 - lambda_ "
+                   "the adversarial part")
 
     def test_10_no_two_linear_layers_in_a_row(self):
         model = self.models.AdversarialAE(z_dim=4).eval()
@@ -556,8 +557,8 @@ class Mistakes(ModelGroup):
             calls = self.linear_calls(getattr(model, part))
             getattr(model, part)(data)
             self.check(not any(torch.equal(before[1], after[0]) for before, after in zip(calls, calls[1:])),
-                       f"Mistake 10: the {part} has two linear layers in a row with no activation between; together they "
-                       f"can do no more than one")
+                       f"Mistake 10: the {part} has two linear layers in a row with no activation between; together "
+                       f"they can do no more than one")
 
     def caller_uses_the_evaluation_mode(self, words):
         """Whether generate_and_save, or else main, has the model in evaluation mode when it samples."""
@@ -580,16 +581,16 @@ class Mistakes(ModelGroup):
         alone = torch.cat([model.decoder(z[None]) for z in torch.cat(model.decoder.inputs)]).detach()
         if changed or not torch.allclose(alone, images, atol=1e-4):
             words = "Mistake 11: sample() does not call eval(), so that its caller has to, and train() after it"
-            self.check(self.caller_uses_the_evaluation_mode(words), "Mistake 11: samples are drawn in training mode: BatchNorm "
-                       "makes each depend on the others, and changes its statistics. Call eval() before, train() after")
+            self.check(self.caller_uses_the_evaluation_mode(words), "Mistake 11: samples are drawn in training mode: "
+                       "BatchNorm makes each depend on the others, and changes its statistics; call eval() before")
 
     def test_12_accuracy_is_over_both_halves_at_logit_0(self):
         for fake in ([-5.0] * 40, [5.0] * 40, [-5.0] * 10 + [5.0] * 30, [0.3] * 40, [-0.3] * 40):
             _, values, real = self.discriminator_loss(fake)
             right_real, right_fake = float((real[:, 0] > 0).float().mean()), float(np.mean(np.array(fake) < 0))
             self.check_close(values["accuracy"], (right_real + right_fake) / 2,
-                             "Mistake 12: accuracy is not the share of logits that are right, above 0 for the prior's codes "
-                             "and below 0 for the encoder's, over both together")
+                             "Mistake 12: accuracy is not the share of logits that are right, above 0 for the prior's "
+                             "codes and below 0 for the encoder's, over both together")
 
     def test_13_pictures_are_rescaled(self):
         levels = torch.linspace(-1, 1, 7).repeat_interleave(4).view(28, 1).expand(8, 1, 28, 28)
@@ -603,14 +604,14 @@ class Mistakes(ModelGroup):
             values, counts = np.unique(pixels, return_counts=True)
             shown = values[counts > 100]
             self.check(all(np.abs(shown - level).min() < 2 for level in np.linspace(0, 255, 7)),
-                       f"Mistake 13: {name} saves seven levels from -1 to 1 as {shown.tolist()}, not as seven from 0 to 255: "
-                       f"rescale from [-1, 1] before saving, or the dark half is clipped")
+                       f"Mistake 13: {name} saves seven levels from -1 to 1 as {shown.tolist()}, not as seven from 0 "
+                       f"to 255: rescale from [-1, 1] before saving, or the dark half is clipped")
 
     def test_14_every_point_is_logged_at_a_step_of_its_own(self):
         seen = self.training("Mistake 14")
         for tag, steps in seen.points.items():
-            self.check(len(set(steps)) == len(steps), f"Mistake 14: two epochs of two batches are logged at the steps {steps} "
-                       f"of {tag}; each needs a step of its own, counted on over epochs")
+            self.check(len(set(steps)) == len(steps), f"Mistake 14: two epochs of two batches are logged at steps "
+                       f"{steps} of {tag}; each needs a step of its own, counted on over epochs")
         if not seen.points:
             self.skip("Mistake 14", seen.error or "nothing was logged")
 
@@ -624,17 +625,17 @@ class Mistakes(ModelGroup):
                 model.get_loss_discriminator(z)
                 shape = model.sample(count).shape
             except (RuntimeError, ValueError) as error:
-                self.check(False, f"Mistake 15: a batch of {count} fails, so a batch size is written into the code: {error}")
+                self.check(False, f"Mistake 15: a batch of {count} fails, is a size written into the code? {error}")
             self.assertEqual((recon_x.shape[0], shape[0]), (count, count))
             real = len(self.discriminator_loss(np.zeros(count))[2])
-            self.check(real == count, f"Mistake 15: {real} codes of the prior stand beside {count} of the encoder: draw as "
-                                      f"many as there are")
+            self.check(real == count, f"Mistake 15: {real} codes of the prior beside {count} of the encoder: draw "
+                                      f"as many as there are")
 
     def test_15_partial_batch_is_trained(self):
         seen = self.training("Mistake 15")
         if seen.error and (len(seen.sizes) == 0 or self.training("Mistake 15", 128).error):
             self.skip("Mistake 15", seen.error)
-        self.check(not seen.error and 2 in seen.sizes, f"Mistake 15: train_aae trains 64 images, but not a last batch of 2: "
+        self.check(not seen.error and 2 in seen.sizes, f"Mistake 15: train_aae trains 64 images, but not a last 2: "
                                                       f"{seen.error or 'it leaves them out'}")
 
 
@@ -644,7 +645,7 @@ def load_groups():
     """Add the groups in this project's tests/ to those of this file; do nothing where that folder is missing."""
     if not (HERE / "tests" / "common.py").is_file():
         return
-    sys.modules["unittests"] = sys.modules[__name__]  # what tests/ import from here is of this module, not of a second one
+    sys.modules["unittests"] = sys.modules[__name__]  # what tests/ import is of this module, not of a second one
     for file in sorted((HERE / "tests").glob("*.py")):
         for name, group in vars(importlib.import_module(f"tests.{file.stem}")).items():
             if isinstance(group, type) and issubclass(group, Group):
@@ -652,7 +653,7 @@ def load_groups():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background, and so its children, may ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may ignore it
     load_groups()
     program = unittest.main(exit=False)
     for words in dict.fromkeys(words for _, words in program.result.skipped):

@@ -4,7 +4,9 @@ Each file there is somebody's models.py and train.py in one. python -m tests.mar
 """
 
 import io
+import signal
 import sys
+import time
 import types
 import unittest
 from unittest import mock
@@ -30,7 +32,7 @@ def planted(solution, old="", new=""):
 
 
 def mark(module, tests="test"):
-    """Return the names and messages of the tests of GROUPS that fail for a module that is models.py and train.py in one."""
+    """Return the names and messages of the tests of GROUPS that fail for models.py and train.py in one."""
     loader = unittest.TestLoader()
     loader.testMethodPrefix = tests
     suite = unittest.TestSuite(loader.loadTestsFromTestCase(group) for group in GROUPS)
@@ -59,6 +61,27 @@ class Solutions(Group):
         for number in range(1, 16):
             self.assertGreaterEqual(len({solution for n, solution, *_ in MISTAKES if n == number}), 2)
         self.assertEqual({solution for _, solution, *_ in MISTAKES}, set(SOLUTIONS))
+
+
+class TimeLimit(Group):
+    """What does not end is ended, and what comes after it fails at once."""
+
+    @unittest.skipUnless(hasattr(signal, "setitimer"), "this system has no interval timers")
+    def test_a_loop_without_an_end_is_ended_even_if_it_catches_exceptions(self):
+        def loop():
+            while True:
+                try:
+                    time.sleep(0.01)
+                except Exception:
+                    pass
+
+        self.addCleanup(setattr, unittests.Overrun, "first", None)
+        with mock.patch.object(unittests, "LIMIT", 0.2):
+            unittests.limit("one", self.addCleanup)
+            self.assertRaisesRegex(unittests.Overrun, "one did not end", loop)
+            self.assertRaisesRegex(AssertionError, "not run, for one did not end", unittests.limit, "two", self.addCleanup)
+        failures, _ = mark(planted("plain"), "test_14")
+        self.check("not run, for one" in "".join(failures.values()), f"Mistakes goes on after an Overrun: {failures}")
 
 
 def print_table():
