@@ -456,8 +456,8 @@ class Mistakes(ModelGroup):
                        f"Mistake 2: the {player}'s optimizer must hold the parameters of {parts}, and no others")
 
     def test_03_discriminator_steps_along_its_own_gradient(self):
-        self.check_steps("discriminator", "Mistake 3: the discriminator's step is not along its own loss's gradient alone"
-                         ": clear what the autoencoder's loss and earlier steps left there, optimizer_disc.zero_grad(), "
+        self.check_steps("discriminator", "Mistake 3: the discriminator's step is not along its own loss's gradient "
+                         "alone: clear what the autoencoder's loss and earlier steps left, optimizer_disc.zero_grad(), "
                          "before disc_loss.backward()", "Mistake 3")
 
     def test_04_discriminator_loss_does_not_reach_the_encoder(self):
@@ -466,8 +466,8 @@ class Mistakes(ModelGroup):
         if any(weight.grad is not None and weight.grad.any() for weight in model.encoder.parameters()):
             self.check_steps("autoencoder", "Mistake 4: the encoder is trained along the discriminator's loss too: "
                              "detach the codes, get_loss_discriminator(z.detach()), and clear gradients before each step",
-                             "Mistake 4: models.py's get_loss_discriminator does not detach the codes, so its caller "
-                             "has to, get_loss_discriminator(z.detach())")
+                             "Mistake 4: models.py's get_loss_discriminator does not detach the codes, so its "
+                             "caller has to, get_loss_discriminator(z.detach())")
 
     def check_standard_normal(self, codes, words):
         """Kolmogorov-Smirnov distance between all numbers of some codes and the standard normal distribution."""
@@ -540,8 +540,8 @@ class Mistakes(ModelGroup):
                                  ("loss_fake", 1, lambda logit: self.discriminator_loss([logit])[1])):
             large, larger = (float(loss(sign * logit)[name]) for logit in (60.0, 90.0))
             self.check(math.isfinite(larger) and not (large > 1 and larger - large < 1),
-                       f"Mistake 8: {name} is {large:.4g} and {larger:.4g} where the discriminator errs with logits of 60 "
-                       f"and 90: it levels off, as log(p + 1e-15) does, and the gradient is lost. Compute it from the "
+                       f"Mistake 8: {name} is {large:.4g} and {larger:.4g} where the discriminator errs with logits of "
+                       f"60 and 90: it levels off, as log(p + 1e-15) does, and the gradient is lost. Compute it from the "
                        f"logits, with binary_cross_entropy_with_logits")
 
     def test_09_lambda_weighs_the_reconstruction(self):

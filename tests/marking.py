@@ -79,7 +79,8 @@ class TimeLimit(Group):
         with mock.patch.object(unittests, "LIMIT", 0.2):
             unittests.limit("one", self.addCleanup)
             self.assertRaisesRegex(unittests.Overrun, "one did not end", loop)
-            self.assertRaisesRegex(AssertionError, "not run, for one did not end", unittests.limit, "two", self.addCleanup)
+            with self.assertRaisesRegex(AssertionError, "not run, for one did not end"):
+                unittests.limit("two", self.addCleanup)
         failures, _ = mark(planted("plain"), "test_14")
         self.check("not run, for one" in "".join(failures.values()), f"Mistakes goes on after an Overrun: {failures}")
 
