@@ -4,12 +4,11 @@ import contextlib
 import io
 from unittest import mock
 
-import numpy as np
 import torch
 import torch.nn as nn
 from torch.utils.tensorboard import SummaryWriter
 
-from unittests import Group
+from unittests import Group, read_png
 
 __unittest = True
 
@@ -115,14 +114,6 @@ def run_contents(run):
     for file in (run / "results").rglob("*.png"):
         contents[str(file.relative_to(run))] = read_png(file).tobytes()
     return contents
-
-
-def read_png(file):
-    """Return the pixels of a picture's red channel, [H, W]."""
-    from PIL import Image
-
-    with Image.open(file) as image:
-        return np.asarray(image.convert("RGB"))[:, :, 0].astype(int)
 
 
 class TrainGroup(Group):
