@@ -34,10 +34,9 @@ class TrainingState:
     def state_dict(self, settings):
         """Return where the run stands, as a dict of tensors on the CPU, numbers, strings, lists and dicts."""
         self.statistics.read()
-        sums = self.statistics.state_dict() if self.steps else {"totals": {}, "counts": {}}
-        return {"settings": settings, "model": weights_on_cpu(self.model), "epoch": self.epoch, "steps": self.steps,
-                "totals": sums["totals"], "counts": sums["counts"], "means": self.means, "seconds": self.seconds,
-                "random": random_states(self.model), "types": self._types(),
+        sums = self.statistics.state_dict() if self.steps else {"totals": {}}  # first: it logs what is unread
+        return {**sums, "settings": settings, "model": weights_on_cpu(self.model), "epoch": self.epoch, "steps": self.steps,
+                "means": self.means, "seconds": self.seconds, "random": random_states(self.model), "types": self._types(),
                 **{name: self.parts[name].state_dict() for name in (*self.OPTIMIZERS, *self.OTHERS)}}
 
     def load_state_dict(self, state, settings):
@@ -53,8 +52,7 @@ class TrainingState:
                 self.parts[name].load_state_dict(state[name])
             self.epoch, self.steps, self.means, self.earlier = (state[name] for name in ("epoch", "steps", "means", "seconds"))
             if self.steps:
-                self.statistics.load_state_dict({"epoch": self.epoch + 1, "steps": self.steps, "totals": state["totals"],
-                                                 "counts": state.get("counts", {})})
+                self.statistics.load_state_dict(self.epoch + 1, state)
             streams = dict(state["random"])
             if "device" in differing:
                 streams.pop("device", None)

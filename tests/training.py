@@ -158,6 +158,7 @@ class Training(TrainGroup):
     def test_statistics_of_values_that_are_not_always_there(self):
         loggers = (ValueList(), ValueList())
         statistics = self.statistics.LossStatistics(*loggers)
+        statistics.begin(1)
         for step in range(1, 121):
             part = {"a": torch.tensor(1.0)} if step % 3 else {"b": 2.0}
             statistics.add(part, {"a": torch.tensor(5.0), "c": step})
@@ -166,7 +167,7 @@ class Training(TrainGroup):
         self.assertEqual(loggers[0].values[:4], [{"a": 1.0}, {"a": 1.0}, {"b": 2.0}, {"a": 1.0}])
         self.assertEqual(loggers[1].values[119], {"a": 5.0, "c": 120.0})
         other = self.statistics.LossStatistics(*loggers)
-        other.load_state_dict(json.loads(json.dumps(statistics.state_dict())))
+        other.load_state_dict(1, json.loads(json.dumps(statistics.state_dict())))
         for each in (statistics, other):
             each.add({"b": 8.0}, {})
         self.assertEqual(statistics.means(), other.means())

@@ -65,13 +65,15 @@ class LossStatistics:
         return {name: total / self.counts[name] for name, total in self.totals.items()}
 
     def state_dict(self):
-        """Return the sums over the steps of an unfinished epoch; call `read` before."""
-        rare = {name: count for name, count in self.counts.items() if count != self.steps}
-        return {"epoch": self.epoch, "steps": self.steps, "totals": dict(self.totals), "counts": rare}
+        """Return the steps of an unfinished epoch and the sums over them, and the counts of values that some steps lack."""
+        self.read()
+        counts = {name: count for name, count in self.counts.items() if count != self.steps}
+        return {"steps": self.steps, "totals": dict(self.totals), **({"counts": counts} if counts else {})}
 
-    def load_state_dict(self, state):
-        self.epoch, self.steps, self.totals = state["epoch"], state["steps"], dict(state["totals"])
-        self.counts = {**dict.fromkeys(self.totals, self.steps), **state["counts"]}
+    def load_state_dict(self, epoch, state):
+        """Continue an epoch whose first steps are in a state."""
+        self.epoch, self.steps, self.totals = epoch, state["steps"], dict(state["totals"])
+        self.counts = {**dict.fromkeys(self.totals, self.steps), **state.get("counts", {})}
 
     def _merged(self, parts):
         """Give names and values of all loggers; a name belongs to the logger that had it first, another one's gets a number."""
