@@ -31,7 +31,8 @@ class Threads(Group):
 
     def test_quota_is_the_smallest_of_the_group_and_those_around_it(self):
         limits = {"cgroup/user/job/cpu.max": "100000 100000\n", "cgroup/user/cpu.max": "400000 100000\n"}
-        version_1 = {"cgroup/cpu/docker/a/cpu.cfs_quota_us": "150000\n", "cgroup/cpu/docker/a/cpu.cfs_period_us": "100000\n"}
+        version_1 = {"cgroup/cpu/docker/a/cpu.cfs_quota_us": "150000\n",
+                     "cgroup/cpu/docker/a/cpu.cfs_period_us": "100000\n"}
         cases = (
             (math.inf, "0::/\n", {}),
             (math.inf, "0::/\n", {"cgroup/cpu.max": "max 100000\n"}),
@@ -79,9 +80,9 @@ class Threads(Group):
         programs = [HERE / "train.py", HERE / "unittests.py", HERE / "evaluation" / "__main__.py",
                     HERE / "evaluation" / "classifier.py", *(HERE / "benchmarks").glob("*.py")]
         for program in programs:
-            imports = sorted((node.lineno, name) for node in ast.walk(ast.parse(program.read_text()))
-                             if isinstance(node, (ast.Import, ast.ImportFrom))
-                             for name in ([node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]))
-            names = [name for _, name in imports if name.partition(".")[0] not in sys.stdlib_module_names]
-            if program.name != "compare_checkouts.py":  # it computes nothing, and uses no module of the project
-                self.assertEqual(names[0], "training.threads", program)
+            if program.name == "compare_checkouts.py":  # it computes nothing, and uses no module of the project
+                continue
+            nodes = [node for node in ast.walk(ast.parse(program.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))]
+            names = [getattr(node, "module", None) or node.names[0].name for node in sorted(nodes, key=lambda node: node.lineno)]
+            names = [name for name in names if name.partition(".")[0] not in sys.stdlib_module_names]
+            self.assertEqual(names[0], "training.threads", program)
