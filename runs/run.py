@@ -18,7 +18,7 @@ from runs.signals import stop_signals
 from runs.training_state import TrainingState
 from training.commandline import RunStopped, duration, print_line, warn
 from training.data import Batches
-from training.device import device_name
+from training.device import device_name, unused_gpu_warning
 from training.ema import weights_on_cpu
 from training.options import resumed_args, with_defaults
 from training.threads import QUOTA
@@ -164,8 +164,9 @@ class Run:
                    f"{describe(self.state.means)}")
         print_line(f"see:    pictures in {self.folder / 'results'}, curves with: tensorboard --logdir "
                    f"{shlex.quote(str(self.folder))}")
-        if self.settings["fallback"]:
-            warn(self.settings["fallback"])
+        for warning in (self.settings["fallback"], unused_gpu_warning(self.args.no_cuda)):
+            if warning:  # again, for who looks at the end alone
+                warn(warning)
 
     def _save(self, keep=True):
         """Save everything that a resume needs, and the weights; `keep` the state before."""
