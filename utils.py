@@ -39,7 +39,7 @@ class TensorBoardLogger:
         return {"global_step": self.global_step, "sums": to_numbers(self._sums), "counts": dict(self._counts)}
 
     def load_state_dict(self, state):
-        """Go on from where another logger stood."""
+        """Continue from where another logger stood."""
         self.global_step, self._sums, self._counts = state["global_step"], dict(state["sums"]), dict(state["counts"])
 
 

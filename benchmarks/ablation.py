@@ -25,7 +25,7 @@ from tqdm import tqdm
 import mnist
 import train
 from evaluation.measures import evaluate
-from models import Residual
+from models import ResidualBlock
 from runs.files import write_atomically
 from training.commandline import UserError
 from training.data import Batches
@@ -35,7 +35,7 @@ from training.statistics import LossStatistics
 
 HELD_OUT = 5_000  # of the training images
 COLUMNS = {"held-out MSE": "mse", "KS": "ks", "Fréchet, samples": "samples", "Fréchet, reconstructions": "reconstructions",
-           "Parzen, nats": "parzen", "discriminator right": "accuracy"}
+           "Parzen, nats": "parzen", "discriminator accuracy": "accuracy"}
 
 
 # Variants ------------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def with_noise_before_discriminator(model):
 
 def on_vectors(layer):
     """Return whether a layer of encoder or decoder is part of what lies between convolutions and code."""
-    return isinstance(layer, (nn.Linear, Residual))
+    return isinstance(layer, (nn.Linear, ResidualBlock))
 
 
 VARIANTS = {  # name: flags of train.py, change of the model
@@ -129,12 +129,12 @@ def run_variant(name, args, seed, device):
         change(model)
     model = train.to_device(model, device, flags.precision)
     accuracy, model = train_variant(model, loader, flags, name)
-    found = evaluate(model, images[:-HELD_OUT], images[-HELD_OUT:], labels[-HELD_OUT:])
-    quality = found["digit_classifier"]
-    return {"mse": found["reconstruction"]["mse"], "ks": found["prior_match"]["codes"]["ks"],
+    metrics = evaluate(model, images[:-HELD_OUT], images[-HELD_OUT:], labels[-HELD_OUT:])
+    quality = metrics["digit_classifier"]
+    return {"mse": metrics["reconstruction"]["mse"], "ks": metrics["prior_match"]["codes"]["ks"],
             "samples": quality["samples"]["frechet_to_test_images"],
             "reconstructions": quality["reconstructions"]["frechet_to_test_images"],
-            "parzen": found["log_likelihood"]["mean"], "accuracy": accuracy}
+            "parzen": metrics["log_likelihood"]["mean"], "accuracy": accuracy}
 
 
 def train_variant(model, loader, flags, name):
@@ -150,10 +150,10 @@ def train_variant(model, loader, flags, name):
     return means["accuracy"], ema.model
 
 
-def print_table(found, epochs):
+def print_table(results, epochs):
     """Print the mean of each figure over the seeds, as a table in Markdown."""
     print(f"\n| {epochs} epochs | {' | '.join(COLUMNS)} | seeds |\n|---|{'---|' * len(COLUMNS)}---|")
-    for name, runs in found.items():
+    for name, runs in results.items():
         if any("failed" in run for run in runs.values()):
             print(f"| {name} | {'diverged | ' * len(COLUMNS)}{len(runs)} |")
             continue
@@ -179,7 +179,7 @@ def main():
         finished = json.loads(args.results.read_text()) if args.results.is_file() else {}
     except ValueError as error:
         sys.exit(f"ablation.py: error: {args.results} is damaged ({error}); delete it, or name another file with --results")
-    found = {name: {} for name in args.only}
+    results = {name: {} for name in args.only}
     try:
         set_precision(args.precision, device)
         for seed in args.seeds:
@@ -192,10 +192,10 @@ def main():
                         finished[key] = {"failed": str(error)}
                     args.results.parent.mkdir(parents=True, exist_ok=True)
                     write_atomically(args.results, (json.dumps(finished, indent=2) + "\n").encode())
-                found[name][seed] = finished[key]
+                results[name][seed] = finished[key]
     except (mnist.DataError, PrecisionError) as error:
         sys.exit(f"ablation.py: error: {error}")
-    print_table(found, args.epochs)
+    print_table(results, args.epochs)
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ class BadInputs:
             status = self.case("damaged checkpoints", ["--resume", run], run)
             if status == 0 and run_contents(run) != reference:
                 self.counts["damaged checkpoints"]["damaged"] += 1
-                print(f"{run}: went on wrongly", file=sys.stderr)
+                print(f"{run}: resumed wrongly", file=sys.stderr)
 
 
 def fingerprint(folder):

@@ -1,6 +1,6 @@
 """Show whether the fast ways of training learn what the plain one learns:  python benchmarks/equivalence.py
 
-On CUDA, the captured step against the eager one: losses and weights after 200 steps from the same weights and draws. Then,
+On CUDA, the captured step against the eager one: losses and weights after 200 steps from the same weights and random numbers. Then,
 on any device, whole runs of train.py in every precision that the hardware has, with several seeds: does a precision change
 the result more than a seed does? Finished runs in --runs are not repeated.
 
@@ -40,7 +40,7 @@ STEPS = 200
 
 def captured_and_eager(args, device):
     """Return the largest differences of losses and of weights between a captured and an eager training of STEPS steps."""
-    found = []
+    trainings = []
     for capturable in (True, False):
         torch.manual_seed(args.seeds[0])
         flags = train.parse_args(["--data_dir", args.data_dir])
@@ -52,8 +52,8 @@ def captured_and_eager(args, device):
         for number, (x, _) in zip(range(STEPS), loader):
             train.set_learning_rate(optimizers[0], flags.drop_after + 2 * number // STEPS, flags)  # drops halfway
             values.append(torch.stack([value.clone() for part in step(x) for value in part.values()]))
-        found.append((torch.stack(values), torch.cat([weight.detach().flatten() for weight in model.parameters()])))
-    return [float((captured - eager).abs().max()) for captured, eager in zip(*found)]
+        trainings.append((torch.stack(values), torch.cat([weight.detach().flatten() for weight in model.parameters()])))
+    return [float((captured - eager).abs().max()) for captured, eager in zip(*trainings)]
 
 
 def finished_run(args, device, precision, seed):
@@ -84,11 +84,11 @@ def figures(state, images):
             "mean variance": float(codes.var(0).mean()), "largest |covariance|": float(off_diagonal.abs().max())}
 
 
-def print_table(found):
+def print_table(results):
     """Print each figure's mean and range over the seeds, and mark a range that has nothing in common with that of fp32."""
-    print(f"\n{'':<24}" + "".join(f"{precision:<30}" for precision in found))
-    for name in next(iter(found["fp32"].values())):
-        columns = {precision: [one[name] for one in runs.values()] for precision, runs in found.items()}
+    print(f"\n{'':<24}" + "".join(f"{precision:<30}" for precision in results))
+    for name in next(iter(results["fp32"].values())):
+        columns = {precision: [run[name] for run in runs.values()] for precision, runs in results.items()}
         line = f"{name:<24}"
         for precision, values in columns.items():
             apart = min(values) > max(columns["fp32"]) or max(values) < min(columns["fp32"])
@@ -109,7 +109,7 @@ def main():
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA")
     args = parser.parse_args()
     args.runs.mkdir(parents=True, exist_ok=True)
-    device, found, steps = choose_device(args.no_cuda), {}, None
+    device, results, steps = choose_device(args.no_cuda), {}, None
     if device.type == "cuda":
         set_precision("fp32", device)
         choose_device(deterministic=True)  # else two eager trainings differ, too
@@ -128,10 +128,10 @@ def main():
         except PrecisionError as error:
             print(f"not run: {error}")
             continue
-        found[precision] = {seed: figures(finished_run(args, device, precision, seed), images) for seed in args.seeds}
-    print_table(found)
+        results[precision] = {seed: figures(finished_run(args, device, precision, seed), images) for seed in args.seeds}
+    print_table(results)
     if args.json:
-        args.json.write_text(json.dumps({"captured": steps, "precisions": found}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"captured": steps, "precisions": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

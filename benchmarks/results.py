@@ -1,7 +1,7 @@
 """Train and measure every run of the assignment's questions, and show them:  python benchmarks/results.py
 
 Each is trained by train.py and measured by python -m evaluation, in processes of their own. What is finished in --runs is not repeated,
-what is begun goes on; after a change of the networks, name another folder. The figures go into docs/results/results.json,
+what has begun is resumed; after a change of the networks, name another folder. The figures go into docs/results/results.json,
 the pictures beside it, and README.md's table of all runs, between its two marks, is written anew.
 """
 
@@ -45,7 +45,10 @@ RUNS = {  # name: flags of train.py
     "z20-universal": ["--z_dim", "20", "--posterior", "universal"],
 }
 SHOWN = (0, 20, 50, 100)  # epochs of which pictures are shown
-CURVES = {"reconstruction loss": "generator/recon_loss", "discriminator right": "discriminator/accuracy"}
+CURVES = {  # key in results.json, which names the picture too: title, TensorBoard tag
+    "reconstruction loss": ("reconstruction loss", "generator/recon_loss"),
+    "discriminator right": ("discriminator accuracy", "discriminator/accuracy"),
+}
 POINTS = 100  # of a curve
 README = PROJECT / "README.md"
 START, END = "<!-- results: written by benchmarks/results.py -->", "<!-- end of results -->"
@@ -69,9 +72,9 @@ def finished_run(name, args):
 def measured(run):
     """Return whether the figures in a run's evaluation/ are those of its weights."""
     figures, weights = run / "evaluation" / "metrics.json", run / "checkpoints" / WEIGHTS
-    found = json.loads(figures.read_text()) if figures.is_file() else {}
-    return (found.get("weights_md5") == hashlib.md5(weights.read_bytes()).hexdigest()
-            and "training_codes" in found["prior_match"])  # not by an older evaluation
+    metrics = json.loads(figures.read_text()) if figures.is_file() else {}
+    return (metrics.get("weights_md5") == hashlib.md5(weights.read_bytes()).hexdigest()
+            and "training_codes" in metrics["prior_match"])  # not by an older evaluation
 
 
 def epochs_of(name, args):
@@ -119,7 +122,7 @@ def collect(run):
             "sure": quality["samples"]["sure"], "labels": list(quality["samples"]["labels"].values()),
             "parzen": likelihood["mean"], "parzen_error": likelihood["standard_error"],
             "parzen_reconstructions": likelihood["training_reconstructions"]["mean"],
-            "curves": {title: curve(run, tag) for title, tag in CURVES.items()}}
+            "curves": {key: curve(run, tag) for key, (_, tag) in CURVES.items()}}
 
 
 def curve(run, tag):
@@ -157,14 +160,14 @@ def draw_codes(run):
     return picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS).quantize(128)
 
 
-def draw_curves(results, title, size=(480, 300)):
-    """Return the curves of all runs under a title, over the epochs."""
-    curves = {name: result["curves"][title] for name, result in results.items()}
+def draw_curves(results, key, size=(480, 300)):
+    """Return one of the CURVES of all runs, over the epochs."""
+    curves = {name: result["curves"][key] for name, result in results.items()}
     epochs = max(result["epochs"] for result in results.values())
     low, high = 0.0, max(sorted(values)[-max(1, len(values) // 20)] for values in curves.values())  # but for the first ones
     picture, font = Image.new("RGB", (size[0] + 150, size[1]), "white"), ImageFont.load_default(13)
     draw, (left, top, right, bottom) = ImageDraw.Draw(picture), (50, 26, size[0] - 10, size[1] - 24)
-    draw.text((left, 4), f"{title}, over the epochs", "black", font)
+    draw.text((left, 4), f"{CURVES[key][0]}, over the epochs", "black", font)
     for part in range(5):
         draw.text((left + part * (right - left) / 4, bottom + 6), f"{part * epochs / 4:g}", "black", font, anchor="mt")
         y, value = bottom - part * (bottom - top) / 4, low + part * (high - low) / 4
@@ -185,14 +188,14 @@ def draw_curves(results, title, size=(480, 300)):
 def table(results):
     """Return the figures of all runs as a table in Markdown."""
     lines = ["| run | flags | epochs | reconstruction loss | test MSE | KS | of training codes | Fréchet, samples | "
-             "reconstructions | samples sure | Parzen, nats |", "|---|---|---|---|---|---|---|---|---|---|---|"]
-    for name, one in results.items():
-        lines.append(f"| {name} | `{' '.join(RUNS[name]) or 'none'}` | {one['epochs']} | {one['recon_loss']:.4f} | "
-                     f"{one['test_mse']:.4f} | {one['ks']:.4f} | {one['ks_training']:.4f} | {one['frechet_samples']:.1f} | "
-                     f"{one['frechet_reconstructions']:.1f} | {one['sure']:.1%} | {one['parzen']:.1f} ± "
-                     f"{one['parzen_error']:.1f} |")
+             "reconstructions | samples, confidence ≥ 0.95 | Parzen, nats |", "|---|---|---|---|---|---|---|---|---|---|---|"]
+    for name, run in results.items():
+        lines.append(f"| {name} | `{' '.join(RUNS[name]) or 'none'}` | {run['epochs']} | {run['recon_loss']:.4f} | "
+                     f"{run['test_mse']:.4f} | {run['ks']:.4f} | {run['ks_training']:.4f} | {run['frechet_samples']:.1f} | "
+                     f"{run['frechet_reconstructions']:.1f} | {run['sure']:.1%} | {run['parzen']:.1f} ± "
+                     f"{run['parzen_error']:.1f} |")
     seeds = [results[name] for name in ("z8", "z8-seed1", "z8-seed2") if name in results]
-    if len({one["epochs"] for one in seeds}) == 1 and len(seeds) == 3:
+    if len({run["epochs"] for run in seeds}) == 1 and len(seeds) == 3:
         lines.append(f"\nThe default run with three seeds, mean and range: test MSE {spread(seeds, 'test_mse', 4)}, KS "
                      f"{spread(seeds, 'ks', 4)}, Fréchet of samples {spread(seeds, 'frechet_samples', 1)} and reconstructions "
                      f"{spread(seeds, 'frechet_reconstructions', 1)}, Parzen {spread(seeds, 'parzen', 1)}.")
@@ -201,7 +204,7 @@ def table(results):
 
 def spread(results, figure, digits):
     """Return the mean of a figure, with the range, as text."""
-    values = [one[figure] for one in results]
+    values = [run[figure] for run in results]
     return f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
@@ -253,8 +256,8 @@ def main():
             write_atomically(args.docs / f"{name}-codes.png", png_bytes(draw_codes(run)))
         results = {known: results[known] for known in RUNS if known in results}  # in the order of RUNS
         write_atomically(file, (json.dumps(results, indent=1) + "\n").encode())
-    for title in CURVES:
-        write_atomically(args.docs / f"{title.replace(' ', '_')}.png", png_bytes(draw_curves(results, title)))
+    for key in CURVES:
+        write_atomically(args.docs / f"{key.replace(' ', '_')}.png", png_bytes(draw_curves(results, key)))
     write_atomically(README, f"{before}{START}\n{table(results)}\n{END}{after}".encode())
 
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(PROJECT))
 WAYS = {"fp32": [], "tf32": ["--precision", "tf32"], "bf16": ["--precision", "bf16"]}  # name -> flags of train.py
 SPINS = {"libgomp's own spin": {"GOMP_SPINCOUNT": "300000"}, "passive waiting": {"OMP_WAIT_POLICY": "PASSIVE"},
          **{f"spin {count:,}": {"GOMP_SPINCOUNT": str(count)} for count in (300, 1000, 2000, 10000)}}
-PATIENCE = 120  # seconds for several processes that stand in each other's way
+TIMEOUT = 120  # seconds for several processes that stand in each other's way
 CUDA_WAYS = {"eager": [], "deterministic": ["--deterministic"]}  # "eager": not captured
 
 
@@ -208,7 +208,7 @@ def beside(args):
 
 
 def together(args, way, settings, count, busy):
-    """Return the ms a step of `count` processes that train at once; inf for all where they take more than PATIENCE seconds."""
+    """Return the ms a step of `count` processes that train at once; inf for all where they take more than TIMEOUT seconds."""
     environment = {**{name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")},
                    **settings}
     spinner = [subprocess.Popen([sys.executable, "-c", "while True: pass"])] if busy else []
@@ -217,7 +217,7 @@ def together(args, way, settings, count, busy):
     try:
         for process in processes:
             process.stdout.readline()
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         for process in processes:
             process.stdin.write("go\n")
             process.stdin.flush()
@@ -260,12 +260,12 @@ def compare(args):
     ways = ways_here(args)
     rounds = []
     for number in range(1, args.rounds + 1):
-        found = {way: in_own_process(args, way) for way in ways}
-        found |= {name: in_own_process(args, "plain", workers) for name, workers in plain.items()}
-        rounds.append(found)
-        print(f"round {number}, ms a step: " + ", ".join(f"{name} {1000 * one['step']:.2f}" for name, one in found.items()))
+        timings = {way: in_own_process(args, way) for way in ways}
+        timings |= {name: in_own_process(args, "plain", workers) for name, workers in plain.items()}
+        rounds.append(timings)
+        print(f"round {number}, ms a step: " + ", ".join(f"{name} {1000 * timing['step']:.2f}" for name, timing in timings.items()))
     print_table(rounds, 938 if args.dataset == "mnist" else 24, args.steps)
-    ratios = {f"{name} / {way}": [found[name]["step"] / found[way]["step"] for found in rounds]
+    ratios = {f"{name} / {way}": [timings[name]["step"] / timings[way]["step"] for timings in rounds]
               for name in plain for way in ways}
     for name, values in ratios.items():
         print(f"{name}, round by round: {', '.join(f'{ratio:.2f}' for ratio in values)}; median {median(values):.2f}")
@@ -278,8 +278,8 @@ def print_table(rounds, steps, timed):
           f"above bare torch")
     print(f"{'':<20}{'median':>9}{'minimum':>9}{'maximum':>9}{'memory':>12}{'GPU memory':>12}")
     for name in rounds[0]:
-        seconds = [steps * found[name]["step"] for found in rounds]
-        memory, gpu = (max(found[name][kind] for found in rounds) for kind in ("memory", "gpu_memory"))
+        seconds = [steps * timings[name]["step"] for timings in rounds]
+        memory, gpu = (max(timings[name][kind] for timings in rounds) for kind in ("memory", "gpu_memory"))
         print(f"{name:<20}{median(seconds):>9.2f}{min(seconds):>9.2f}{max(seconds):>9.2f}{memory:>9.0f} MB{gpu:>9.0f} MB")
 
 

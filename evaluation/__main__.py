@@ -72,7 +72,7 @@ def make_parser():
     parser = OneLineParser(prog="python -m evaluation", description="Measure how good a trained model is.", allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help=f"folder of a run of train.py, or a {WEIGHTS}")
     parser.add_argument("--data_dir", help="folder where MNIST is, or is downloaded to (default: the run's, or ../data/)")
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of every random draw (default: 0)")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="random seed (default: 0)")
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA where there is one")
     return parser
 

@@ -12,7 +12,7 @@ BATCH = 250            # samples drawn at once
 SAMPLES = 10_000       # drawn for the log-likelihood and for the classifier
 SIGMA_IMAGES = 1_000   # the last ones of the training set, to choose the Parzen window's sigma on
 SEEN_IMAGES = 10_000   # of the other training images, to compare with: what a model does with images it was trained on
-SURE = 0.95            # confidence of the classifier from which on a sample counts as clear
+CONFIDENCE = 0.95      # of the classifier: the share of images that reach it is reported
 
 
 def evaluate(model, train_images, test_images, test_labels, seed=0, progress=lambda stage: None):
@@ -22,7 +22,7 @@ def evaluate(model, train_images, test_images, test_labels, seed=0, progress=lam
         model: see models.AdversarialAE. Its modes and random streams are put back after.
         train_images, test_images: [N, 1, 28, 28] in [-1, 1].
         test_labels: [N], of the digits 0 to 9.
-        seed: of every random draw.
+        seed: of all random numbers.
         progress: called with the name of each stage as it begins.
     Raises UserError where the model gives NaN, or samples that no Parzen window fits.
     """
@@ -78,13 +78,13 @@ def reconstruction_errors(reconstructions, images, labels):
 
 
 def prior_match(sets, seed):
-    """Return how far sets of codes [N, z_dim] are from the prior, and how far draws of it, as many as the first, seem to be."""
-    codes = next(iter(sets.values()))
+    """Return how far sets of codes [N, z_dim] are from the prior, and how far as many prior samples as the first has codes seem to be."""
+    first = next(iter(sets.values()))
     generator = torch.Generator().manual_seed((seed + 1) % 2**63)  # not the seed of the directions in ks_distance
-    _, perfect = torch.randn(2, *codes.shape, generator=generator).to(codes.device)
-    return {name: {"mean": own.double().mean(0).tolist(), "std": own.double().std(0).tolist(),
-                   "frechet": frechet_to_prior(own), "ks": ks_distance(own)}
-            for name, own in {**sets, "prior_draws": perfect}.items()}
+    _, perfect = torch.randn(2, *first.shape, generator=generator).to(first.device)
+    return {name: {"mean": codes.double().mean(0).tolist(), "std": codes.double().std(0).tolist(),
+                   "frechet": frechet_to_prior(codes), "ks": ks_distance(codes)}
+            for name, codes in {**sets, "prior_draws": perfect}.items()}
 
 
 def log_likelihood(samples, held_out, images):
@@ -104,16 +104,16 @@ def classifier_quality(sets):
     """Return how sets of images, a dict with one named test_images, look to the digit classifier.
 
     That is the squared Frechet distance of each one's features to those of the test images, the share of each label among
-    them, and the share that the classifier is sure of.
+    them, and the share on which the classifier's confidence is at least CONFIDENCE.
     """
     classifier = load_classifier(sets["test_images"].device)
     results = {name: features_and_probabilities(classifier, images) for name, images in sets.items()}
     test_features, _ = results["test_images"]
-    quality = {"sure_from_probability": SURE}
+    quality = {"sure_from_probability": CONFIDENCE}
     for name, (features, probabilities) in results.items():
         shares = probabilities.argmax(1).bincount(minlength=10).double() / len(probabilities)
         quality[name] = {"images": len(features), "frechet_to_test_images": frechet(features, test_features),
-                         "sure": (probabilities.amax(1) >= SURE).double().mean().item(),
+                         "sure": (probabilities.amax(1) >= CONFIDENCE).double().mean().item(),
                          "labels": {str(label): share for label, share in enumerate(shares.tolist())}}
     del quality["test_images"]["frechet_to_test_images"]  # of a set to itself
     return quality

@@ -1,7 +1,7 @@
 """How far samples, codes and features are from what they should be: functions of tensors, on any device that has float64.
 
-All of them are estimates from finitely many draws, so that even a perfect model does not get 0: compare with the same
-number for as many draws from the true distribution, as python -m evaluation does.
+All of them are estimates from finitely many samples, so that even a perfect model does not get 0: compare with the same
+number for as many samples from the true distribution, as python -m evaluation does.
 """
 
 import math
@@ -17,8 +17,8 @@ def ks_distance(codes, projections=200, seed=0):
     """Return the mean Kolmogorov-Smirnov distance in [0, 1] between projections of codes [N, z_dim] and N(0, 1).
 
     Each projection is onto a direction drawn uniformly from the unit sphere, the same ones for the same seed. The distance
-    is the largest difference between the projected codes' distribution function and the normal one. For N draws from the
-    prior it is 0.869 / sqrt(N) on average, the mean of Kolmogorov's distribution.
+    is the largest difference between the projected codes' distribution function and the normal one. For N prior
+    samples it is 0.869 / sqrt(N) on average, the mean of Kolmogorov's distribution.
     """
     directions = torch.randn(codes.shape[1], projections, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     directions = (directions / directions.norm(dim=0)).to(codes.device)

@@ -50,8 +50,8 @@ def save_summary(model, epoch, summary_writer, data, settings, means):
         summary_writer.add_embedding(codes[:1000], data.test_labels[:1000].tolist(),
                                      (data.test_images[:1000].cpu() + 1) / 2, epoch, "codes")
         results |= {f"final/test_{name}": value for name, value in values.items()}
-    shown = {name: settings[name] for name in HYPERPARAMETERS}
-    for summary in hparams(shown, results):  # SummaryWriter.add_hparams would make a second run of them
+    hyperparameters = {name: settings[name] for name in HYPERPARAMETERS}
+    for summary in hparams(hyperparameters, results):  # SummaryWriter.add_hparams would make a second run of them
         summary_writer.file_writer.add_summary(summary)
     for name, value in results.items():
         summary_writer.add_scalar(name, value, epoch)

@@ -47,15 +47,15 @@ def draw_reconstructions(model, images, labels, rows=4):
     chosen = torch.stack([first_of(labels, label, rows) for label in labels.unique()], 1)
     lines = []
     for row in chosen:
-        shown = images[row].to(model.device)
-        lines += [shown, model(shown)[0]]
+        originals = images[row].to(model.device)
+        lines += [originals, model(originals)[0]]
     return grid(torch.cat(lines), chosen.shape[1])
 
 
 def first_of(labels, label, count):
     """Return the indices [count] of the first images with a label; with fewer ones, the last is repeated."""
-    found = (labels == label).nonzero()[:count, 0]
-    return torch.cat([found, found[-1:].expand(count - len(found))])
+    indices = (labels == label).nonzero()[:count, 0]
+    return torch.cat([indices, indices[-1:].expand(count - len(indices))])
 
 
 def draw_interpolations(model, images, labels, steps=10):
@@ -75,7 +75,7 @@ def interpolate(start, end, fractions):
     """Return codes [N, z_dim] at fractions [N] of the way from one code [z_dim] to another along the sphere.
 
     The direction turns at constant speed (Shoemake 1985, "Animating rotation with quaternion curves") and the
-    norm changes at constant speed. Draws of N(0, I) have norms near sqrt(z_dim); a straight line between two of them passes
+    norm changes at constant speed. Samples of N(0, I) have norms near sqrt(z_dim); a straight line between two of them passes
     through norms that are rare.
     """
     fractions = fractions[:, None]

@@ -181,6 +181,6 @@ class Run:
 
 def describe(means):
     """Return the losses and the accuracy, as far as they are known, as text for people."""
-    shown = [f"{name} {means[name]:.4f}" for name in ("recon_loss", "gen_loss", "disc_loss") if name in means]
-    shown += [f"accuracy {means['accuracy']:.1%}"] if "accuracy" in means else []
-    return ", ".join(shown) or "no losses reported"
+    texts = [f"{name} {means[name]:.4f}" for name in ("recon_loss", "gen_loss", "disc_loss") if name in means]
+    texts += [f"accuracy {means['accuracy']:.1%}"] if "accuracy" in means else []
+    return ", ".join(texts) or "no losses reported"

@@ -194,7 +194,7 @@ class Data(Group):
     def test_silent_network_is_given_up(self):
         with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection and never answers
             self.mirrors(f"http://127.0.0.1:{silent.getsockname()[1]}/")
-            with mock.patch.object(self.mnist, "PATIENCE", 1), \
+            with mock.patch.object(self.mnist, "TIMEOUT", 1), \
                     self.assertRaisesRegex(self.mnist.MissingData, "no answer|timed out"):
                 self.mnist.load_mnist(self.root)
 
@@ -203,7 +203,7 @@ class Data(Group):
         ended = threading.Event()
         self.addCleanup(ended.set)
         with mock.patch("socket.getaddrinfo", side_effect=lambda *args: ended.wait()), \
-                mock.patch.object(self.mnist, "PATIENCE", 1):
+                mock.patch.object(self.mnist, "TIMEOUT", 1):
             with self.assertRaisesRegex(self.mnist.MissingData, "no answer"):
                 self.mnist.load_mnist(self.root)
 
@@ -217,8 +217,8 @@ class Data(Group):
                 self.assertRaisesRegex(self.mnist.MissingData, "not complete"):
             self.mnist.load_mnist(self.root)
 
-    def test_patience_is_below_20_seconds(self):
-        self.assertLess(self.mnist.PATIENCE, 20)
+    def test_timeout_is_below_20_seconds(self):
+        self.assertLess(self.mnist.TIMEOUT, 20)
 
     def test_missing_files_without_download(self):
         with self.assertRaisesRegex(self.mnist.MissingData, "switched off"):

@@ -82,7 +82,7 @@ class Evaluation(TrainGroup):
         with torch.no_grad():
             seen = model.encoder(self.mnist.load_digits(train=True)[0][:749])
         self.check_close(match["training_codes"]["mean"][1], seen[:, 1].double().mean(), "the training codes' mean is wrong")
-        self.check_close(match["prior_draws"]["ks"], 0.8687 / math.sqrt(299), "the prior's draws are not from the prior", 0.03)
+        self.check_close(match["prior_draws"]["ks"], 0.8687 / math.sqrt(299), "the prior samples are not from the prior", 0.03)
         self.assertEqual((metrics["test_images"], metrics["z_dim"], metrics["trained_on"]), (299, 2, "digits"))
         self.assertRegex(out, r"(?s)z_dim 2, deterministic encoder, residual networks, 299 test images of the bundled digits.*"
                               r"Parzen log-likelihood of.*  nats +-?\d+\.\d \+- \d+\.\d")
@@ -118,14 +118,14 @@ class Evaluation(TrainGroup):
     def test_log_likelihood_is_compared_with_that_of_training_images(self):
         model, (images, labels) = self.models.AdversarialAE(z_dim=2), self.mnist.load_digits()
         with mock.patch.object(self.measures, "SAMPLES", 300):
-            found = self.measures.evaluate(model, images, images[-300:], labels[-300:])["log_likelihood"]
+            likelihood = self.measures.evaluate(model, images, images[-300:], labels[-300:])["log_likelihood"]
         with torch.no_grad():
             reconstructions = model.eval()(images[:749])[0]
         for name, windows in (("training_images", images[:749]), ("training_reconstructions", reconstructions)):
             expected = self.measures.log_likelihood(windows, images[749:], images[-300:])
-            self.assertEqual(found[name]["samples"], 749)
-            self.check_close(found[name]["mean"], expected["mean"], f"the log-likelihood with {name} is wrong")
-        self.assertGreater(found["training_images"]["mean"], found["training_reconstructions"]["mean"] + 10)
+            self.assertEqual(likelihood[name]["samples"], 749)
+            self.check_close(likelihood[name]["mean"], expected["mean"], f"the log-likelihood with {name} is wrong")
+        self.assertGreater(likelihood["training_images"]["mean"], likelihood["training_reconstructions"]["mean"] + 10)
 
     def test_log_likelihood_is_that_of_images_in_0_1(self):
         images, _ = self.mnist.load_digits()
@@ -144,12 +144,12 @@ class Evaluation(TrainGroup):
         distances = [quality[name]["frechet_to_test_images"] for name in ("good", "threes", "noise")]
         self.assertLess(5 * distances[0], min(distances[1:]), distances)
         self.assertGreater(quality["threes"]["labels"]["3"], 0.8)
-        for own in (quality["good"], quality["noise"]):
-            self.check_close(sum(own["labels"].values()), 1, "the shares of the labels do not add up to 1")
+        for name in ("good", "noise"):
+            self.check_close(sum(quality[name]["labels"].values()), 1, "the shares of the labels do not add up to 1")
         classifier = self.classifier.load_classifier()
         with torch.no_grad():
-            sure = (classifier(images[:500]).softmax(1).amax(1) >= 0.95).double().mean()
-        self.check_close(quality["good"]["sure"], sure, "the share that the classifier is sure of is wrong")
+            confident = (classifier(images[:500]).softmax(1).amax(1) >= 0.95).double().mean()
+        self.check_close(quality["good"]["sure"], confident, "the share of confidences of at least 0.95 is wrong")
 
     def test_same_seed_same_numbers(self):
         run = self.a_run()
@@ -186,8 +186,8 @@ class Evaluation(TrainGroup):
 
     def test_nearest_training_image(self):
         images, _ = self.mnist.load_digits()
-        found = self.pictures.nearest(images[[700, 3]] + 0.1 * images_like_mnist(2), images)
-        self.assertTrue(torch.equal(found, images[[700, 3]]))
+        neighbours = self.pictures.nearest(images[[700, 3]] + 0.1 * images_like_mnist(2), images)
+        self.assertTrue(torch.equal(neighbours, images[[700, 3]]))
 
     def test_manifold_has_the_prior_quantiles(self):
         model = TinyAAE()
@@ -216,8 +216,8 @@ class Evaluation(TrainGroup):
             run = self.a_run(**dict(zip(("posterior", "networks"), kind)))
             model, path = self.models.AdversarialAE(3, *kind), run / "checkpoints" / "model_checkpoint.pt"
             torch.save(model.state_dict(), path)
-            found = self.model_files.settings_from_weights(path, model.state_dict())
-            for settings in (self.metrics_of(run)[0], found):
+            inferred = self.model_files.settings_from_weights(path, model.state_dict())
+            for settings in (self.metrics_of(run)[0], inferred):
                 self.assertEqual((settings["posterior"], settings["networks"]), kind)
 
     def test_older_runs_have_base_networks(self):

@@ -96,21 +96,21 @@ class Hardware(TrainGroup):
             return values
 
         @contextlib.contextmanager
-        def graph(one):
-            capturing.append(one)
+        def capture(graph):
+            capturing.append(graph)
             yield
-            capturing.remove(one)
+            capturing.remove(graph)
 
         batches = [torch.arange(start, start + count).float() for start in range(0, 600, 100) for count in (4, 4, 3)]
-        with mock.patch.multiple("torch.cuda", CUDAGraph=Graph, graph=graph, Stream=mock.Mock(), stream=mock.MagicMock(),
+        with mock.patch.multiple("torch.cuda", CUDAGraph=Graph, graph=capture, Stream=mock.Mock(), stream=mock.MagicMock(),
                                  current_stream=mock.Mock()):
             captured = self.cuda_graph.CapturedStep(step)
             sums = [float(captured(batch)) for batch in batches]
             with mock.patch("torch.cuda.graph", side_effect=RuntimeError("copy")), \
                     self.assertRaisesRegex(self.commandline.UserError, r"\(copy\)"):
-                one = self.cuda_graph.CapturedStep(lambda x: x)
+                refused = self.cuda_graph.CapturedStep(lambda x: x)
                 for _ in range(4):
-                    one(batches[0])
+                    refused(batches[0])
         self.assertEqual(trained, [batch.tolist() for batch in batches])
         self.assertEqual(sums, [float(batch.sum()) for batch in batches])
 
@@ -174,7 +174,7 @@ class Cuda(TrainGroup):
             self.check_close(values[1], values[0], f"{'/'.join(names)} on CUDA is not that on the CPU", 1e-3)
 
     def trained_for_200_steps(self, capturable):
-        """Return weights and values after 200 steps, captured or not; batches of two sizes, the same draws."""
+        """Return weights and values after 200 steps, captured or not; batches of two sizes, the same random numbers."""
         torch.manual_seed(0)
         model, images = self.models.AdversarialAE().cuda(), images_like_mnist(64).cuda()
         model.capturable = capturable

@@ -82,7 +82,7 @@ class TimeLimit(Group):
             with self.assertRaisesRegex(AssertionError, "not run, for one did not end"):
                 unittests.limit("two", self.addCleanup)
         failures, _ = mark(planted("plain"), "test_14")
-        self.check("not run, for one" in "".join(failures.values()), f"Mistakes goes on after an Overrun: {failures}")
+        self.check("not run, for one" in "".join(failures.values()), f"Mistakes continues after an Overrun: {failures}")
 
 
 def print_table():

@@ -80,8 +80,8 @@ class Promises(ModelGroup):
             self.assertTrue(all(weight.grad is None for weight in model.encoder.parameters()), posterior)
             with torch.no_grad():
                 again, evaluated = model.encoder(x), [model.eval().encoder(x) for _ in range(2)]
-            for one, other in ((z, again), evaluated):
-                self.assertEqual(torch.equal(one, other), posterior == "deterministic", posterior)
+            for codes, repeated in ((z, again), evaluated):
+                self.assertEqual(torch.equal(codes, repeated), posterior == "deterministic", posterior)
         self.assertRaises(KeyError, self.models.AdversarialAE, posterior="normal")
         self.assertRaises(ValueError, self.models.AdversarialAE, networks="other")
 

@@ -98,7 +98,7 @@ class Resume(ResumeGroup):
             self.assert_same_run(run, whole)
             self.assertEqual(json.loads((run / "hparams.json").read_text())["posterior"], posterior)
 
-    def test_saved_weights_are_the_average_and_training_goes_on_with_the_others(self):
+    def test_saved_weights_are_the_average_and_training_continues_with_the_others(self):
         runs = {decay: self.train_quietly("--epochs", "3", "--averaging", decay) for decay in ("0", "0.9")}
         (last, last_saved), (averaged, averaged_saved) = runs.values()
         states = [self.checkpoint.load_state(run) for run in (last, averaged)]
@@ -135,7 +135,7 @@ class Resume(ResumeGroup):
         self.assertIn("done:", out)
         self.assert_same_contents(run_contents(run), before)
 
-    def test_killed_run_goes_on_from_its_checkpoint(self):
+    def test_killed_run_is_resumed_from_its_checkpoint(self):
         whole, _ = self.train_quietly("--epochs", "3", "--checkpoint_every", "1")
         log_dir = self.folder()
         save_state, count = runs.run.save_state, iter(range(100))
@@ -157,7 +157,7 @@ class Resume(ResumeGroup):
         self.assert_same_run(run, whole)
         self.assertEqual(list(run.rglob("*.tmp")), [])
 
-    def test_signals_have_their_exit_status_and_the_command_to_go_on(self):
+    def test_signals_have_their_exit_status_and_the_command_to_resume(self):
         for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
             if not hasattr(signal, name):
                 continue
@@ -187,14 +187,14 @@ class Resume(ResumeGroup):
     def test_ignored_signals_stay_ignored(self):
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.addCleanup(signal.signal, signal.SIGINT, before)
-        with self.signals.stop_signals() as received:
+        with self.signals.stop_signals() as pending_signals:
             signal.raise_signal(signal.SIGINT)
-        self.assertEqual(received, [])
+        self.assertEqual(pending_signals, [])
 
     def test_second_interrupt_stops_at_once(self):
-        with self.signals.stop_signals() as received:
+        with self.signals.stop_signals() as pending_signals:
             signal.raise_signal(signal.SIGINT)
-            self.assertEqual(received, [signal.SIGINT])
+            self.assertEqual(pending_signals, [signal.SIGINT])
             with self.assertRaises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
 

@@ -96,7 +96,7 @@ class WholeRun(TrainGroup):
             model.encoder.net[-1].bias.fill_(math.inf)
         self.train.save_measurements(model, 1, self.writer(), images)
 
-    def test_without_test_files_a_run_goes_on_with_a_warning(self):
+    def test_without_test_files_a_run_continues_with_a_warning(self):
         for error in (self.mnist.MissingData("gone"), self.mnist.DamagedData("gone")):
             with mock.patch.object(self.data, "load_digits", side_effect=error), \
                     contextlib.redirect_stderr(io.StringIO()) as err:

@@ -125,9 +125,9 @@ def report_error(program, error, memory_advice, disk_advice):
 
 def gpu_memory_message(memory_advice):
     """Return what to do about a GPU that is full or busy; `memory_advice` only where this process itself has filled it."""
-    own, total = 0, 1
+    reserved, total = 0, 1
     with contextlib.suppress(RuntimeError, AssertionError):  # a GPU that cannot be asked
-        own, total = torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(0).total_memory
-    if own > total / 2:
+        reserved, total = torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(0).total_memory
+    if reserved > total / 2:
         return f"the GPU has not enough memory; {memory_advice}, or --no-cuda"
     return "the GPU's memory is full, or another program has it for itself; end the other programs there, or use --no-cuda"

@@ -14,7 +14,7 @@ class CapturedStep:
 
     `step` takes a batch on the device and returns tensors in lists or dicts. It may neither copy between host and device
     nor depend on a value. The first WARM_UP calls for a size run it as it is, and are training steps like all others;
-    capturing runs nothing. What a call returns is overwritten by the next. Random draws are new at each replay.
+    capturing runs nothing. What a call returns is overwritten by the next. Random numbers are new at each replay.
 
     See https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs for the rules.
     """

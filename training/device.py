@@ -53,10 +53,10 @@ def device_name(device):
 def cpuinfo(name):
     """Return what Linux says of the first processor under this name; empty where it says nothing, or is not Linux."""
     try:
-        found = re.search(rf"^{name}\s*: (.+)", CPUINFO.read_text(), re.MULTILINE)
+        match = re.search(rf"^{name}\s*: (.+)", CPUINFO.read_text(), re.MULTILINE)
     except OSError:
-        found = None
-    return found[1] if found else ""
+        match = None
+    return match[1] if match else ""
 
 
 def set_precision(precision, device):
