@@ -70,8 +70,8 @@ def digits(batch_size=64, train=True, device="cpu"):
 class BatchLoader:
     """Batches of tensors that sit in memory. An epoch's order follows from torch's seed at construction and its number.
 
-    Attributes: `dataset`, a TensorDataset of (images, labels); `batch_size`; `epoch`, the number of the next one, from 0;
-    `skip`, how many of its batches are left out.
+    Attributes: `dataset`, a TensorDataset of (images, labels); `batch_size`; `epoch`, the number of the next one, from
+    0; `skip`, how many of its batches are left out.
     """
 
     def __init__(self, images, labels, batch_size, shuffle=True, device="cpu"):

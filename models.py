@@ -60,16 +60,18 @@ class GaussianEncoder(ConvEncoder):
 
 
 class UniversalEncoder(ConvEncoder):
-    """Images to codes drawn from q(z|x) of any form: noise from N(0, I) is a further input (Makhzani et al., section 2).
+    """Images to codes drawn from q(z|x) of any form: noise from N(0, I) is an input too (Makhzani et al., section 2).
 
-    It joins the image's HIDDEN features, and a hidden layer mixes the two. Every call draws anew, also in evaluation mode.
+    It joins the image's HIDDEN features, and a hidden layer mixes the two. Every call draws anew, in any mode.
     """
 
     HIDDEN, NOISE = 128, 16
 
     def __init__(self, z_dim, networks="residual"):
         super().__init__(self.HIDDEN, networks)
-        self.mix = nn.Sequential(nn.Linear(self.HIDDEN + self.NOISE, self.HIDDEN), nn.ReLU(), nn.Linear(self.HIDDEN, z_dim))
+        self.mix = nn.Sequential(
+            nn.Linear(self.HIDDEN + self.NOISE, self.HIDDEN), nn.ReLU(),
+            nn.Linear(self.HIDDEN, z_dim))
 
     def forward(self, x):
         features = F.relu(self.net(x))
@@ -92,7 +94,7 @@ class ConvDecoder(nn.Module):
             *conv_block(nn.Conv2d, 32, 32, base),
             nn.ConvTranspose2d(32, 1, 3, stride=2, padding=1, output_padding=1),    # 14x14 -> 28x28
             nn.Tanh())
-        # Start at MNIST's mean pixel: from a brighter start, the first steps drive tanh into -1, where no gradient is left.
+        # Start at MNIST's mean pixel: from a brighter start, the first steps drive tanh to -1, where gradients vanish.
         nn.init.constant_(self.net[-2].bias, math.atanh(-0.74))
 
     def forward(self, z):
@@ -100,7 +102,7 @@ class ConvDecoder(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Latent codes [B, z_dim] to logits [B, 1]: above 0 for "drawn from the prior", below 0 for "made by the encoder"."""
+    """Latent codes [B, z_dim] to logits [B, 1]: above 0 for "from the prior", below 0 for "made by the encoder"."""
 
     def __init__(self, z_dim):
         super().__init__()
@@ -125,7 +127,7 @@ def is_base(networks):
 
 
 def conv_block(layer, channels_in, channels_out, base, **settings):
-    """Return a 3x3 convolution, plain or transposed; then a ReLU for the base networks, else normalisation and a SiLU."""
+    """Return a 3x3 convolution, plain or transposed; then a ReLU in the base networks, else batch norm and SiLU."""
     convolution = layer(channels_in, channels_out, 3, padding=1, bias=base, **settings)  # BatchNorm2d would undo a bias
     return [convolution, nn.ReLU()] if base else [convolution, nn.BatchNorm2d(channels_out), nn.SiLU()]
 
@@ -133,8 +135,8 @@ def conv_block(layer, channels_in, channels_out, base, **settings):
 def fully_connected(inputs, outputs, base):
     """Return the layers between convolutions and code: a linear one in the base networks, else a residual perceptron.
 
-    To match the prior, the encoder has to move the clusters of the ten digits until no gap is left between them, and the
-    decoder has to undo that. One linear layer cannot.
+    To match the prior, the encoder has to move the clusters of the ten digits until no gap is left between them, and
+    the decoder has to undo that. One linear layer cannot.
     """
     if base:
         return [nn.Linear(inputs, outputs)]
@@ -142,7 +144,7 @@ def fully_connected(inputs, outputs, base):
 
 
 class ResidualBlock(nn.Module):
-    """Features [B, WIDTH] plus a perceptron of them (He et al., "Identity mappings in deep residual networks", 2016)."""
+    """Features [B, WIDTH] plus a perceptron of them (He et al. 2016, "Identity mappings in deep residual networks")."""
 
     def __init__(self):
         super().__init__()
@@ -162,8 +164,8 @@ class AdversarialAE(nn.Module):
     `posterior` names the encoder's q(z|x), one of ENCODERS: a function of the image alone, Gaussian, or of any form.
     `networks`, one of NETWORKS, says how encoder and decoder are built.
 
-    `sample` draws from `sample_stream`, a torch.Generator on the CPU. Its seed follows from torch's at construction; later,
-    sample_stream.manual_seed sets it.
+    `sample` draws from `sample_stream`, a torch.Generator on the CPU. Its seed follows from torch's at construction;
+    later, sample_stream.manual_seed sets it.
     """
 
     capturable = True  # the losses copy nothing between host and device, so that a CUDA graph can hold them

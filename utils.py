@@ -49,5 +49,5 @@ def to_numbers(values):
     if tensors:
         device = next(iter(tensors.values())).device
         numbers = torch.stack([value.to(device).reshape(()) for value in tensors.values()]).tolist()
-        values = {**values, **dict(zip(tensors, numbers))}
+        values = {**values, **dict(zip(tensors, numbers, strict=True))}
     return {name: float(value) for name, value in values.items()}

@@ -1,8 +1,8 @@
 """Show what each change to the base networks and their training brings:  python benchmarks/ablation.py
 
-Every variant is trained on the first 55,000 training images of MNIST and measured, as python -m evaluation measures, on the last 5,000:
-the test set takes no part in any choice. docs/ABLATION.md has the figures of all that was tried. What is finished is kept in
---results and not repeated.
+Every variant is trained on the first 55,000 training images of MNIST and measured, as python -m evaluation measures,
+on the last 5,000: the test set takes no part in any choice. docs/ABLATION.md has the figures of all that was tried.
+What is finished is kept in --results and not repeated.
 """
 
 import argparse
@@ -34,7 +34,8 @@ from training.options import BASE
 from training.statistics import LossStatistics
 
 HELD_OUT = 5_000  # of the training images
-COLUMNS = {"held-out MSE": "mse", "KS": "ks", "Fréchet, samples": "samples", "Fréchet, reconstructions": "reconstructions",
+COLUMNS = {"held-out MSE": "mse", "KS": "ks", "Fréchet, samples": "samples",
+           "Fréchet, reconstructions": "reconstructions",
            "Parzen, nats": "parzen", "discriminator accuracy": "accuracy"}
 
 
@@ -138,7 +139,7 @@ def run_variant(name, args, seed, device):
 
 
 def train_variant(model, loader, flags, name):
-    """Train as train.py does; return the discriminator's accuracy over the last epoch, and the model of averaged weights."""
+    """Train as train.py does; return the discriminator's accuracy in the last epoch, and the weight-averaged model."""
     optimizers, ema = train.build_optimizers(model, flags), train.EMA(model, flags.averaging)
     step, statistics = train.build_step(model, *optimizers, flags), LossStatistics()
     with tqdm(total=flags.epochs * len(loader), desc=name, leave=False, disable=None) as bar:
@@ -170,7 +171,8 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
     parser.add_argument("--data_dir", default=str(PROJECT.parent / "data"), help="folder where MNIST is")
-    parser.add_argument("--results", type=Path, default=PROJECT / "AAE_logs" / "ablation.json", help="file of what is finished")
+    parser.add_argument("--results", type=Path, default=PROJECT / "AAE_logs" / "ablation.json",
+                        help="file of what is finished")
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA")
     args = parser.parse_args()
     device = choose_device(args.no_cuda, mps=False)
@@ -178,7 +180,8 @@ def main():
     try:
         finished = json.loads(args.results.read_text()) if args.results.is_file() else {}
     except ValueError as error:
-        sys.exit(f"ablation.py: error: {args.results} is damaged ({error}); delete it, or name another file with --results")
+        sys.exit(f"ablation.py: error: {args.results} is damaged ({error}); delete it, or name another file "
+                 f"with --results")
     results = {name: {} for name in args.only}
     try:
         set_precision(args.precision, device)

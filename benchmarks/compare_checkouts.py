@@ -111,7 +111,7 @@ def pairs_of_runs(setting, old, new):
     if setting == "stopped":
         resumed = both(lambda checkout: checkout.resumed(checkout.stopped()), old, new)
         return [(f"{stopped.name} stopped, {uninterrupted.name} not: ", run, whole)
-                for stopped, run in zip((old, new), resumed)
+                for stopped, run in zip((old, new), resumed, strict=True)
                 for uninterrupted, whole in ((old, before), (new, after))]
     return [("", new.resumed(old.stopped()) if setting == "old-to-new" else after, before)]
 
@@ -202,7 +202,7 @@ def print_table(rows):
     rows = [["setting", "files and values compared", "differing", "md5 of the weights"], *rows]
     widths = [max(len(cells[column]) for cells in rows) for column in range(4)]
     for cells in rows:
-        print(" | ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
+        print(" | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
 
 
 def main():

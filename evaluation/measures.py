@@ -35,7 +35,7 @@ def evaluate(model, train_images, test_images, test_labels, seed=0, progress=lam
         seen_reconstructions, seen_codes = reconstruct(model, seen)
         if not (codes.isfinite().all() and reconstructions.isfinite().all()):
             raise UserError("the model's codes or reconstructions are NaN or infinite: its training has diverged; name "
-                                  "another run")
+                            "another run")
         reconstruction = reconstruction_errors(reconstructions, test_images, test_labels)
         progress("prior match")
         match = prior_match({"codes": codes, "training_codes": seen_codes}, seed)
@@ -53,9 +53,10 @@ def evaluate(model, train_images, test_images, test_labels, seed=0, progress=lam
 
 
 def split_training_images(images):
-    """Return SEEN_IMAGES of the training images, in even steps from the first one, or fewer, and the SIGMA_IMAGES last ones.
+    """Return SEEN_IMAGES of the training images, or fewer, in even steps from the first, and the SIGMA_IMAGES last.
 
-    In MNIST those are every fifth of 50,000: neither 10,000 in a row nor every second one are like the rest (docs/ABLATION.md).
+    In MNIST the former are every fifth of 50,000: neither 10,000 in a row nor every second one are like the rest, as
+    docs/ABLATION.md shows.
     """
     last = min(SIGMA_IMAGES, len(images) // 2)
     rest = images[:-last]
@@ -73,12 +74,15 @@ def draw_samples(model, count, seed):
 def reconstruction_errors(reconstructions, images, labels):
     """Return the mean squared error over images and pixels in [-1, 1], of all images and of those of each label."""
     errors = (reconstructions - images).square().flatten(1).mean(1).double().cpu()
-    return {"mse": errors.mean().item(),
-            "mse_per_label": {str(label): errors[labels.cpu() == label].mean().item() for label in labels.unique().tolist()}}
+    per_label = {str(label): errors[labels.cpu() == label].mean().item() for label in labels.unique().tolist()}
+    return {"mse": errors.mean().item(), "mse_per_label": per_label}
 
 
 def prior_match(sets, seed):
-    """Return how far sets of codes [N, z_dim] are from the prior, and how far as many prior samples as the first has codes seem to be."""
+    """Return how far sets of codes [N, z_dim] are from the prior, by the name of each.
+
+    prior_draws are prior samples, as many as the first set has codes: what a perfect match would give.
+    """
     first = next(iter(sets.values()))
     generator = torch.Generator().manual_seed((seed + 1) % 2**63)  # not the seed of the directions in ks_distance
     _, perfect = torch.randn(2, *first.shape, generator=generator).to(first.device)
@@ -88,13 +92,13 @@ def prior_match(sets, seed):
 
 
 def log_likelihood(samples, held_out, images):
-    """Return the Parzen log-likelihood in nats of images, with the sigma that is best for `held_out`; all in [-1, 1]."""
+    """Return the Parzen log-likelihood in nats of images with the sigma that is best for `held_out`, all in [-1, 1]."""
     samples, held_out, images = ((part + 1) / 2 for part in (samples, held_out, images))
     try:
         sigma = choose_sigma(samples, held_out)
     except ValueError as error:
         raise UserError(f"no log-likelihood can be had of such samples ({error}): the model is not trained, or has "
-                              f"diverged; name another run") from None
+                        f"diverged; name another run") from None
     values = parzen_log_likelihood(samples, images, sigma)
     return {"mean": values.mean().item(), "standard_error": values.std().item() / len(values)**0.5, "sigma": sigma,
             "samples": len(samples), "sigma_images": len(held_out)}
@@ -103,8 +107,8 @@ def log_likelihood(samples, held_out, images):
 def classifier_quality(sets):
     """Return how sets of images, a dict with one named test_images, look to the digit classifier.
 
-    That is the squared Frechet distance of each one's features to those of the test images, the share of each label among
-    them, and the share on which the classifier's confidence is at least CONFIDENCE.
+    That is the squared Frechet distance of each set's features to those of the test images, the share of each label
+    among them, and the share of images on which the classifier's confidence is at least CONFIDENCE.
     """
     classifier = load_classifier(sets["test_images"].device)
     results = {name: features_and_probabilities(classifier, images) for name, images in sets.items()}

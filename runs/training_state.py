@@ -51,10 +51,11 @@ class TrainingState:
                 load_optimizer(self.parts[name], state[name])
             for name in self.OTHERS:
                 self.parts[name].load_state_dict(state[name])
-            self.epoch, self.steps, self.means, self.earlier = (state[name] for name in ("epoch", "steps", "means", "seconds"))
+            self.epoch, self.steps = state["epoch"], state["steps"]
+            self.means, self.earlier = state["means"], state["seconds"]
             if self.steps:
-                self.statistics.load_state_dict({"epoch": self.epoch + 1, "steps": self.steps, "totals": state["totals"],
-                                                 "counts": state.get("counts", {})})
+                self.statistics.load_state_dict({"epoch": self.epoch + 1, "steps": self.steps,
+                                                 "totals": state["totals"], "counts": state.get("counts", {})})
             streams = dict(state["random"])
             if "device" in differing:
                 streams.pop("device", None)
@@ -63,8 +64,8 @@ class TrainingState:
             raise CheckpointError(f"the checkpoint does not fit models.py or train.py as they are now: "
                                   f"{' '.join(str(error).split())[:200]}") from None
         for name in differing:
-            warn(f"the run began with {state['settings'][name]} and continues with {settings[name]} ({name}): the results "
-                 f"may not be the same to the last bit")
+            warn(f"the run began with {state['settings'][name]} and continues with {settings[name]} ({name}): the "
+                 f"results may not be the same to the last bit")
 
     def _types(self):
         """Return the names of the optimizers' classes, whose states do not say whose they are."""

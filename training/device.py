@@ -25,18 +25,18 @@ def setup_device(args):
     except PrecisionError:
         if not args.resume:
             raise
-        raise UserError(f"{args.resume} was trained with --precision {args.precision}, which this device cannot do well; "
-                        f"resume it where it began") from None
+        raise UserError(f"{args.resume} was trained with --precision {args.precision}, which this device cannot do "
+                        f"well; resume it where it began") from None
     keep_freed_memory()
     return device
 
 
 def choose_device(no_cuda=False, deterministic=False, mps=True):
-    """Return the device to compute on: CUDA unless `no_cuda`, else Apple's MPS, which lacks float64, if `mps`, else the CPU."""
+    """Return the device to compute on: CUDA unless `no_cuda`, else MPS if `mps` (it lacks float64), else the CPU."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # it finds mistakes, at the price of a kernel a tensor
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it finds mistakes, but costs a kernel a tensor
     if torch.cuda.is_available() and not no_cuda:
         return torch.device("cuda")
     return torch.device("mps" if mps and torch.backends.mps.is_available() else "cpu")
@@ -62,15 +62,16 @@ def cpuinfo(name):
 def set_precision(precision, device):
     """Compute float32 products on CUDA as `precision` ("fp32", "tf32" or "bf16") says, with TF32 for "tf32" alone.
 
-    For "bf16" the caller opens torch.autocast. It sets torch's flags for the whole process, after which torch's older ones
-    (allow_tf32) can no longer be read. Raises PrecisionError where the device has no units for the precision.
+    For "bf16" the caller opens torch.autocast. It sets torch's flags for the whole process, after which torch's older
+    ones (allow_tf32) can no longer be read. Raises PrecisionError where the device has no units for the precision.
     """
     ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if precision == "tf32" and not ampere:
-        raise PrecisionError("--precision tf32 needs an NVIDIA GPU of compute capability 8.0 or more; leave the flag out")
+        raise PrecisionError("--precision tf32 needs an NVIDIA GPU of compute capability 8.0 or more; "
+                             "leave the flag out")
     if precision == "bf16" and not (ampere or device.type == "cpu" and cpu_multiplies_bf16()):
-        raise PrecisionError("--precision bf16 would be slow here: it needs an NVIDIA GPU of compute capability 8.0 or more, "
-                             "or on Linux a processor with AMX or AVX512-BF16; leave the flag out")
+        raise PrecisionError("--precision bf16 would be slow here: it needs an NVIDIA GPU of compute capability 8.0 or "
+                             "more, or on Linux a processor with AMX or AVX512-BF16; leave the flag out")
     if device.type == "cuda":
         products = "tf32" if precision == "tf32" else "ieee"
         torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = products
