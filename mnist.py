@@ -36,7 +36,7 @@ MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
 DIGITS_FILE = Path(__file__).resolve().parent / "digits" / "digits.csv.gz"
 DIGITS_MD5 = "a0339c30a8a5312a1b6f9e5c719dcce5"
 
-PATIENCE = 12  # seconds that the mirrors together may be silent
+TIMEOUT = 12  # seconds that the mirrors together may be silent
 TRANSFER_LIMIT = 300  # seconds that one file of at most 10 MB may take, however steadily it trickles
 
 
@@ -70,8 +70,8 @@ def digits(batch_size=64, train=True, device="cpu"):
 class BatchLoader:
     """Batches of tensors that sit in memory. An epoch's order follows from torch's seed at construction and its number.
 
-    Attributes: `dataset`, a TensorDataset of (images, labels); `batch_size`; `epoch`, the number of the next one, from 0;
-    `skip`, how many of its batches are left out.
+    Attributes: `dataset`, a TensorDataset of (images, labels); `batch_size`; `epoch`, the number of the next one, from
+    0; `skip`, how many of its batches are left out.
     """
 
     def __init__(self, images, labels, batch_size, shuffle=True, device="cpu"):
@@ -195,7 +195,7 @@ def fetch_idx(name):
     failures = []
     for mirror in MNIST.mirrors:
         try:
-            content = gzip.decompress(fetch(f"{mirror}{name}.gz", PATIENCE / len(MNIST.mirrors)))
+            content = gzip.decompress(fetch(f"{mirror}{name}.gz", TIMEOUT / len(MNIST.mirrors)))
         except (OSError, EOFError, ValueError, zlib.error, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)  # what urllib wraps in its own
             failures.append(f"{mirror}: {getattr(reason, 'strerror', None) or reason}")
@@ -206,8 +206,8 @@ def fetch_idx(name):
     raise MissingData("; ".join(failures))
 
 
-def fetch(url, silence):
-    """Return the bytes at `url`; raise OSError when it fails, or no byte comes for `silence` seconds.
+def fetch(url, timeout):
+    """Return the bytes at `url`; raise OSError when it fails, or no byte comes for `timeout` seconds.
 
     A thread of its own does it, to be left behind if need be: looking up a host's name cannot be given a time limit.
     """
@@ -215,7 +215,7 @@ def fetch(url, silence):
 
     def receive():
         try:
-            with urllib.request.urlopen(url, timeout=silence) as response:
+            with urllib.request.urlopen(url, timeout=timeout) as response:
                 received.put(int(response.headers.get("Content-Length") or 0))
                 while not abandoned.is_set() and (chunk := response.read1(1 << 16)):
                     received.put(chunk)
@@ -225,20 +225,20 @@ def fetch(url, silence):
 
     threading.Thread(target=receive, daemon=True).start()
     try:
-        return collect(received, silence, f"downloading {url.rsplit('/', 1)[-1]}")
+        return collect(received, timeout, f"downloading {url.rsplit('/', 1)[-1]}")
     finally:
         abandoned.set()
 
 
-def collect(received, silence, title):
+def collect(received, timeout, title):
     """Join what `receive` puts in the queue: the size in bytes (0: unknown), the chunks, then b"" or an exception."""
     content, deadline = bytearray(), time.monotonic() + TRANSFER_LIMIT
     with tqdm(desc=title, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         while time.monotonic() < deadline:
             try:
-                item = received.get(timeout=silence)
+                item = received.get(timeout=timeout)
             except queue.Empty:
-                raise TimeoutError(f"no answer within {silence:g} s") from None
+                raise TimeoutError(f"no answer within {timeout:g} s") from None
             if isinstance(item, Exception):
                 raise item
             if isinstance(item, int):

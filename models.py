@@ -1,8 +1,8 @@
 """The networks of an adversarial autoencoder for 28x28 images, and its losses.
 
 Makhzani et al., "Adversarial Autoencoders", arXiv:1511.05644. An encoder E and a decoder R are trained to reconstruct
-images, while a discriminator D learns to tell codes E(x) from draws of the prior N(0, I) and the encoder learns to
-deceive it. With V = E_x[log(1 - D(E(x)))] + E_z[log D(z)], the two play
+images, while a discriminator D learns to tell codes E(x) from samples of the prior N(0, I) and the encoder learns
+to deceive it. With V = E_x[log(1 - D(E(x)))] + E_z[log D(z)], the two play
 
     min over E, R of { (1 - lambda) max over D of V(D, E) + lambda E_x ||x - R(E(x))||^2 }.
 
@@ -28,11 +28,11 @@ class ConvEncoder(nn.Module):
         super().__init__()
         base = is_base(networks)
         self.net = nn.Sequential(
-            *stage(nn.Conv2d, 1, 32, base, stride=2),   # 28x28 -> 14x14
-            *stage(nn.Conv2d, 32, 32, base),
-            *stage(nn.Conv2d, 32, 64, base, stride=2),  # 14x14 -> 7x7
-            *stage(nn.Conv2d, 64, 64, base),
-            *stage(nn.Conv2d, 64, 64, base, stride=2),  # 7x7 -> 4x4
+            *conv_block(nn.Conv2d, 1, 32, base, stride=2),   # 28x28 -> 14x14
+            *conv_block(nn.Conv2d, 32, 32, base),
+            *conv_block(nn.Conv2d, 32, 64, base, stride=2),  # 14x14 -> 7x7
+            *conv_block(nn.Conv2d, 64, 64, base),
+            *conv_block(nn.Conv2d, 64, 64, base, stride=2),  # 7x7 -> 4x4
             nn.Flatten(),
             *fully_connected(64 * 4 * 4, z_dim, base))
 
@@ -60,16 +60,18 @@ class GaussianEncoder(ConvEncoder):
 
 
 class UniversalEncoder(ConvEncoder):
-    """Images to codes drawn from q(z|x) of any form: noise from N(0, I) is a further input (Makhzani et al., section 2).
+    """Images to codes drawn from q(z|x) of any form: noise from N(0, I) is an input too (Makhzani et al., section 2).
 
-    It joins the image's HIDDEN features, and a hidden layer mixes the two. Every call draws anew, also in evaluation mode.
+    It joins the image's HIDDEN features, and a hidden layer mixes the two. Every call draws anew, in any mode.
     """
 
     HIDDEN, NOISE = 128, 16
 
     def __init__(self, z_dim, networks="residual"):
         super().__init__(self.HIDDEN, networks)
-        self.mix = nn.Sequential(nn.Linear(self.HIDDEN + self.NOISE, self.HIDDEN), nn.ReLU(), nn.Linear(self.HIDDEN, z_dim))
+        self.mix = nn.Sequential(
+            nn.Linear(self.HIDDEN + self.NOISE, self.HIDDEN), nn.ReLU(),
+            nn.Linear(self.HIDDEN, z_dim))
 
     def forward(self, x):
         features = F.relu(self.net(x))
@@ -86,13 +88,13 @@ class ConvDecoder(nn.Module):
         self.net = nn.Sequential(
             *fully_connected(z_dim, 64 * 4 * 4, base), nn.ReLU() if base else nn.SiLU(),
             nn.Unflatten(1, (64, 4, 4)),
-            *stage(nn.ConvTranspose2d, 64, 64, base, stride=2),                     # 4x4 -> 7x7
-            *stage(nn.Conv2d, 64, 64, base),
-            *stage(nn.ConvTranspose2d, 64, 32, base, stride=2, output_padding=1),   # 7x7 -> 14x14
-            *stage(nn.Conv2d, 32, 32, base),
+            *conv_block(nn.ConvTranspose2d, 64, 64, base, stride=2),                     # 4x4 -> 7x7
+            *conv_block(nn.Conv2d, 64, 64, base),
+            *conv_block(nn.ConvTranspose2d, 64, 32, base, stride=2, output_padding=1),   # 7x7 -> 14x14
+            *conv_block(nn.Conv2d, 32, 32, base),
             nn.ConvTranspose2d(32, 1, 3, stride=2, padding=1, output_padding=1),    # 14x14 -> 28x28
             nn.Tanh())
-        # Start at MNIST's mean pixel: from a brighter start, the first steps drive tanh into -1, where no gradient is left.
+        # Start at MNIST's mean pixel: from a brighter start, the first steps drive tanh to -1, where gradients vanish.
         nn.init.constant_(self.net[-2].bias, math.atanh(-0.74))
 
     def forward(self, z):
@@ -100,7 +102,7 @@ class ConvDecoder(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Latent codes [B, z_dim] to logits [B, 1]: above 0 for "drawn from the prior", below 0 for "made by the encoder"."""
+    """Latent codes [B, z_dim] to logits [B, 1]: above 0 for "from the prior", below 0 for "made by the encoder"."""
 
     def __init__(self, z_dim):
         super().__init__()
@@ -124,8 +126,8 @@ def is_base(networks):
     return networks == "base"
 
 
-def stage(layer, channels_in, channels_out, base, **settings):
-    """Return a 3x3 convolution, plain or transposed; then a ReLU for the base networks, else normalisation and a SiLU."""
+def conv_block(layer, channels_in, channels_out, base, **settings):
+    """Return a 3x3 convolution, plain or transposed; then a ReLU in the base networks, else batch norm and SiLU."""
     convolution = layer(channels_in, channels_out, 3, padding=1, bias=base, **settings)  # BatchNorm2d would undo a bias
     return [convolution, nn.ReLU()] if base else [convolution, nn.BatchNorm2d(channels_out), nn.SiLU()]
 
@@ -133,16 +135,16 @@ def stage(layer, channels_in, channels_out, base, **settings):
 def fully_connected(inputs, outputs, base):
     """Return the layers between convolutions and code: a linear one in the base networks, else a residual perceptron.
 
-    To match the prior, the encoder has to move the clusters of the ten digits until no gap is left between them, and the
-    decoder has to undo that. One linear layer cannot.
+    To match the prior, the encoder has to move the clusters of the ten digits until no gap is left between them, and
+    the decoder has to undo that. One linear layer cannot.
     """
     if base:
         return [nn.Linear(inputs, outputs)]
-    return [nn.Linear(inputs, WIDTH), *(Residual() for _ in range(BLOCKS)), nn.SiLU(), nn.Linear(WIDTH, outputs)]
+    return [nn.Linear(inputs, WIDTH), *(ResidualBlock() for _ in range(BLOCKS)), nn.SiLU(), nn.Linear(WIDTH, outputs)]
 
 
-class Residual(nn.Module):
-    """Features [B, WIDTH] plus a perceptron of them (He et al., "Identity mappings in deep residual networks", 2016)."""
+class ResidualBlock(nn.Module):
+    """Features [B, WIDTH] plus a perceptron of them (He et al. 2016, "Identity mappings in deep residual networks")."""
 
     def __init__(self):
         super().__init__()
@@ -162,8 +164,8 @@ class AdversarialAE(nn.Module):
     `posterior` names the encoder's q(z|x), one of ENCODERS: a function of the image alone, Gaussian, or of any form.
     `networks`, one of NETWORKS, says how encoder and decoder are built.
 
-    `sample` draws from `sample_stream`, a torch.Generator on the CPU. Its seed follows from torch's at construction; later,
-    sample_stream.manual_seed sets it.
+    `sample` draws from `sample_stream`, a torch.Generator on the CPU. Its seed follows from torch's at construction;
+    later, sample_stream.manual_seed sets it.
     """
 
     capturable = True  # the losses copy nothing between host and device, so that a CUDA graph can hold them
@@ -189,11 +191,11 @@ class AdversarialAE(nn.Module):
         """Return the loss of encoder and decoder, a scalar, and a dict of it and its two parts, scalar tensors.
 
         ae_loss = lambda_ * recon_loss + (1 - lambda_) * gen_loss. recon_loss is the mean squared error over pixels;
-        gen_loss = -E_x[log D(E(x))], the non-saturating form of the encoder's part in the game (Goodfellow et al.,
+        gen_loss = -E_x[log D(E(x))], the non-saturating form of the encoder's adversarial term (Goodfellow et al.,
         arXiv:1406.2661, section 3). No gradient reaches the discriminator's weights.
         """
         recon_loss = F.mse_loss(recon_x, x)
-        gen_loss = cross_entropy(self._judge_with_fixed_weights(z_fake), REAL)
+        gen_loss = cross_entropy(self._frozen_discriminator_logits(z_fake), REAL)
         ae_loss = lambda_ * recon_loss + (1 - lambda_) * gen_loss
         return ae_loss, {"gen_loss": gen_loss, "recon_loss": recon_loss, "ae_loss": ae_loss}
 
@@ -215,7 +217,7 @@ class AdversarialAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, batch_size):
-        """Return images [batch_size, 1, 28, 28] in [-1, 1], decoded from draws of the prior, without gradients.
+        """Return images [batch_size, 1, 28, 28] in [-1, 1], decoded from prior samples, without gradients.
 
         No weight, statistic or mode of the model changes, and torch's own random stream, which training draws from,
         stays where it is. The codes are drawn on the CPU, so that they are the same on every device.
@@ -228,7 +230,7 @@ class AdversarialAE(nn.Module):
             for module, mode in modes:
                 module.training = mode
 
-    def _judge_with_fixed_weights(self, z):
+    def _frozen_discriminator_logits(self, z):
         """Return D(z), differentiable in z but not in the discriminator's weights."""
         weights = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
         return functional_call(self.discriminator, weights, z)

@@ -44,7 +44,7 @@ def generate_and_save(model, epoch, summary_writer, batch_size=64):
     The codes are the same at each call, so that one sees the digits take shape from epoch to epoch.
     """
     with evaluation_mode(model):
-        torch.manual_seed(SAMPLE_SEED)  # for a model that draws from torch's stream; ours has its own, which is restored
+        torch.manual_seed(SAMPLE_SEED)  # for a student's model, which draws from torch's stream; ours has its own
         samples = model.sample(batch_size)
     save_grid(samples, 8, "samples", epoch, summary_writer, f"Prior_samples/samples_epoch_{epoch}.png")
 
@@ -97,7 +97,7 @@ def train_aae(epoch, model, train_loader, logger_ae, logger_disc, optimizer_ae, 
 
 
 def train_step(model, optimizer_ae, optimizer_disc, lambda_, x, precision="fp32"):
-    """Take one step of each optimizer for images x [B, 1, 28, 28]; return the values that the two losses report, two dicts.
+    """Take one step of each optimizer for images x [B, 1, 28, 28]; return the two dicts that the losses report.
 
     With `precision` "bf16", the layers of the networks compute in bfloat16; weights, codes, losses and optimizers stay
     in float32.

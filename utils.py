@@ -39,7 +39,7 @@ class TensorBoardLogger:
         return {"global_step": self.global_step, "sums": to_numbers(self._sums), "counts": dict(self._counts)}
 
     def load_state_dict(self, state):
-        """Go on from where another logger stood."""
+        """Continue from where another logger stood."""
         self.global_step, self._sums, self._counts = state["global_step"], dict(state["sums"]), dict(state["counts"])
 
 
@@ -49,5 +49,5 @@ def to_numbers(values):
     if tensors:
         device = next(iter(tensors.values())).device
         numbers = torch.stack([value.to(device).reshape(()) for value in tensors.values()]).tolist()
-        values = {**values, **dict(zip(tensors, numbers))}
+        values = {**values, **dict(zip(tensors, numbers, strict=True))}
     return {name: float(value) for name, value in values.items()}

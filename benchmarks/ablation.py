@@ -1,8 +1,8 @@
 """Show what each change to the base networks and their training brings:  python benchmarks/ablation.py
 
-Every variant is trained on the first 55,000 training images of MNIST and measured, as python -m evaluation measures, on the last 5,000:
-the test set takes no part in any choice. docs/ABLATION.md has the figures of all that was tried. What is finished is kept in
---results and not repeated.
+Every variant is trained on the first 55,000 training images of MNIST and measured, as python -m evaluation measures,
+on the last 5,000: the test set takes no part in any choice. docs/ABLATION.md has the figures of all that was tried.
+What is finished is kept in --results and not repeated.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from tqdm import tqdm
 import mnist
 import train
 from evaluation.measures import evaluate
-from models import Residual
+from models import ResidualBlock
 from runs.files import write_atomically
 from training.commandline import UserError
 from training.data import Batches
@@ -34,8 +34,9 @@ from training.options import BASE
 from training.statistics import LossStatistics
 
 HELD_OUT = 5_000  # of the training images
-COLUMNS = {"held-out MSE": "mse", "KS": "ks", "Fréchet, samples": "samples", "Fréchet, reconstructions": "reconstructions",
-           "Parzen, nats": "parzen", "discriminator right": "accuracy"}
+COLUMNS = {"held-out MSE": "mse", "KS": "ks", "Fréchet, samples": "samples",
+           "Fréchet, reconstructions": "reconstructions",
+           "Parzen, nats": "parzen", "discriminator accuracy": "accuracy"}
 
 
 # Variants ------------------------------------------------------------------------------------------------------------
@@ -94,7 +95,7 @@ def with_noise_before_discriminator(model):
 
 def on_vectors(layer):
     """Return whether a layer of encoder or decoder is part of what lies between convolutions and code."""
-    return isinstance(layer, (nn.Linear, Residual))
+    return isinstance(layer, (nn.Linear, ResidualBlock))
 
 
 VARIANTS = {  # name: flags of train.py, change of the model
@@ -129,16 +130,16 @@ def run_variant(name, args, seed, device):
         change(model)
     model = train.to_device(model, device, flags.precision)
     accuracy, model = train_variant(model, loader, flags, name)
-    found = evaluate(model, images[:-HELD_OUT], images[-HELD_OUT:], labels[-HELD_OUT:])
-    quality = found["digit_classifier"]
-    return {"mse": found["reconstruction"]["mse"], "ks": found["prior_match"]["codes"]["ks"],
+    metrics = evaluate(model, images[:-HELD_OUT], images[-HELD_OUT:], labels[-HELD_OUT:])
+    quality = metrics["digit_classifier"]
+    return {"mse": metrics["reconstruction"]["mse"], "ks": metrics["prior_match"]["codes"]["ks"],
             "samples": quality["samples"]["frechet_to_test_images"],
             "reconstructions": quality["reconstructions"]["frechet_to_test_images"],
-            "parzen": found["log_likelihood"]["mean"], "accuracy": accuracy}
+            "parzen": metrics["log_likelihood"]["mean"], "accuracy": accuracy}
 
 
 def train_variant(model, loader, flags, name):
-    """Train as train.py does; return the discriminator's accuracy over the last epoch, and the model of averaged weights."""
+    """Train as train.py does; return the discriminator's accuracy in the last epoch, and the weight-averaged model."""
     optimizers, ema = train.build_optimizers(model, flags), train.EMA(model, flags.averaging)
     step, statistics = train.build_step(model, *optimizers, flags), LossStatistics()
     with tqdm(total=flags.epochs * len(loader), desc=name, leave=False, disable=None) as bar:
@@ -150,10 +151,10 @@ def train_variant(model, loader, flags, name):
     return means["accuracy"], ema.model
 
 
-def print_table(found, epochs):
+def print_table(results, epochs):
     """Print the mean of each figure over the seeds, as a table in Markdown."""
     print(f"\n| {epochs} epochs | {' | '.join(COLUMNS)} | seeds |\n|---|{'---|' * len(COLUMNS)}---|")
-    for name, runs in found.items():
+    for name, runs in results.items():
         if any("failed" in run for run in runs.values()):
             print(f"| {name} | {'diverged | ' * len(COLUMNS)}{len(runs)} |")
             continue
@@ -170,7 +171,8 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
     parser.add_argument("--data_dir", default=str(PROJECT.parent / "data"), help="folder where MNIST is")
-    parser.add_argument("--results", type=Path, default=PROJECT / "AAE_logs" / "ablation.json", help="file of what is finished")
+    parser.add_argument("--results", type=Path, default=PROJECT / "AAE_logs" / "ablation.json",
+                        help="file of what is finished")
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA")
     args = parser.parse_args()
     device = choose_device(args.no_cuda, mps=False)
@@ -178,8 +180,9 @@ def main():
     try:
         finished = json.loads(args.results.read_text()) if args.results.is_file() else {}
     except ValueError as error:
-        sys.exit(f"ablation.py: error: {args.results} is damaged ({error}); delete it, or name another file with --results")
-    found = {name: {} for name in args.only}
+        sys.exit(f"ablation.py: error: {args.results} is damaged ({error}); delete it, or name another file "
+                 f"with --results")
+    results = {name: {} for name in args.only}
     try:
         set_precision(args.precision, device)
         for seed in args.seeds:
@@ -192,10 +195,10 @@ def main():
                         finished[key] = {"failed": str(error)}
                     args.results.parent.mkdir(parents=True, exist_ok=True)
                     write_atomically(args.results, (json.dumps(finished, indent=2) + "\n").encode())
-                found[name][seed] = finished[key]
+                results[name][seed] = finished[key]
     except (mnist.DataError, PrecisionError) as error:
         sys.exit(f"ablation.py: error: {error}")
-    print_table(found, args.epochs)
+    print_table(results, args.epochs)
 
 
 if __name__ == "__main__":

@@ -41,14 +41,18 @@ from training.device import device_name
 class BadInputs:
     """Generated cases of bad input, run in this process: each must end in one sentence, or in a correct run."""
 
-    VALUES = ["", " ", "nan", "-inf", "inf", "1e400", "-1", "-0.5", "0", "1", "0.5", "1.5", "abc", "0x10", "1e2", "1,5", "--",
-              "-", "None", "True", "٣", "9" * 50, "-" + "9" * 50, "2147483648", "[]", "1 2", "../..", "%s", "\n"]
+    VALUES = ["", " ", "nan", "-inf", "inf", "1e400", "-1", "-0.5", "0", "1", "0.5", "1.5", "abc", "0x10", "1e2", "1,5",
+              "--", "-", "None", "True", "٣", "9" * 50, "-" + "9" * 50, "2147483648", "[]", "1 2", "../..", "%s", "\n"]
 
     def __init__(self, folder):
         self.folder = folder
         self.counts = {}
         few = [tensor[:100] for tensor in mnist.load_digits()]
-        self.patches = [mock.patch.object(data, "digits", lambda batch_size, device: mnist.BatchLoader(*few, batch_size)),
+
+        def few_digits(batch_size, device):
+            return mnist.BatchLoader(*few, batch_size)
+
+        self.patches = [mock.patch.object(data, "digits", few_digits),
                         mock.patch("torchvision.datasets.MNIST.mirrors", [])]
 
     def case(self, kind, argv, run=None):
@@ -92,13 +96,13 @@ class BadInputs:
         """Train for a few epochs, and return the run's folder."""
         log_dir = Path(tempfile.mkdtemp(dir=self.folder))
         with contextlib.redirect_stdout(io.StringIO()):
-            return train.main(train.parse_args(["--dataset", "digits", "--no-cuda", "--epochs", epochs, "--checkpoint_every", "1",
-                                                "--log_dir", str(log_dir)]))
+            return train.main(train.parse_args(["--dataset", "digits", "--no-cuda", "--epochs", epochs,
+                                                "--checkpoint_every", "1", "--log_dir", str(log_dir)]))
 
     def flags(self):
         """Every flag that takes a number or a choice with every value, and with none."""
-        names = ("z_dim", "batch_size", "lambda_", "ae_lr", "drop_after", "d_lr", "d_momentum", "averaging", "seed", "num_workers",
-                 "checkpoint_every", "epochs", "dataset")
+        names = ("z_dim", "batch_size", "lambda_", "ae_lr", "drop_after", "d_lr", "d_momentum", "averaging", "seed",
+                 "num_workers", "checkpoint_every", "epochs", "dataset")
         always = ["--dataset", "digits", "--no-cuda", "--epochs", "1", "--log_dir", self.folder / "flags"]
         for name in tqdm(names, desc="flags", disable=None):
             for value in [*self.VALUES, None]:
@@ -118,11 +122,15 @@ class BadInputs:
 
     def paths(self):
         """Every wrong path wherever a path is taken, and in the place of every file of a run and of MNIST."""
-        for flag in ("--log_dir", "--data_dir", "--resume"):
+        others = {"--log_dir": ["--dataset", "digits"], "--resume": ["--log_dir", self.folder / "paths"],
+                  "--data_dir": ["--dataset", "mnist", "--log_dir", self.folder / "paths"]}
+        for flag, words in others.items():
             for path in self.wrong_paths():
-                argv = ["--no-cuda", "--epochs", "1", flag, path]
-                argv += ["--dataset", "mnist"] if flag == "--data_dir" else ["--dataset", "digits"] if flag == "--log_dir" else []
-                self.case("wrong paths", argv + ([] if flag == "--log_dir" else ["--log_dir", self.folder / "paths"]))
+                self.case("wrong paths", ["--no-cuda", "--epochs", "1", flag, path, *words])
+        self.paths_in_runs()
+        self.paths_in_data()
+
+    def paths_in_runs(self):
         longer = {name: value for name, value in run_contents(self.small_run("3")).items() if name.startswith("state")}
         for name in ("hparams.json", "checkpoints", "results", "results/Prior_samples", "checkpoints/training_state.pt",
                      "checkpoints/model_checkpoint.pt", "results/Prior_samples/samples_epoch_3.png"):
@@ -132,6 +140,8 @@ class BadInputs:
                 status = self.case("wrong kinds of file in a run", ["--resume", run, "--epochs", "3"])
                 if status == 0 and not longer.items() <= run_contents(run).items():
                     self.counts["wrong kinds of file in a run"]["damaged"] += 1
+
+    def paths_in_data(self):
         for name in mnist.MNIST_FILES[True]:
             for path in self.wrong_paths()[:6]:
                 root = Path(tempfile.mkdtemp(dir=self.folder))
@@ -162,21 +172,22 @@ class BadInputs:
 
     def data(self):
         """Damaged files of MNIST (small ones, made up) and of the bundled digits."""
-        files = {name: random.randbytes(16 + 20 * 784 if "images" in name else 8 + 20) for name in mnist.MNIST_FILES[True]}
+        files = {name: random.randbytes(16 + 20 * 784 if "images" in name else 8 + 20)
+                 for name in mnist.MNIST_FILES[True]}
         sums = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
         with mock.patch.object(mnist, "MNIST_MD5", sums):
             for number in tqdm(range(60), desc="data", disable=None):
                 raw = Path(tempfile.mkdtemp(dir=self.folder)) / "MNIST" / "raw"
                 raw.mkdir(parents=True)
-                packed_files = number % 2
+                packed = number % 2
                 for name, content in files.items():
-                    (raw / f"{name}{'.gz' * packed_files}").write_bytes(gzip.compress(content) if packed_files else content)
+                    (raw / f"{name}{'.gz' * packed}").write_bytes(gzip.compress(content) if packed else content)
                 victim = random.choice(sorted(raw.iterdir()))
                 victim.write_bytes(self.damaged(victim.read_bytes()))
                 status = self.case("damaged MNIST files", [
-                    "--data_dir", raw.parent.parent, "--epochs", "1", "--no-cuda", "--dataset", random.choice(["auto", "mnist"]),
-                    "--log_dir", self.folder / "data"])
-                if status == 0 and not packed_files:
+                    "--data_dir", raw.parent.parent, "--epochs", "1", "--no-cuda", "--dataset",
+                    random.choice(["auto", "mnist"]), "--log_dir", self.folder / "data"])
+                if status == 0 and not packed:
                     self.counts["damaged MNIST files"]["damaged"] += 1  # trained on damaged data
         for _ in range(20):
             file = Path(tempfile.mkdtemp(dir=self.folder)) / "digits.csv.gz"
@@ -190,8 +201,9 @@ class BadInputs:
         whole = self.small_run()
         reference = run_contents(whole)
         content = (whole / "checkpoints" / "training_state.pt").read_bytes()
-        others = [b"text", gzip.compress(content), serialize([1, 2]), serialize({"format": "another"}), serialize(torch.ones(3)),
-                  (whole / "checkpoints" / "model_checkpoint.pt").read_bytes(), np.ones(3).tobytes()]
+        others = [b"text", gzip.compress(content), serialize([1, 2]), serialize({"format": "another"}),
+                  serialize(torch.ones(3)), (whole / "checkpoints" / "model_checkpoint.pt").read_bytes(),
+                  np.ones(3).tobytes()]
         for number in tqdm(range(80), desc="checkpoints", disable=None):
             run = Path(tempfile.mkdtemp(dir=self.folder)) / whole.name
             shutil.copytree(whole, run)
@@ -200,7 +212,7 @@ class BadInputs:
             status = self.case("damaged checkpoints", ["--resume", run], run)
             if status == 0 and run_contents(run) != reference:
                 self.counts["damaged checkpoints"]["damaged"] += 1
-                print(f"{run}: went on wrongly", file=sys.stderr)
+                print(f"{run}: resumed wrongly", file=sys.stderr)
 
 
 def fingerprint(folder):

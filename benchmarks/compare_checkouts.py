@@ -3,7 +3,7 @@
 For a change that should change no result, such as one that moves code. For each setting, train.py of both folders
 trains for 6 epochs on the bundled digits, on the CPU with one thread, and both runs are evaluated. Then all that they
 left is compared, but for times and paths: training states, weights, settings, what TensorBoard shows, pictures and
-measurements. Two settings stop a run within an epoch and go on with it, one of them with the other folder's code.
+measurements. Two settings stop a run within an epoch and resume it, one of them with the other folder's code.
 
 It prints a table; the exit status is 1 if anything differs. It took 16 minutes on two cores of an AMD EPYC (Zen 5)
 that other trainings shared; --only takes fewer settings. None of the project's modules is used: those may differ.
@@ -34,7 +34,7 @@ SETTINGS = {
     "gaussian": {"--posterior": "gaussian"}, "universal": {"--posterior": "universal"},
     "averaging 0": {"--averaging": "0"}, "z2": {"--z_dim": "2"}, "lambda 1": {"--lambda_": "1"},
     "bf16": {"--precision": "bf16"},
-    "stopped": {}, "old-to-new": {}}  # and gone on with: by the same checkout, and of OLD's run by NEW
+    "stopped": {}, "old-to-new": {}}  # and resumed: by the same checkout, and OLD's run by NEW
 VARYING = re.compile(r"checkpoints/training_state(\.previous)?\.pt/(seconds|saved|path|events(/.*)?|settings/log_dir)"
                      r"|hparams\.json/log_dir|evaluation/metrics\.json/(seconds|weights)")  # times and paths
 KINDS = {"scalars": "value", "images": "encoded_image_string", "histograms": "histogram_value",
@@ -110,8 +110,9 @@ def pairs_of_runs(setting, old, new):
     before, after = both(lambda checkout: checkout.trained(SETTINGS[setting]), old, new)
     if setting == "stopped":
         resumed = both(lambda checkout: checkout.resumed(checkout.stopped()), old, new)
-        return [(f"{one.name} stopped, {other.name} not: ", run, whole)
-                for one, run in zip((old, new), resumed) for other, whole in ((old, before), (new, after))]
+        return [(f"{stopped.name} stopped, {uninterrupted.name} not: ", run, whole)
+                for stopped, run in zip((old, new), resumed, strict=True)
+                for uninterrupted, whole in ((old, before), (new, after))]
     return [("", new.resumed(old.stopped()) if setting == "old-to-new" else after, before)]
 
 
@@ -123,11 +124,11 @@ def both(call, old, new):
 
 def contents(run, ignored):
     """Return all that a run has left by name, but times, paths, and what metrics.json has under a key in `ignored`."""
-    found = dict(tensorboard_contents(run))
+    values = dict(tensorboard_contents(run))
     for file in run.rglob("*"):
         if file.is_file() and ".tfevents." not in file.name:
-            found.update(leaves(file.relative_to(run).as_posix(), read(file)))
-    return {name: value for name, value in found.items() if not VARYING.fullmatch(name)
+            values.update(leaves(file.relative_to(run).as_posix(), read(file)))
+    return {name: value for name, value in values.items() if not VARYING.fullmatch(name)
             and not (name.startswith("evaluation/metrics.json/") and ignored & set(name.split("/")))}
 
 
@@ -154,8 +155,8 @@ def tensorboard_contents(run):
     events = EventAccumulator(str(run), size_guidance=dict.fromkeys(KINDS, 0)).Reload()  # 0: all of them
     for kind, field in KINDS.items():
         for tag in events.Tags()[kind]:
-            found = getattr(events, kind.capitalize())(tag)
-            yield f"events/{kind}/{tag}", sorted((event.step, repr(getattr(event, field))) for event in found)
+            tagged = getattr(events, kind.capitalize())(tag)
+            yield f"events/{kind}/{tag}", sorted((event.step, repr(getattr(event, field))) for event in tagged)
     for tag, metadata in events.summary_metadata.items():
         if metadata.plugin_data.plugin_name == "hparams":
             text = str(HParamsPluginData.FromString(metadata.plugin_data.content))
@@ -171,9 +172,10 @@ def compare(run, reference, ignored):
     """Return how many files and values two runs have, and the names of those that differ or that one of them lacks."""
     if md5(run) != md5(reference):  # files of other bytes may hold equal weights, which `contents` has one by one
         ignored = ignored | {"weights_md5"}
-    one, other = contents(run, ignored), contents(reference, ignored)
-    names = sorted(one.keys() | other.keys())
-    return len(names), [name for name in names if name not in one or name not in other or one[name] != other[name]]
+    values, expected = contents(run, ignored), contents(reference, ignored)
+    names = sorted(values.keys() | expected.keys())
+    return len(names), [name for name in names
+                        if name not in values or name not in expected or values[name] != expected[name]]
 
 
 def row(setting, old, new, ignored):
@@ -200,7 +202,7 @@ def print_table(rows):
     rows = [["setting", "files and values compared", "differing", "md5 of the weights"], *rows]
     widths = [max(len(cells[column]) for cells in rows) for column in range(4)]
     for cells in rows:
-        print(" | ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
+        print(" | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
 
 
 def main():

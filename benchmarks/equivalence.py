@@ -1,13 +1,19 @@
 """Show whether the fast ways of training learn what the plain one learns:  python benchmarks/equivalence.py
 
-On CUDA, the captured step against the eager one: losses and weights after 200 steps from the same weights and draws. Then,
-on any device, whole runs of train.py in every precision that the hardware has, with several seeds: does a precision change
-the result more than a seed does? Finished runs in --runs are not repeated.
+On CUDA, the captured step against the eager one: losses and weights after 200 steps from the same weights and random
+numbers. Then, on any device, whole runs of train.py in every precision that the hardware has, with several seeds: does
+a precision change the result more than a seed does? Finished runs in --runs are not repeated.
 
-One core of an AMD EPYC (Zen 5), torch 2.15.0, 20 epochs, seeds 42, 1 and 2, mean (minimum..maximum) in fp32 and bf16:
-recon_loss 0.0434 (0.0433..0.0435) and 0.0433 (0.0432..0.0435), accuracy 0.628 (0.625..0.630) and 0.629 (0.625..0.632), test MSE
-0.0422 (0.0420..0.0423) and 0.0421 (0.0420..0.0423), mean variance of the codes 0.957 (0.945..0.972) and 0.953 (0.946..0.963),
-largest covariance of two dimensions 0.047 (0.039..0.053) and 0.047 (0.042..0.053). Nobody has run it on CUDA yet.
+One core of an AMD EPYC (Zen 5), torch 2.15.0, 20 epochs, seeds 42, 1 and 2, mean (minimum..maximum):
+
+                                        fp32                    bf16
+    recon_loss                          0.0434 (0.0433..0.0435) 0.0433 (0.0432..0.0435)
+    accuracy                            0.628 (0.625..0.630)    0.629 (0.625..0.632)
+    test MSE                            0.0422 (0.0420..0.0423) 0.0421 (0.0420..0.0423)
+    mean variance of the codes          0.957 (0.945..0.972)    0.953 (0.946..0.963)
+    largest covariance of 2 dimensions  0.047 (0.039..0.053)    0.047 (0.042..0.053)
+
+Nobody has run it on CUDA yet.
 """
 
 import argparse
@@ -39,8 +45,8 @@ STEPS = 200
 
 
 def captured_and_eager(args, device):
-    """Return the largest differences of losses and of weights between a captured and an eager training of STEPS steps."""
-    found = []
+    """Return the largest differences of losses and of weights between captured and eager training of STEPS steps."""
+    trainings = []
     for capturable in (True, False):
         torch.manual_seed(args.seeds[0])
         flags = train.parse_args(["--data_dir", args.data_dir])
@@ -49,19 +55,19 @@ def captured_and_eager(args, device):
         model.capturable = capturable
         optimizers, values = train.build_optimizers(model, flags), []
         step = train.build_step(model, *optimizers, flags)
-        for number, (x, _) in zip(range(STEPS), loader):
+        for number, (x, _) in zip(range(STEPS), loader, strict=False):  # the loader has more
             train.set_learning_rate(optimizers[0], flags.drop_after + 2 * number // STEPS, flags)  # drops halfway
             values.append(torch.stack([value.clone() for part in step(x) for value in part.values()]))
-        found.append((torch.stack(values), torch.cat([weight.detach().flatten() for weight in model.parameters()])))
-    return [float((captured - eager).abs().max()) for captured, eager in zip(*found)]
+        trainings.append((torch.stack(values), torch.cat([weight.detach().flatten() for weight in model.parameters()])))
+    return [float((captured - eager).abs().max()) for captured, eager in zip(*trainings, strict=True)]
 
 
 def finished_run(args, device, precision, seed):
     """Return the training state of a run of this precision and seed, which is trained unless it is in --runs."""
     folder = args.runs / f"{precision}-seed{seed}{'-base' * args.base}"
     flags = train.parse_args([
-        "--precision", precision, "--seed", str(seed), "--epochs", str(args.epochs), "--data_dir", args.data_dir, "--dataset",
-        "mnist", "--log_dir", str(folder), *["--no-cuda"] * args.no_cuda, *(BASE if args.base else [])])
+        "--precision", precision, "--seed", str(seed), "--epochs", str(args.epochs), "--data_dir", args.data_dir,
+        "--dataset", "mnist", "--log_dir", str(folder), *["--no-cuda"] * args.no_cuda, *(BASE if args.base else [])])
     wanted = {name: value for name, value in vars(flags).items() if name in HYPERPARAMETERS} | {"device": device.type}
     for file in folder.glob("*/checkpoints/training_state.pt"):
         state = read_state(file)
@@ -84,18 +90,18 @@ def figures(state, images):
             "mean variance": float(codes.var(0).mean()), "largest |covariance|": float(off_diagonal.abs().max())}
 
 
-def print_table(found):
-    """Print each figure's mean and range over the seeds, and mark a range that has nothing in common with that of fp32."""
-    print(f"\n{'':<24}" + "".join(f"{precision:<30}" for precision in found))
-    for name in next(iter(found["fp32"].values())):
-        columns = {precision: [one[name] for one in runs.values()] for precision, runs in found.items()}
+def print_table(results):
+    """Print each figure's mean and range over the seeds, and mark a range that does not overlap with that of fp32."""
+    print(f"\n{'':<24}" + "".join(f"{precision:<30}" for precision in results))
+    for name in next(iter(results["fp32"].values())):
+        columns = {precision: [run[name] for run in runs.values()] for precision, runs in results.items()}
         line = f"{name:<24}"
-        for precision, values in columns.items():
+        for values in columns.values():
             apart = min(values) > max(columns["fp32"]) or max(values) < min(columns["fp32"])
             line += f"{f'{mean(values):.4f} ({min(values):.4f}..{max(values):.4f})' + '*' * apart:<30}"
         print(line)
-    print("mean (minimum..maximum) over the seeds; * has nothing in common with fp32's range, which is so for one figure in "
-          "ten where three seeds each are drawn alike")
+    print("mean (minimum..maximum) over the seeds; *: does not overlap with fp32's range, which is so for one figure "
+          "in ten where three seeds each are drawn alike")
 
 
 def main():
@@ -105,17 +111,19 @@ def main():
     parser.add_argument("--data_dir", default=str(PROJECT.parent / "data"), help="folder where MNIST is")
     parser.add_argument("--runs", type=Path, default=PROJECT / "AAE_logs" / "equivalence", help="folder of the runs")
     parser.add_argument("--json", type=Path, help="file to keep the figures in")
-    parser.add_argument("--base", action="store_true", help="compare the networks and training that the assignment suggests")
+    parser.add_argument("--base", action="store_true",
+                        help="compare the networks and training that the assignment suggests")
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA")
     args = parser.parse_args()
     args.runs.mkdir(parents=True, exist_ok=True)
-    device, found, steps = choose_device(args.no_cuda), {}, None
+    device, results, steps = choose_device(args.no_cuda), {}, None
     if device.type == "cuda":
         set_precision("fp32", device)
         choose_device(deterministic=True)  # else two eager trainings differ, too
         steps = captured_and_eager(args, device)
         torch.use_deterministic_algorithms(False)
-        print(f"captured against eager, {STEPS} steps: losses differ by at most {steps[0]:.2g}, weights by {steps[1]:.2g}")
+        print(f"captured against eager, {STEPS} steps: losses differ by at most {steps[0]:.2g}, weights by "
+              f"{steps[1]:.2g}")
     else:
         print("captured against eager: not run, for there is no CUDA here")
     try:
@@ -128,10 +136,10 @@ def main():
         except PrecisionError as error:
             print(f"not run: {error}")
             continue
-        found[precision] = {seed: figures(finished_run(args, device, precision, seed), images) for seed in args.seeds}
-    print_table(found)
+        results[precision] = {seed: figures(finished_run(args, device, precision, seed), images) for seed in args.seeds}
+    print_table(results)
     if args.json:
-        args.json.write_text(json.dumps({"captured": steps, "precisions": found}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"captured": steps, "precisions": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Kill, stop and starve runs, resume them, and compare with an uninterrupted one:  python benchmarks/faults.py
 
-The runs are the command line's own, on the bundled digits and the CPU, with files of the user's in their folders. It prints a
-table; the exit status is 0 only if nothing was lost.
+The runs are the command line's own, on the bundled digits and the CPU, with files of the user's in their folders. It
+prints a table; the exit status is 0 only if nothing was lost.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -55,7 +56,8 @@ class Tally:
 def start(log_dir, run=None, program=TRAIN, **options):
     """Start a new run, or resume one; return the process once it trains, and the run's folder."""
     command = [*program, "--resume", str(run)] if run else [*program, *FLAGS, "--log_dir", str(log_dir)]
-    process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               **options)
     for line in process.stdout:
         if line.startswith("run:"):
             return process, Path(line.split(maxsplit=1)[1].strip())
@@ -63,10 +65,10 @@ def start(log_dir, run=None, program=TRAIN, **options):
 
 
 def until_done(log_dir, strike, tally, reference, enough):
-    """Strike runs until each is done, and begin new ones until there were enough strikes; compare each with the reference.
+    """Strike runs until each is done, and begin new ones until there were enough strikes; compare all with `reference`.
 
-    `strike(process, run)` waits for its moment and returns "done" if the run was done before, else "well" or "badly": how it
-    took the strike. It has survived if it took it well and could then be resumed.
+    `strike(process, run)` waits for its moment and returns "done" if the run was done before, else "well" or "badly":
+    how it took the strike. It has survived if it took it well and could then be resumed.
     """
     with tqdm(total=enough, desc=tally.name, disable=None) as bar:
         while tally.tried < enough:
@@ -149,7 +151,7 @@ def stop(signum):
 
 
 def die_at(count, argv):
-    """Run the command line and die by SIGKILL before the count-th call that changes the disk from within a checkpoint."""
+    """Run the command line and die by SIGKILL before the count-th call that changes the disk."""
     calls = iter(range(1, 10**9))
 
     def dying(function):
@@ -171,7 +173,8 @@ def starve(log_dir, reference, tally, tries):
 
     for _ in tqdm(range(tries), desc=tally.name, disable=None):
         size = int(10 ** random.uniform(4.3, 6.5))
-        process, run = start(log_dir, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+        limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+        process, run = start(log_dir, preexec_fn=limit)
         _, err = process.communicate(timeout=120)
         count_full(process, err, tally)
         finish(log_dir, run, reference, tally)
@@ -181,7 +184,8 @@ def fill(log_dir, reference, tally, tries):
     """Train on a file system of a few MB until it is full, enlarge it, and resume. Needs the right to mount one."""
     for _ in tqdm(range(tries), desc=tally.name, disable=None):
         place = Path(tempfile.mkdtemp(dir=log_dir))
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={random.randint(200, 10000)}k", "tmpfs", str(place)], check=True)
+        size = f"size={random.randint(200, 10000)}k"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(place)], check=True)
         try:
             process, run = start(place)
             _, err = process.communicate(timeout=120)
@@ -218,7 +222,7 @@ def step_by_step(log_dir, reference, tally, counts):
 
 
 def stop_beside_foreign_files(log_dir, reference, tally, tries):
-    """Put files of the user's into a run's folder, stop or kill it, and resume it to its end: all of them must still be there."""
+    """Put files of the user's into a run's folder, stop or kill it, and resume it to its end: none may be lost."""
     for number in tqdm(range(tries), desc=tally.name, disable=None):
         process, run = start(log_dir)
         put_foreign_files(run)
@@ -270,7 +274,7 @@ def main():
     args, argv = parser.parse_known_args()
     if args.die_at:
         die_at(args.die_at, argv)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may have it ignored, and its children too
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it may be ignored, by children too
     random.seed(args.seed)
     print(f"torch {torch.__version__}, {device_name(torch.device('cpu'))}")
     begin = time.monotonic()

@@ -1,8 +1,8 @@
 """Train and measure every run of the assignment's questions, and show them:  python benchmarks/results.py
 
-Each is trained by train.py and measured by python -m evaluation, in processes of their own. What is finished in --runs is not repeated,
-what is begun goes on; after a change of the networks, name another folder. The figures go into docs/results/results.json,
-the pictures beside it, and README.md's table of all runs, between its two marks, is written anew.
+Each is trained by train.py and measured by python -m evaluation, in processes of their own. What is finished in --runs
+is not repeated, what has begun is resumed; after a change of the networks, name another folder. The figures go into
+docs/results/results.json, the pictures beside it, and the table of all runs into README.md, between two marks.
 """
 
 import argparse
@@ -45,7 +45,10 @@ RUNS = {  # name: flags of train.py
     "z20-universal": ["--z_dim", "20", "--posterior", "universal"],
 }
 SHOWN = (0, 20, 50, 100)  # epochs of which pictures are shown
-CURVES = {"reconstruction loss": "generator/recon_loss", "discriminator right": "discriminator/accuracy"}
+CURVES = {  # key in results.json, which names the picture too: title, TensorBoard tag
+    "reconstruction loss": ("reconstruction loss", "generator/recon_loss"),
+    "discriminator right": ("discriminator accuracy", "discriminator/accuracy"),
+}
 POINTS = 100  # of a curve
 README = PROJECT / "README.md"
 START, END = "<!-- results: written by benchmarks/results.py -->", "<!-- end of results -->"
@@ -58,8 +61,9 @@ def finished_run(name, args):
     folder, epochs = args.runs / name, epochs_of(name, args)
     run, done = last_run(folder)
     if done < epochs:
-        begun, new = ["--resume", run], ["--log_dir", folder, "--dataset", "mnist", *RUNS[name]]
-        call([PROJECT / "train.py"], *(begun if run else new), "--data_dir", args.data_dir, "--epochs", epochs, *["--no-cuda"] * args.no_cuda)
+        flags = ["--resume", run] if run else ["--log_dir", folder, "--dataset", "mnist", *RUNS[name]]
+        call([PROJECT / "train.py"], *flags, "--data_dir", args.data_dir, "--epochs", epochs,
+             *["--no-cuda"] * args.no_cuda)
         run, _ = last_run(folder)
     if not measured(run):
         call(["-m", "evaluation"], run, "--data_dir", args.data_dir, *["--no-cuda"] * args.no_cuda)
@@ -69,9 +73,9 @@ def finished_run(name, args):
 def measured(run):
     """Return whether the figures in a run's evaluation/ are those of its weights."""
     figures, weights = run / "evaluation" / "metrics.json", run / "checkpoints" / WEIGHTS
-    found = json.loads(figures.read_text()) if figures.is_file() else {}
-    return (found.get("weights_md5") == hashlib.md5(weights.read_bytes()).hexdigest()
-            and "training_codes" in found["prior_match"])  # not by an older evaluation
+    metrics = json.loads(figures.read_text()) if figures.is_file() else {}
+    return (metrics.get("weights_md5") == hashlib.md5(weights.read_bytes()).hexdigest()
+            and "training_codes" in metrics["prior_match"])  # not by an older evaluation
 
 
 def epochs_of(name, args):
@@ -86,8 +90,8 @@ def last_run(folder):
     if not any(has_state(run) for run in folder.glob("*")):
         return None, 0
     run = latest_run(folder)
-    state, wanted = load_state(run), vars(parse_args(RUNS[folder.name]))
-    other = [name for name in HYPERPARAMETERS if name != "epochs" and state["settings"].get(name) != wanted.get(name, "mnist")]
+    state, wanted = load_state(run), {"trained_on": "mnist", **vars(parse_args(RUNS[folder.name]))}
+    other = [name for name in HYPERPARAMETERS if name != "epochs" and state["settings"].get(name) != wanted[name]]
     if other:
         raise CheckpointError(f"{run} was made with another --{other[0]}; name another folder with --runs")
     return run, state["epoch"]
@@ -97,7 +101,8 @@ def call(program, *flags):
     """Run one of the project's commands, whose progress bar and errors are seen; end with its status if it fails."""
     command = [sys.executable, *map(str, [*program, *flags])]
     print("+", *command, file=sys.stderr)
-    status = subprocess.run(command, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(PROJECT)}).returncode
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    status = subprocess.run(command, stdout=subprocess.DEVNULL, env=environment).returncode
     if status:
         sys.exit(status)
 
@@ -108,18 +113,19 @@ def collect(run):
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
     quality, match, likelihood = metrics["digit_classifier"], metrics["prior_match"], metrics["log_likelihood"]
     codes = match["codes"]
-    settings = {name: state["settings"][name] for name in ("z_dim", "lambda_", "posterior", "networks", "seed", "precision",
-                                                           "device", "device_name", "torch")}
-    return {**settings, "epochs": state["epoch"], "seconds": state["seconds"],
+    settings = ("z_dim", "lambda_", "posterior", "networks", "seed", "precision", "device", "device_name", "torch")
+    return {**{name: state["settings"][name] for name in settings},
+            "epochs": state["epoch"], "seconds": state["seconds"],
             **{name: state["means"][name] for name in ("recon_loss", "gen_loss", "disc_loss", "accuracy")},
             "test_mse": metrics["reconstruction"]["mse"],
-            "ks": codes["ks"], "ks_training": match["training_codes"]["ks"], "std": [min(codes["std"]), max(codes["std"])],
+            "ks": codes["ks"], "ks_training": match["training_codes"]["ks"],
+            "std": [min(codes["std"]), max(codes["std"])],
             "frechet_samples": quality["samples"]["frechet_to_test_images"],
             "frechet_reconstructions": quality["reconstructions"]["frechet_to_test_images"],
             "sure": quality["samples"]["sure"], "labels": list(quality["samples"]["labels"].values()),
             "parzen": likelihood["mean"], "parzen_error": likelihood["standard_error"],
             "parzen_reconstructions": likelihood["training_reconstructions"]["mean"],
-            "curves": {title: curve(run, tag) for title, tag in CURVES.items()}}
+            "curves": {key: curve(run, tag) for key, (_, tag) in CURVES.items()}}
 
 
 def curve(run, tag):
@@ -134,7 +140,7 @@ def curve(run, tag):
 # Pictures ------------------------------------------------------------------------------------------------------------
 
 def draw_progress(run):
-    """Return the samples of a run over its reconstructions, for those of the epochs SHOWN that it has done, side by side."""
+    """Return the samples of a run over its reconstructions, side by side for those of the epochs SHOWN that it has."""
     columns = []
     for epoch in SHOWN:
         files = [run / "results" / name for name in (f"Prior_samples/samples_epoch_{epoch}.png",
@@ -152,19 +158,20 @@ def draw_progress(run):
 
 
 def draw_codes(run):
-    """Return the codes of the test images of a run of 2 dimensions as the evaluation has drawn them, at half the size."""
+    """Return the evaluation's picture of the codes of a run of 2 dimensions, at half its size."""
     picture = Image.open(run / "evaluation" / "codes.png")
     return picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS).quantize(128)
 
 
-def draw_curves(results, title, size=(480, 300)):
-    """Return the curves of all runs under a title, over the epochs."""
-    curves = {name: result["curves"][title] for name, result in results.items()}
+def draw_curves(results, key, size=(480, 300)):
+    """Return one of the CURVES of all runs, over the epochs."""
+    curves = {name: result["curves"][key] for name, result in results.items()}
     epochs = max(result["epochs"] for result in results.values())
-    low, high = 0.0, max(sorted(values)[-max(1, len(values) // 20)] for values in curves.values())  # but for the first ones
+    low = 0.0
+    high = max(sorted(values)[-max(1, len(values) // 20)] for values in curves.values())  # but for the first ones
     picture, font = Image.new("RGB", (size[0] + 150, size[1]), "white"), ImageFont.load_default(13)
     draw, (left, top, right, bottom) = ImageDraw.Draw(picture), (50, 26, size[0] - 10, size[1] - 24)
-    draw.text((left, 4), f"{title}, over the epochs", "black", font)
+    draw.text((left, 4), f"{CURVES[key][0]}, over the epochs", "black", font)
     for part in range(5):
         draw.text((left + part * (right - left) / 4, bottom + 6), f"{part * epochs / 4:g}", "black", font, anchor="mt")
         y, value = bottom - part * (bottom - top) / 4, low + part * (high - low) / 4
@@ -172,11 +179,12 @@ def draw_curves(results, title, size=(480, 300)):
         draw.text((left - 6, y), f"{value:.3f}", "black", font, anchor="rm")
     for index, (name, values) in enumerate(curves.items()):
         width = (right - left) * results[name]["epochs"] / epochs / len(values)
-        points = [(left + width * (place + 0.5),
-                   bottom - (bottom - top) * (min(value, high) - low) / (high - low)) for place, value in enumerate(values)]
-        draw.line(points, COLORS[index % len(COLORS)], 2)
-        draw.line((size[0], top + 10 + 20 * index, size[0] + 16, top + 10 + 20 * index), COLORS[index % len(COLORS)], 3)
-        draw.text((size[0] + 22, top + 10 + 20 * index), name, "black", font, anchor="lm")
+        points = [(left + width * (place + 0.5), bottom - (bottom - top) * (min(value, high) - low) / (high - low))
+                  for place, value in enumerate(values)]
+        color, y = COLORS[index % len(COLORS)], top + 10 + 20 * index
+        draw.line(points, color, 2)
+        draw.line((size[0], y, size[0] + 16, y), color, 3)
+        draw.text((size[0] + 22, y), name, "black", font, anchor="lm")
     return picture.quantize(64)
 
 
@@ -185,23 +193,25 @@ def draw_curves(results, title, size=(480, 300)):
 def table(results):
     """Return the figures of all runs as a table in Markdown."""
     lines = ["| run | flags | epochs | reconstruction loss | test MSE | KS | of training codes | Fréchet, samples | "
-             "reconstructions | samples sure | Parzen, nats |", "|---|---|---|---|---|---|---|---|---|---|---|"]
-    for name, one in results.items():
-        lines.append(f"| {name} | `{' '.join(RUNS[name]) or 'none'}` | {one['epochs']} | {one['recon_loss']:.4f} | "
-                     f"{one['test_mse']:.4f} | {one['ks']:.4f} | {one['ks_training']:.4f} | {one['frechet_samples']:.1f} | "
-                     f"{one['frechet_reconstructions']:.1f} | {one['sure']:.1%} | {one['parzen']:.1f} ± "
-                     f"{one['parzen_error']:.1f} |")
+             "reconstructions | samples, confidence ≥ 0.95 | Parzen, nats |",
+             "|---|---|---|---|---|---|---|---|---|---|---|"]
+    for name, run in results.items():
+        lines.append(f"| {name} | `{' '.join(RUNS[name]) or 'none'}` | {run['epochs']} | {run['recon_loss']:.4f} | "
+                     f"{run['test_mse']:.4f} | {run['ks']:.4f} | {run['ks_training']:.4f} | "
+                     f"{run['frechet_samples']:.1f} | {run['frechet_reconstructions']:.1f} | {run['sure']:.1%} | "
+                     f"{run['parzen']:.1f} ± {run['parzen_error']:.1f} |")
     seeds = [results[name] for name in ("z8", "z8-seed1", "z8-seed2") if name in results]
-    if len({one["epochs"] for one in seeds}) == 1 and len(seeds) == 3:
+    if len({run["epochs"] for run in seeds}) == 1 and len(seeds) == 3:
         lines.append(f"\nThe default run with three seeds, mean and range: test MSE {spread(seeds, 'test_mse', 4)}, KS "
-                     f"{spread(seeds, 'ks', 4)}, Fréchet of samples {spread(seeds, 'frechet_samples', 1)} and reconstructions "
-                     f"{spread(seeds, 'frechet_reconstructions', 1)}, Parzen {spread(seeds, 'parzen', 1)}.")
+                     f"{spread(seeds, 'ks', 4)}, Fréchet of samples {spread(seeds, 'frechet_samples', 1)} and "
+                     f"reconstructions {spread(seeds, 'frechet_reconstructions', 1)}, Parzen "
+                     f"{spread(seeds, 'parzen', 1)}.")
     return "\n".join(lines)
 
 
 def spread(results, figure, digits):
     """Return the mean of a figure, with the range, as text."""
-    values = [one[figure] for one in results]
+    values = [run[figure] for run in results]
     return f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
@@ -224,15 +234,18 @@ def around_table():
 
 def main():
     parser = argparse.ArgumentParser(description="Train, measure and show every run of the assignment's questions.")
-    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN", help=f"runs: {', '.join(RUNS)}")
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN",
+                        help=f"runs: {', '.join(RUNS)}")
     parser.add_argument("--epochs", type=number(int, 1), default=100)
     parser.add_argument("--full", nargs="*", choices=RUNS, default=list(RUNS), metavar="RUN",
                         help="runs of --epochs epochs (default: all)")
     parser.add_argument("--others", type=number(int, 1), default=20, help="epochs of the runs that are not in --full")
     parser.add_argument("--runs", type=Path, default=PROJECT / "AAE_logs" / "results", help="folder of the runs")
-    parser.add_argument("--docs", type=Path, default=PROJECT / "docs" / "results", help="folder of the figures and pictures")
+    parser.add_argument("--docs", type=Path, default=PROJECT / "docs" / "results",
+                        help="folder of the figures and pictures")
     parser.add_argument("--data_dir", default=str(PROJECT.parent / "data"), help="folder where MNIST is")
-    parser.add_argument("--readme-only", action="store_true", help="make README's table and the curves from results.json alone")
+    parser.add_argument("--readme-only", action="store_true",
+                        help="make README's table and the curves from results.json alone")
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA")
     args = parser.parse_args()
     before, after = around_table()  # before hours of training
@@ -253,8 +266,8 @@ def main():
             write_atomically(args.docs / f"{name}-codes.png", png_bytes(draw_codes(run)))
         results = {known: results[known] for known in RUNS if known in results}  # in the order of RUNS
         write_atomically(file, (json.dumps(results, indent=1) + "\n").encode())
-    for title in CURVES:
-        write_atomically(args.docs / f"{title.replace(' ', '_')}.png", png_bytes(draw_curves(results, title)))
+    for key in CURVES:
+        write_atomically(args.docs / f"{key.replace(' ', '_')}.png", png_bytes(draw_curves(results, key)))
     write_atomically(README, f"{before}{START}\n{table(results)}\n{END}{after}".encode())
 
 

@@ -1,13 +1,13 @@
 """Time an epoch of train.py against the plain loop that most implementations have:  python benchmarks/speed.py
 
-All ways take turns for several rounds, each round in a process of its own; "base" is train.py's with the networks and training
-that the assignment suggests. The plain loop is written out in `plain_epoch`: the same networks and optimizers in fp32,
-torchvision's MNIST decoded image by image, a DataLoader, and every loss read with .item() at every step; once with no workers,
-and once with as many as are fastest here. A part of an epoch is timed and scaled up. With --profile, a table of the costliest
-operations of each way instead.
+All ways take turns for several rounds, each round in a process of its own; "base" is train.py's with the networks and
+training that the assignment suggests. The plain loop is written out in `plain_epoch`: the same networks and optimizers
+in fp32, torchvision's MNIST decoded image by image, a DataLoader, and every loss read with .item() at every step; once
+with no workers, and once with as many as are fastest here. A part of an epoch is timed and scaled up. With --profile, a
+table of the costliest operations of each way instead.
 
-Two cores of an AMD EPYC (Zen 5), torch 2.15.0, seconds an epoch, medians of three rounds of 200 steps: fp32 25.1, bf16 18.2, base
-20.7, plain 31.0 (no workers, the best there). Nobody has run it on CUDA yet.
+Two cores of an AMD EPYC (Zen 5), torch 2.15.0, seconds an epoch, medians of three rounds of 200 steps: fp32 25.1, bf16
+18.2, base 20.7, plain 31.0 (no workers, the best there). Nobody has run it on CUDA yet.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -28,7 +29,7 @@ sys.path.insert(0, str(PROJECT))
 WAYS = {"fp32": [], "tf32": ["--precision", "tf32"], "bf16": ["--precision", "bf16"]}  # name -> flags of train.py
 SPINS = {"libgomp's own spin": {"GOMP_SPINCOUNT": "300000"}, "passive waiting": {"OMP_WAIT_POLICY": "PASSIVE"},
          **{f"spin {count:,}": {"GOMP_SPINCOUNT": str(count)} for count in (300, 1000, 2000, 10000)}}
-PATIENCE = 120  # seconds for several processes that stand in each other's way
+TIMEOUT = 120  # seconds for several processes that stand in each other's way
 CUDA_WAYS = {"eager": [], "deterministic": ["--deterministic"]}  # "eager": not captured
 
 
@@ -51,7 +52,8 @@ def project_epoch(args, device, steps, way, folder):
     loggers = [train.TensorBoardLogger(writer, name=name) for name in ("generator", "discriminator")]
     optimizers = train.build_optimizers(model, args)
     step, ema = train.build_step(model, *optimizers, args), train.EMA(model, args.averaging)
-    return lambda: train.train_aae(1, model, Batches(loader, ema.update), *loggers, *optimizers, args.lambda_, step=step)
+    batches = Batches(loader, ema.update)
+    return partial(train.train_aae, 1, model, batches, *loggers, *optimizers, args.lambda_, step=step)
 
 
 def plain_epoch(args, device, steps, workers, folder):
@@ -66,7 +68,8 @@ def plain_epoch(args, device, steps, workers, folder):
     loader = DataLoader(data, args.batch_size, shuffle=True, num_workers=workers, pin_memory=device.type == "cuda",
                         persistent_workers=workers > 0)
     model = AdversarialAE(args.z_dim).to(device)
-    optimizer_ae = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()], args.ae_lr, (0.5, 0.999))
+    optimizer_ae = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()], args.ae_lr,
+                                    (0.5, 0.999))
     optimizer_disc = torch.optim.SGD(model.discriminator.parameters(), args.d_lr, args.d_momentum)
     writer = SummaryWriter(folder)
 
@@ -113,7 +116,7 @@ def plain_images(args):
 
 
 def measure(args, folder):
-    """Time one way in this process; print seconds per step and peak memory in MB as JSON. Its events go into `folder`."""
+    """Time one way in this process; print seconds per step and peak memory in MB as JSON. Events go into `folder`."""
     import training.threads  # noqa: F401 (before torch, which reads there what it sets)
 
     # isort: split
@@ -124,7 +127,7 @@ def measure(args, folder):
     from training.options import BASE, parse_args
 
     flags = parse_args(["--dataset", args.dataset, "--data_dir", args.data_dir, *["--no-cuda"] * args.no_cuda,
-                              *{**WAYS, **CUDA_WAYS, "base": BASE}.get(args.way, [])])
+                        *{**WAYS, **CUDA_WAYS, "base": BASE}.get(args.way, [])])
     device = choose_device(flags.no_cuda, flags.deterministic)
     torch.manual_seed(flags.seed)
     set_precision(flags.precision, device)
@@ -161,7 +164,8 @@ def profiled(epoch, steps, device):
         events = [event for event in events
                   if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation]
         side = "device"
-    costs = {event.key: (getattr(event, f"self_{side}_time_total") / 1000 / steps, event.count / steps) for event in events}
+    costs = {event.key: (getattr(event, f"self_{side}_time_total") / 1000 / steps, event.count / steps)
+             for event in events}
     lines = [f"{name[:60]:<62}{ms:>8.3f} ms{calls:>8.1f}"
              for name, (ms, calls) in sorted(costs.items(), key=lambda item: -item[1][0])[:12]]
     return "\n".join([*lines, f"{'all':<62}{sum(ms for ms, _ in costs.values()):>8.3f} ms"])
@@ -195,7 +199,7 @@ def command_of(args, way, workers=0):
 
 
 def beside(args):
-    """Print the time of a step alone, two and three at once, and beside a busy process, for different spins of libgomp."""
+    """Print the time of a step alone, two and three at once, and beside a busy process, for various spins."""
     print(f"ms a step, {args.steps} steps, median of {args.rounds} rounds; of several at once, the slowest")
     print(f"{'':<32}{'alone':>9}{'two':>9}{'three':>9}{'beside busy':>13}")
     for way in ("fp32", "base", "bf16"):
@@ -204,20 +208,21 @@ def beside(args):
         for name, settings in SPINS.items():
             cells = [median(max(together(args, way, settings, count, busy)) for _ in range(args.rounds))
                      for count, busy in ((1, False), (2, False), (3, False), (1, True))]
-            print(f"{way + ', ' + name:<32}{cells[0]:>9.1f}{cells[1]:>9.1f}{cells[2]:>9.1f}{cells[3]:>13.1f}", flush=True)
+            print(f"{way + ', ' + name:<32}{cells[0]:>9.1f}{cells[1]:>9.1f}{cells[2]:>9.1f}{cells[3]:>13.1f}",
+                  flush=True)
 
 
 def together(args, way, settings, count, busy):
-    """Return the ms a step of `count` processes that train at once; inf for all where they take more than PATIENCE seconds."""
-    environment = {**{name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")},
-                   **settings}
+    """Return the ms a step of `count` processes that train at once; inf for all if they take over TIMEOUT seconds."""
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     spinner = [subprocess.Popen([sys.executable, "-c", "while True: pass"])] if busy else []
-    processes = [subprocess.Popen(command_of(args, way), env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                  text=True) for _ in range(count)]
+    processes = [subprocess.Popen(command_of(args, way), env={**environment, **settings}, stdin=subprocess.PIPE,
+                                  stdout=subprocess.PIPE, text=True) for _ in range(count)]
     try:
         for process in processes:
             process.stdout.readline()
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         for process in processes:
             process.stdin.write("go\n")
             process.stdin.flush()
@@ -254,18 +259,20 @@ def worker_counts():
 def compare(args):
     """Let all ways take turns, print the table, and return all figures."""
     trials = {workers: in_own_process(args, "plain", workers)["step"] for workers in worker_counts()}
-    print("plain loop, ms a step with " + ", ".join(f"{count} workers: {1000 * step:.1f}" for count, step in trials.items()))
+    print("plain loop, ms a step with "
+          + ", ".join(f"{count} workers: {1000 * step:.1f}" for count, step in trials.items()))
     best = min(trials, key=trials.get)
     plain = {f"plain, {workers} workers": workers for workers in sorted({0, best})}
     ways = ways_here(args)
     rounds = []
     for number in range(1, args.rounds + 1):
-        found = {way: in_own_process(args, way) for way in ways}
-        found |= {name: in_own_process(args, "plain", workers) for name, workers in plain.items()}
-        rounds.append(found)
-        print(f"round {number}, ms a step: " + ", ".join(f"{name} {1000 * one['step']:.2f}" for name, one in found.items()))
+        timings = {way: in_own_process(args, way) for way in ways}
+        timings |= {name: in_own_process(args, "plain", workers) for name, workers in plain.items()}
+        rounds.append(timings)
+        print(f"round {number}, ms a step: "
+              + ", ".join(f"{name} {1000 * timing['step']:.2f}" for name, timing in timings.items()))
     print_table(rounds, 938 if args.dataset == "mnist" else 24, args.steps)
-    ratios = {f"{name} / {way}": [found[name]["step"] / found[way]["step"] for found in rounds]
+    ratios = {f"{name} / {way}": [timings[name]["step"] / timings[way]["step"] for timings in rounds]
               for name in plain for way in ways}
     for name, values in ratios.items():
         print(f"{name}, round by round: {', '.join(f'{ratio:.2f}' for ratio in values)}; median {median(values):.2f}")
@@ -274,13 +281,14 @@ def compare(args):
 
 def print_table(rounds, steps, timed):
     first = next(iter(rounds[0].values()))
-    print(f"\n{first['device']}, torch {first['torch']}; seconds per epoch of {steps} steps, from {timed} steps timed; memory "
-          f"above bare torch")
+    print(f"\n{first['device']}, torch {first['torch']}; seconds per epoch of {steps} steps, from {timed} steps timed; "
+          f"memory above bare torch")
     print(f"{'':<20}{'median':>9}{'minimum':>9}{'maximum':>9}{'memory':>12}{'GPU memory':>12}")
     for name in rounds[0]:
-        seconds = [steps * found[name]["step"] for found in rounds]
-        memory, gpu = (max(found[name][kind] for found in rounds) for kind in ("memory", "gpu_memory"))
-        print(f"{name:<20}{median(seconds):>9.2f}{min(seconds):>9.2f}{max(seconds):>9.2f}{memory:>9.0f} MB{gpu:>9.0f} MB")
+        seconds = [steps * timings[name]["step"] for timings in rounds]
+        memory, gpu = (max(timings[name][kind] for timings in rounds) for kind in ("memory", "gpu_memory"))
+        print(f"{name:<20}{median(seconds):>9.2f}{min(seconds):>9.2f}{max(seconds):>9.2f}"
+              f"{memory:>9.0f} MB{gpu:>9.0f} MB")
 
 
 def main():
@@ -288,7 +296,8 @@ def main():
 
     parser = argparse.ArgumentParser(description="Time train.py's epoch against the plain loop's.")
     parser.add_argument("--rounds", type=number(int, 1), default=3, help="rounds, each of all ways")
-    parser.add_argument("--steps", type=number(int, 1, 937), default=200, help="steps that are timed, after as many to warm up")
+    parser.add_argument("--steps", type=number(int, 1, 937), default=200,
+                        help="steps that are timed, after as many to warm up")
     parser.add_argument("--data_dir", default=str(PROJECT.parent / "data"), help="folder where MNIST is")
     parser.add_argument("--json", type=Path, help="file to keep the figures in")
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA")

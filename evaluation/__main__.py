@@ -1,9 +1,9 @@
 """Measure how good a trained model is:  python -m evaluation RUN  (its folder, or a model_checkpoint.pt).
 
-It measures on the 10,000 test images of MNIST, or on the 299 held out of the bundled digits where the run was trained on
-those, prints a table, and writes <run>/evaluation/metrics.json and the pictures beside it; nothing else in the run
-changes. Of a model_checkpoint.pt without a run around it, the kind of model follows from the weights, MNIST is taken, and
-evaluation/ is made beside the file.
+It measures on the 10,000 test images of MNIST, or on the 299 held out of the bundled digits where the run was trained
+on those, prints a table, and writes <run>/evaluation/metrics.json and the pictures beside it; nothing else in the run
+changes. Of a model_checkpoint.pt without a run around it, the kind of model follows from the weights, MNIST is taken,
+and evaluation/ is made beside the file.
 """
 
 import training.threads  # noqa: F401 (before torch, which reads there what it sets)
@@ -69,17 +69,20 @@ def main(args):
 
 def make_parser():
     """Return the parser of the command line."""
-    parser = OneLineParser(prog="python -m evaluation", description="Measure how good a trained model is.", allow_abbrev=False)
+    parser = OneLineParser(prog="python -m evaluation", description="Measure how good a trained model is.",
+                           allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help=f"folder of a run of train.py, or a {WEIGHTS}")
-    parser.add_argument("--data_dir", help="folder where MNIST is, or is downloaded to (default: the run's, or ../data/)")
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of every random draw (default: 0)")
+    parser.add_argument("--data_dir",
+                        help="folder where MNIST is, or is downloaded to (default: the run's, or ../data/)")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="random seed (default: 0)")
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA where there is one")
     return parser
 
 
 def cli(argv=None):
     """Run `main` from the command line and return the exit status; what the user can mend is said in one sentence."""
-    return run_program("python -m evaluation", main, make_parser().parse_args, argv, "try --no-cuda, or end other programs")
+    return run_program("python -m evaluation", main, make_parser().parse_args, argv,
+                       "try --no-cuda, or end other programs")
 
 
 if __name__ == "__main__":

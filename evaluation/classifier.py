@@ -1,8 +1,8 @@
-"""A small digit classifier, whose features the evaluation compares generated digits in:  python -m evaluation.classifier.
+"""A small digit classifier, in whose features the evaluation compares digits:  python -m evaluation.classifier
 
-Its weights are part of this repository: digit_classifier.pt, 0.6 MB in float16. They are right about 99.66 % of MNIST's 10,000
-test images, and about 90.4 % of the 1,797 bundled digits, which they were not trained on. Training them took 3 min 46 s on two
-cores of an AMD EPYC (Zen 5) with torch 2.15.0.
+Its weights are part of this repository: digit_classifier.pt, 0.6 MB in float16. Their accuracy is 99.66 % on MNIST's
+10,000 test images, and 90.4 % on the 1,797 bundled digits, which they were not trained on. Training them took 3 min
+46 s on two cores of an AMD EPYC (Zen 5) with torch 2.15.0.
 """
 
 import training.threads  # noqa: F401 (before torch, which reads there what it sets)
@@ -29,7 +29,7 @@ BATCH = 250  # images that pass through a network at once where nothing is train
 
 
 class DigitClassifier(nn.Module):
-    """Images [B, 1, 28, 28] in [-1, 1] to logits of the ten digits [B, 10]. `features` gives what the last layer sees."""
+    """Images [B, 1, 28, 28] in [-1, 1] to logits of the ten digits [B, 10]. `features` gives the last layer's input."""
 
     def __init__(self):
         super().__init__()
@@ -48,13 +48,15 @@ class DigitClassifier(nn.Module):
 
 def convolution(channels_in, channels_out, padding=1):
     """Return the layers of one 3x3 convolution, normalised over the batch."""
-    return (nn.Conv2d(channels_in, channels_out, 3, padding=padding, bias=False), nn.BatchNorm2d(channels_out), nn.ReLU())
+    layer = nn.Conv2d(channels_in, channels_out, 3, padding=padding, bias=False)
+    return layer, nn.BatchNorm2d(channels_out), nn.ReLU()
 
 
 def load_classifier(device="cpu"):
     """Return the trained classifier in evaluation mode; raise UserError where its file is missing or damaged."""
     classifier = DigitClassifier()
-    hint = f"put it back, for example with: git checkout -- evaluation/{WEIGHTS.name}, or train it anew with: python -m evaluation.classifier"
+    hint = (f"put it back, for example with: git checkout -- evaluation/{WEIGHTS.name}, or train it anew with: "
+            f"python -m evaluation.classifier")
     if not WEIGHTS.is_file():
         raise UserError(f"{WEIGHTS} is missing; {hint}")
     try:
@@ -117,7 +119,7 @@ def distorted(images):
 
 
 def main(args):
-    """Train on MNIST's training set, say how often the classifier is right, and write its weights."""
+    """Train on MNIST's training set, print the classifier's accuracy, and write its weights."""
     torch.manual_seed(args.seed)
     device = choose_device(args.no_cuda, mps=False)
     set_precision("fp32", device)
@@ -125,9 +127,9 @@ def main(args):
     test = mnist(args.data_dir, train=False).dataset.tensors
     classifier = train_classifier(mnist(args.data_dir, 128), args.epochs, args.seed, device)
     classifier.half().float()  # rounds the weights to what is stored
-    print_line(f"right about {accuracy(classifier, *test):.2%} of MNIST's test images")
-    bundled = [torch.cat(parts) for parts in zip(load_digits(train=True), load_digits(train=False))]
-    print_line(f"right about {accuracy(classifier, *bundled):.2%} of the bundled digits")
+    print_line(f"accuracy on MNIST's test images: {accuracy(classifier, *test):.2%}")
+    bundled = [torch.cat(parts) for parts in zip(load_digits(train=True), load_digits(train=False), strict=True)]
+    print_line(f"accuracy on the bundled digits: {accuracy(classifier, *bundled):.2%}")
     weights = {name: tensor.cpu().contiguous() for name, tensor in classifier.half().state_dict().items()}
     write_atomically(WEIGHTS, serialize(weights))
     print_line(f"its weights are in {WEIGHTS}")
@@ -135,11 +137,12 @@ def main(args):
 
 def make_parser():
     """Return the parser of the command line."""
-    parser = OneLineParser(prog="python -m evaluation.classifier", description="Train the digit classifier of the evaluation.", allow_abbrev=False,
+    parser = OneLineParser(prog="python -m evaluation.classifier", allow_abbrev=False,
+                           description="Train the digit classifier of the evaluation.",
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data_dir", default="../data/", help="folder where MNIST is, or is downloaded to")
     parser.add_argument("--epochs", type=number(int, 1), default=12, help="passes through the training set")
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of every random draw")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="random seed")
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA where there is one")
     return parser
 

@@ -12,7 +12,7 @@ BATCH = 250            # samples drawn at once
 SAMPLES = 10_000       # drawn for the log-likelihood and for the classifier
 SIGMA_IMAGES = 1_000   # the last ones of the training set, to choose the Parzen window's sigma on
 SEEN_IMAGES = 10_000   # of the other training images, to compare with: what a model does with images it was trained on
-SURE = 0.95            # confidence of the classifier from which on a sample counts as clear
+CONFIDENCE = 0.95      # of the classifier: the share of images that reach it is reported
 
 
 def evaluate(model, train_images, test_images, test_labels, seed=0, progress=lambda stage: None):
@@ -22,7 +22,7 @@ def evaluate(model, train_images, test_images, test_labels, seed=0, progress=lam
         model: see models.AdversarialAE. Its modes and random streams are put back after.
         train_images, test_images: [N, 1, 28, 28] in [-1, 1].
         test_labels: [N], of the digits 0 to 9.
-        seed: of every random draw.
+        seed: of all random numbers.
         progress: called with the name of each stage as it begins.
     Raises UserError where the model gives NaN, or samples that no Parzen window fits.
     """
@@ -35,7 +35,7 @@ def evaluate(model, train_images, test_images, test_labels, seed=0, progress=lam
         seen_reconstructions, seen_codes = reconstruct(model, seen)
         if not (codes.isfinite().all() and reconstructions.isfinite().all()):
             raise UserError("the model's codes or reconstructions are NaN or infinite: its training has diverged; name "
-                                  "another run")
+                            "another run")
         reconstruction = reconstruction_errors(reconstructions, test_images, test_labels)
         progress("prior match")
         match = prior_match({"codes": codes, "training_codes": seen_codes}, seed)
@@ -53,9 +53,10 @@ def evaluate(model, train_images, test_images, test_labels, seed=0, progress=lam
 
 
 def split_training_images(images):
-    """Return SEEN_IMAGES of the training images, in even steps from the first one, or fewer, and the SIGMA_IMAGES last ones.
+    """Return SEEN_IMAGES of the training images, or fewer, in even steps from the first, and the SIGMA_IMAGES last.
 
-    In MNIST those are every fifth of 50,000: neither 10,000 in a row nor every second one are like the rest (docs/ABLATION.md).
+    In MNIST the former are every fifth of 50,000: neither 10,000 in a row nor every second one are like the rest, as
+    docs/ABLATION.md shows.
     """
     last = min(SIGMA_IMAGES, len(images) // 2)
     rest = images[:-last]
@@ -73,28 +74,31 @@ def draw_samples(model, count, seed):
 def reconstruction_errors(reconstructions, images, labels):
     """Return the mean squared error over images and pixels in [-1, 1], of all images and of those of each label."""
     errors = (reconstructions - images).square().flatten(1).mean(1).double().cpu()
-    return {"mse": errors.mean().item(),
-            "mse_per_label": {str(label): errors[labels.cpu() == label].mean().item() for label in labels.unique().tolist()}}
+    per_label = {str(label): errors[labels.cpu() == label].mean().item() for label in labels.unique().tolist()}
+    return {"mse": errors.mean().item(), "mse_per_label": per_label}
 
 
 def prior_match(sets, seed):
-    """Return how far sets of codes [N, z_dim] are from the prior, and how far draws of it, as many as the first, seem to be."""
-    codes = next(iter(sets.values()))
+    """Return how far sets of codes [N, z_dim] are from the prior, by the name of each.
+
+    prior_draws are prior samples, as many as the first set has codes: what a perfect match would give.
+    """
+    first = next(iter(sets.values()))
     generator = torch.Generator().manual_seed((seed + 1) % 2**63)  # not the seed of the directions in ks_distance
-    _, perfect = torch.randn(2, *codes.shape, generator=generator).to(codes.device)
-    return {name: {"mean": own.double().mean(0).tolist(), "std": own.double().std(0).tolist(),
-                   "frechet": frechet_to_prior(own), "ks": ks_distance(own)}
-            for name, own in {**sets, "prior_draws": perfect}.items()}
+    _, perfect = torch.randn(2, *first.shape, generator=generator).to(first.device)
+    return {name: {"mean": codes.double().mean(0).tolist(), "std": codes.double().std(0).tolist(),
+                   "frechet": frechet_to_prior(codes), "ks": ks_distance(codes)}
+            for name, codes in {**sets, "prior_draws": perfect}.items()}
 
 
 def log_likelihood(samples, held_out, images):
-    """Return the Parzen log-likelihood in nats of images, with the sigma that is best for `held_out`; all in [-1, 1]."""
+    """Return the Parzen log-likelihood in nats of images with the sigma that is best for `held_out`, all in [-1, 1]."""
     samples, held_out, images = ((part + 1) / 2 for part in (samples, held_out, images))
     try:
         sigma = choose_sigma(samples, held_out)
     except ValueError as error:
         raise UserError(f"no log-likelihood can be had of such samples ({error}): the model is not trained, or has "
-                              f"diverged; name another run") from None
+                        f"diverged; name another run") from None
     values = parzen_log_likelihood(samples, images, sigma)
     return {"mean": values.mean().item(), "standard_error": values.std().item() / len(values)**0.5, "sigma": sigma,
             "samples": len(samples), "sigma_images": len(held_out)}
@@ -103,17 +107,17 @@ def log_likelihood(samples, held_out, images):
 def classifier_quality(sets):
     """Return how sets of images, a dict with one named test_images, look to the digit classifier.
 
-    That is the squared Frechet distance of each one's features to those of the test images, the share of each label among
-    them, and the share that the classifier is sure of.
+    That is the squared Frechet distance of each set's features to those of the test images, the share of each label
+    among them, and the share of images on which the classifier's confidence is at least CONFIDENCE.
     """
     classifier = load_classifier(sets["test_images"].device)
     results = {name: features_and_probabilities(classifier, images) for name, images in sets.items()}
     test_features, _ = results["test_images"]
-    quality = {"sure_from_probability": SURE}
+    quality = {"sure_from_probability": CONFIDENCE}
     for name, (features, probabilities) in results.items():
         shares = probabilities.argmax(1).bincount(minlength=10).double() / len(probabilities)
         quality[name] = {"images": len(features), "frechet_to_test_images": frechet(features, test_features),
-                         "sure": (probabilities.amax(1) >= SURE).double().mean().item(),
+                         "sure": (probabilities.amax(1) >= CONFIDENCE).double().mean().item(),
                          "labels": {str(label): share for label, share in enumerate(shares.tolist())}}
     del quality["test_images"]["frechet_to_test_images"]  # of a set to itself
     return quality

@@ -1,7 +1,7 @@
-"""How far samples, codes and features are from what they should be: functions of tensors, on any device that has float64.
+"""How far samples, codes and features are from what they should be: functions of tensors, on any device with float64.
 
-All of them are estimates from finitely many draws, so that even a perfect model does not get 0: compare with the same
-number for as many draws from the true distribution, as python -m evaluation does.
+All of them are estimates from finitely many samples, so that even a perfect model does not get 0: compare with the same
+number for as many samples from the true distribution, as python -m evaluation does.
 """
 
 import math
@@ -16,11 +16,12 @@ CHUNK = 250  # rows of a distance matrix that are in memory at once: 20 MB of fl
 def ks_distance(codes, projections=200, seed=0):
     """Return the mean Kolmogorov-Smirnov distance in [0, 1] between projections of codes [N, z_dim] and N(0, 1).
 
-    Each projection is onto a direction drawn uniformly from the unit sphere, the same ones for the same seed. The distance
-    is the largest difference between the projected codes' distribution function and the normal one. For N draws from the
-    prior it is 0.869 / sqrt(N) on average, the mean of Kolmogorov's distribution.
+    Each projection is onto a direction drawn uniformly from the unit sphere, the same ones for the same seed. The
+    distance is the largest difference between the projected codes' distribution function and the normal one. For N
+    prior samples it is 0.869 / sqrt(N) on average, the mean of Kolmogorov's distribution.
     """
-    directions = torch.randn(codes.shape[1], projections, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(codes.shape[1], projections, generator=generator, dtype=torch.float64)
     directions = (directions / directions.norm(dim=0)).to(codes.device)
     steps = torch.arange(len(codes) + 1, device=codes.device, dtype=torch.float64)[:, None] / len(codes)
     distances = []
@@ -47,8 +48,8 @@ def frechet(features_a, features_b):
     """Return the squared Frechet distance between Gaussians fitted to features [N, d] and [M, d].
 
     |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Dowson and Landau 1982; Heusel et al. 2017, arXiv:1706.08500,
-    equation 6). The trace of (S1 S2)^(1/2) is the sum of the singular values of S1^(1/2) S2^(1/2), which needs no root of
-    a matrix that is not symmetric and is exact for singular covariances too.
+    equation 6). The trace of (S1 S2)^(1/2) is the sum of the singular values of S1^(1/2) S2^(1/2), which needs no root
+    of a matrix that is not symmetric and is exact for singular covariances too.
     """
     (mean_a, covariance_a), (mean_b, covariance_b) = moments(features_a), moments(features_b)
     overlap = torch.linalg.svdvals(symmetric_root(covariance_a) @ symmetric_root(covariance_b)).sum()
@@ -73,19 +74,20 @@ def symmetric_root(matrix):
 def parzen_log_likelihood(samples, images, sigma):
     """Return the log-likelihood [N] in nats of images [N, ...] in [0, 1] under a Parzen window of samples [M, ...].
 
-    The density is the mean of M Gaussians of standard deviation sigma in each pixel, one around each sample: Goodfellow et
-    al. 2014, arXiv:1406.2661, section 5, and table 1 of Makhzani et al. 2015, arXiv:1511.05644.
+    The density is the mean of M Gaussians of standard deviation sigma in each pixel, one around each sample:
+    Goodfellow et al. 2014, arXiv:1406.2661, section 5, and table 1 of Makhzani et al. 2015, arXiv:1511.05644.
     """
     samples, images = centered(samples, images)
-    return torch.cat([log_density(squared_distances(part, samples), sigma, images.shape[1]) for part in images.split(CHUNK)])
+    return torch.cat([log_density(squared_distances(part, samples), sigma, images.shape[1])
+                      for part in images.split(CHUNK)])
 
 
 def choose_sigma(samples, images, low=0.01, high=10.0):
     """Return the sigma in (low, high) with the largest mean Parzen log-likelihood of images [N, ...] in [0, 1].
 
-    Each of three grids of 16 sigmas lies between the neighbours of the best one in the grid before; the last one's steps
-    are below 1 %. Half such a step from the optimum costs about 784 * 0.005^2 = 0.02 nats of an image's 784 pixels. The
-    distances, N * M float32, are computed once. Raises ValueError where the optimum is not inside a grid.
+    Each of three grids of 16 sigmas lies between the neighbours of the best one in the grid before; the last one's
+    steps are below 1 %. Half such a step from the optimum costs about 784 * 0.005^2 = 0.02 nats of an image's 784
+    pixels. The distances, N * M float32, are computed once. Raises ValueError where the optimum is not inside a grid.
     """
     samples, images = centered(samples, images)
     distances = [squared_distances(part, samples) for part in images.split(CHUNK)]
@@ -101,7 +103,7 @@ def choose_sigma(samples, images, low=0.01, high=10.0):
 
 
 def log_density(distances, sigma, pixels):
-    """Return the Parzen log-likelihood [N], float64, for squared distances [N, M] to the samples, in `pixels` dimensions."""
+    """Return the Parzen log-likelihood [N], float64, for squared distances [N, M] to samples of `pixels` dimensions."""
     exponents = (distances / (-2 * sigma**2)).logsumexp(1).double()
     return exponents - math.log(distances.shape[1]) - pixels * math.log(sigma * math.sqrt(2 * math.pi))
 

@@ -13,20 +13,21 @@ from runs.checkpoint import WEIGHTS, load_checked
 from training.commandline import UserError
 from training.optimizers import build_model
 
-DEFAULTS = {"posterior": "deterministic", "networks": "base", "trained_on": "mnist", "data_dir": "../data/"}  # of older runs
+DEFAULTS = {"posterior": "deterministic", "networks": "base", "trained_on": "mnist",
+            "data_dir": "../data/"}  # what older runs and weights alone do not say
 
 
 def find_run(path):
-    """Return the folder for evaluation/, the file of the weights, and the run's settings (None where there is no run)."""
+    """Return the folder for evaluation/, the file of the weights, and the run's settings, None without a run."""
     path = Path(path)
     if path.is_dir():
         weights = path / "checkpoints" / WEIGHTS
         if not (path / "hparams.json").is_file():
             raise UserError(f"{path} is no run's folder, for it has no hparams.json; name a folder that train.py made, "
-                                  f"or a {WEIGHTS}")
+                            f"or a {WEIGHTS}")
         if not weights.is_file():
             raise UserError(f"{path} has no checkpoints/{WEIGHTS} yet; train.py writes it at a run's beginning, so "
-                                  f"name another run")
+                            f"name another run")
         return path, weights, read_settings(path / "hparams.json")
     if not path.is_file():
         raise UserError(f"{path} is not there; name a run's folder, or a {WEIGHTS}")
@@ -50,7 +51,7 @@ def read_settings(path):
         whole = False
     if not whole:
         raise UserError(f"{path} is damaged, or not from train.py; copy the run's checkpoints/{WEIGHTS} to another "
-                              f"folder and name the copy, whose settings follow from the weights")
+                        f"folder and name the copy, whose settings follow from the weights")
     return settings
 
 
@@ -85,8 +86,8 @@ def load_model(path, weights, settings):
         model.load_state_dict(weights)
     except RuntimeError:
         raise UserError(f"{path} does not fit a models.AdversarialAE with z_dim {settings['z_dim']}, "
-                              f"{settings['posterior']} encoder and {settings['networks']} networks: hparams.json is another "
-                              f"run's, or models.py has changed since; name another run") from None
+                        f"{settings['posterior']} encoder and {settings['networks']} networks: hparams.json is another "
+                        f"run's, or models.py has changed since; name another run") from None
     return model
 
 

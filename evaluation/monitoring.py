@@ -9,13 +9,16 @@ from training.options import HYPERPARAMETERS
 
 
 def reconstruct(model, images):
-    """Return reconstructions [N, 1, 28, 28] and codes [N, z_dim] of images, batch by batch; `evaluation_mode` is the caller's."""
-    reconstructions, codes = zip(*(model(batch) for batch in images.split(500)))
+    """Return reconstructions [N, 1, 28, 28] and codes [N, z_dim] of images, batch by batch.
+
+    The caller has to see to `evaluation_mode`.
+    """
+    reconstructions, codes = zip(*(model(batch) for batch in images.split(500)), strict=True)
     return torch.cat(reconstructions), torch.cat(codes)
 
 
 def measure(model, images):
-    """Return the codes [N, z_dim] of images, on the CPU, and a dict: their reconstruction loss and distance to the prior."""
+    """Return the codes [N, z_dim] of images, on the CPU, and a dict of their reconstruction loss and KS distance."""
     with evaluation_mode(model):
         reconstructions, codes = reconstruct(model, images)
         recon_loss = torch.nn.functional.mse_loss(reconstructions, images)
@@ -39,7 +42,7 @@ def save_measurements(model, epoch, summary_writer, images):
 
 
 def save_summary(model, epoch, summary_writer, data, settings, means):
-    """Write what a finished run has come to to TensorBoard: 1,000 test codes for the projector, and settings with results.
+    """Write the end of a run to TensorBoard: 1,000 test codes for the projector, and its settings with their results.
 
     `data` is a training.data.Data. `settings` and `means`, the last epoch's, are dicts; the results are curves of one
     point each (`final/`): those of the training, and those of the test images where there are any.
@@ -50,8 +53,8 @@ def save_summary(model, epoch, summary_writer, data, settings, means):
         summary_writer.add_embedding(codes[:1000], data.test_labels[:1000].tolist(),
                                      (data.test_images[:1000].cpu() + 1) / 2, epoch, "codes")
         results |= {f"final/test_{name}": value for name, value in values.items()}
-    shown = {name: settings[name] for name in HYPERPARAMETERS}
-    for summary in hparams(shown, results):  # SummaryWriter.add_hparams would make a second run of them
+    hyperparameters = {name: settings[name] for name in HYPERPARAMETERS}
+    for summary in hparams(hyperparameters, results):  # SummaryWriter.add_hparams would make a second run of them
         summary_writer.file_writer.add_summary(summary)
     for name, value in results.items():
         summary_writer.add_scalar(name, value, epoch)

@@ -25,7 +25,8 @@ def draw_pictures(model, train_images, test_images, test_labels, seed=0):
                     "interpolations.png": draw_interpolations(model, test_images, test_labels)}
         if model.z_dim == 2:
             pictures["manifold.png"] = draw_manifold(model)
-            pictures["codes.png"] = draw_codes(reconstruct(model, test_images.to(model.device))[1].cpu(), test_labels.cpu())
+            _, codes = reconstruct(model, test_images.to(model.device))
+            pictures["codes.png"] = draw_codes(codes.cpu(), test_labels.cpu())
     return pictures
 
 
@@ -38,7 +39,8 @@ def grid(images, columns):
 def nearest(samples, train_images):
     """Return for each sample the training image with the smallest squared distance."""
     flat = samples.flatten(1)
-    distances = torch.cat([squared_distances(flat, part.flatten(1).to(flat)) for part in train_images.split(40 * BATCH)], 1)
+    distances = torch.cat([squared_distances(flat, part.flatten(1).to(flat))
+                           for part in train_images.split(40 * BATCH)], 1)
     return train_images[distances.argmin(1).to(train_images.device)].to(samples)
 
 
@@ -47,25 +49,25 @@ def draw_reconstructions(model, images, labels, rows=4):
     chosen = torch.stack([first_of(labels, label, rows) for label in labels.unique()], 1)
     lines = []
     for row in chosen:
-        shown = images[row].to(model.device)
-        lines += [shown, model(shown)[0]]
+        originals = images[row].to(model.device)
+        lines += [originals, model(originals)[0]]
     return grid(torch.cat(lines), chosen.shape[1])
 
 
 def first_of(labels, label, count):
     """Return the indices [count] of the first images with a label; with fewer ones, the last is repeated."""
-    found = (labels == label).nonzero()[:count, 0]
-    return torch.cat([found, found[-1:].expand(count - len(found))])
+    indices = (labels == label).nonzero()[:count, 0]
+    return torch.cat([indices, indices[-1:].expand(count - len(indices))])
 
 
 def draw_interpolations(model, images, labels, steps=10):
-    """Return a picture with a row for each label: an image of it, `steps` decoded codes on the way to the next label's, that.
-    """
+    """Return a picture with a row for each label: an image of it, `steps` decoded codes, an image of the next label."""
     starts = torch.cat([first_of(labels, label, 1) for label in labels.unique()])
     images = images[starts].to(model.device)
     codes = model(images)[1]
     rows = []
-    for row, after in zip(range(len(starts)), torch.arange(len(starts)).roll(-1).tolist()):
+    for row in range(len(starts)):
+        after = (row + 1) % len(starts)
         path = interpolate(codes[row], codes[after], torch.linspace(0, 1, steps, device=codes.device))
         rows += [images[row:row + 1], model.decoder(path), images[after:after + 1]]
     return grid(torch.cat(rows), steps + 2)
@@ -74,9 +76,9 @@ def draw_interpolations(model, images, labels, steps=10):
 def interpolate(start, end, fractions):
     """Return codes [N, z_dim] at fractions [N] of the way from one code [z_dim] to another along the sphere.
 
-    The direction turns at constant speed (Shoemake 1985, "Animating rotation with quaternion curves") and the
-    norm changes at constant speed. Draws of N(0, I) have norms near sqrt(z_dim); a straight line between two of them passes
-    through norms that are rare.
+    The direction turns at constant speed (Shoemake 1985, "Animating rotation with quaternion curves") and the norm
+    changes at constant speed. Samples of N(0, I) have norms near sqrt(z_dim); a straight line between two of them
+    passes through norms that are rare.
     """
     fractions = fractions[:, None]
     norms = start.norm(), end.norm()
@@ -84,7 +86,8 @@ def interpolate(start, end, fractions):
     angle = (directions[0] @ directions[1]).clamp(-1, 1).acos()
     if angle.sin() < 1e-3:  # the same direction, or opposite ones, between which there is no one way
         return torch.lerp(start, end, fractions)
-    direction = (((1 - fractions) * angle).sin() * directions[0] + (fractions * angle).sin() * directions[1]) / angle.sin()
+    shares = ((1 - fractions) * angle).sin(), (fractions * angle).sin()
+    direction = (shares[0] * directions[0] + shares[1] * directions[1]) / angle.sin()
     return torch.lerp(*norms, fractions) * direction
 
 
@@ -106,7 +109,10 @@ def draw_codes(codes, labels, size=800, scale=2):
     """
     reach = max(4.0, 1.05 * codes.abs().max().item())
     pixels = size * scale
-    to_pixels = lambda value: (value / reach + 1) / 2 * pixels
+
+    def to_pixels(value):
+        return (value / reach + 1) / 2 * pixels
+
     picture = Image.new("RGB", (pixels + 110 * scale, pixels), "white")
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(18 * scale)

@@ -1,40 +1,53 @@
 """What was measured, as a table for people."""
 
-from evaluation.measures import SURE
+from evaluation.measures import CONFIDENCE
 
 
 def describe(metrics):
     """Return what was measured as a table for people."""
     match, likelihood, quality = metrics["prior_match"], metrics["log_likelihood"], metrics["digit_classifier"]
-    codes = [match[name] for name in ("codes", "training_codes", "prior_draws")]
+    code_sets = [match[name] for name in ("codes", "training_codes", "prior_draws")]
     windows = [likelihood, likelihood["training_reconstructions"], likelihood["training_images"]]
-    sets = [quality[name] for name in ("samples", "reconstructions", "training_images", "test_images")]
+    image_sets = [quality[name] for name in ("samples", "reconstructions", "training_images", "test_images")]
     name = "MNIST" if metrics["trained_on"] == "mnist" else "the bundled digits"
-    row = lambda title, *cells: f"{title:<32}" + "".join(f"{cell:>17}" for cell in cells)
-    span = lambda values: f"{min(values):.2f} to {max(values):.2f}"
     errors = metrics["reconstruction"]["mse_per_label"]
     return "\n".join([
-        f"{metrics['weights']}: z_dim {metrics['z_dim']}, {metrics['posterior']} encoder, {metrics['networks']} networks, "
-        f"{metrics['test_images']:,} test images of {name}, {metrics['seconds']:.0f} s on {metrics['device']}",
+        f"{metrics['weights']}: z_dim {metrics['z_dim']}, {metrics['posterior']} encoder, {metrics['networks']} "
+        f"networks, {metrics['test_images']:,} test images of {name}, {metrics['seconds']:.0f} s on "
+        f"{metrics['device']}",
         "",
-        row("codes against the prior", "test codes", "training codes", "prior draws"),
-        row("  mean per dimension", *(span(own["mean"]) for own in codes)),
-        row("  standard deviation", *(span(own["std"]) for own in codes)),
-        row("  squared Frechet distance", *(f"{own['frechet']:.4f}" for own in codes)),
-        row("  Kolmogorov-Smirnov distance", *(f"{own['ks']:.4f}" for own in codes)),
+        row("codes against the prior", "test codes", "training codes", "prior samples"),
+        row("  mean per dimension", *(span(codes["mean"]) for codes in code_sets)),
+        row("  standard deviation", *(span(codes["std"]) for codes in code_sets)),
+        row("  squared Frechet distance", *(f"{codes['frechet']:.4f}" for codes in code_sets)),
+        row("  Kolmogorov-Smirnov distance", *(f"{codes['ks']:.4f}" for codes in code_sets)),
         "",
         row("digit classifier's features", "samples", "reconstructions", "training images", "test images"),
-        row("  squared Frechet distance", *(f"{own['frechet_to_test_images']:.2f}" for own in sets[:3]), "0"),
-        row(f"  sure (probability >= {SURE})", *(f"{own['sure']:.1%}" for own in sets)),
+        row("  squared Frechet distance",
+            *(f"{images['frechet_to_test_images']:.2f}" for images in image_sets[:3]), "0"),
+        row(f"  confidence of at least {CONFIDENCE}", *(f"{images['sure']:.1%}" for images in image_sets)),
         "",
         f"{'label':<25}{'all':>8}" + "".join(f"{label:>8}" for label in range(10)),
         f"{'  reconstruction error':<25}{metrics['reconstruction']['mse']:>8.4f}" +
         "".join(f"{errors[str(label)]:>8.4f}" if str(label) in errors else f"{'-':>8}" for label in range(10)),
-        f"{'  share of samples':<33}" + "".join(f"{sets[0]['labels'][str(label)]:>8.1%}" for label in range(10)),
-        f"{'  share of test images':<33}" + "".join(f"{sets[3]['labels'][str(label)]:>8.1%}" for label in range(10)),
+        f"{'  share of samples':<33}" + shares(quality["samples"]),
+        f"{'  share of test images':<33}" + shares(quality["test_images"]),
         "",
         row("Parzen log-likelihood of", "", "reconstructed", ""),
         row("the test images, windows around", "samples", "training images", "training images"),
-        row("  nats", *(f"{own['mean']:.1f} +- {own['standard_error']:.1f}" for own in windows)),
-        row("  sigma", *(f"{own['sigma']:.3f}" for own in windows)),
-        row("  number of windows", *(f"{own['samples']:,}" for own in windows))])
+        row("  nats", *(f"{window['mean']:.1f} +- {window['standard_error']:.1f}" for window in windows)),
+        row("  sigma", *(f"{window['sigma']:.3f}" for window in windows)),
+        row("  number of windows", *(f"{window['samples']:,}" for window in windows))])
+
+
+def row(title, *cells):
+    return f"{title:<32}" + "".join(f"{cell:>17}" for cell in cells)
+
+
+def span(values):
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
+def shares(images):
+    """Return the share of each label in a set of images as cells of a row."""
+    return "".join(f"{images['labels'][str(label)]:>8.1%}" for label in range(10))

@@ -21,8 +21,8 @@ FORMAT = "adversarial autoencoder, training state 2"
 OLD_FORMAT = "adversarial autoencoder, training state 1"  # without the average of the weights
 CURRENT, PREVIOUS, WEIGHTS = "training_state.pt", "training_state.previous.pt", "model_checkpoint.pt"
 PICTURES = {"results/Prior_samples": "samples_epoch_{}.png", "results/Reconstruction": "reconstruction_{}.png"}
-PROJECTOR_FILES = ("tensors.tsv", "metadata.tsv", "sprite.png")  # which SummaryWriter.add_embedding writes into <step>/codes/
-EVENT_FILE = re.compile(r"events\.out\.tfevents\.\d+\..+\.\d+\.\d+")  # .<time>.<host>.<process>.<number>, as SummaryWriter
+PROJECTOR_FILES = ("tensors.tsv", "metadata.tsv", "sprite.png")  # SummaryWriter.add_embedding's, in <step>/codes/
+EVENT_FILE = re.compile(r"events\.out\.tfevents\.\d+\..+\.\d+\.\d+")  # of SummaryWriter: time, host, process, number
 
 
 class CheckpointError(UserError):
@@ -119,15 +119,16 @@ def rewind(run, state):
 def remove_unstarted(run):
     """Remove the folder of a new run that ended before its first checkpoint, if nobody else has put anything there."""
     run = Path(run)
-    remove_files([*temporary_files(run), *pictures_after(run, -1), *event_files(run), run / "hparams.json", run / ".lock"])
+    remove_files([*temporary_files(run), *pictures_after(run, -1), *event_files(run)])
+    remove_files([run / "hparams.json", run / ".lock"])
     for folder in (*(run / name for name in PICTURES), run / "results", run / "checkpoints", run):
         remove_if_empty(folder)
 
 
 def temporary_files(run):
     """Return where `write_atomically` may have left a part of a file, when the run was killed."""
-    files = [run / "hparams.json", *(run / "checkpoints" / name for name in (CURRENT, WEIGHTS)), *pictures_after(run, -1, ".tmp")]
-    return [file if file.suffix == ".tmp" else file.with_name(file.name + ".tmp") for file in files]
+    files = [run / "hparams.json", *(run / "checkpoints" / name for name in (CURRENT, WEIGHTS))]
+    return [*(file.with_name(file.name + ".tmp") for file in files), *pictures_after(run, -1, ".tmp")]
 
 
 def pictures_after(run, epoch, ending=""):
@@ -167,7 +168,7 @@ def remove_if_empty(folder):
 
 
 def sync_event_files(run):
-    """Wait until the run's event files are on the disk, as far as they are written; return the size of each in bytes."""
+    """Wait until the run's event files, as far as they are written, are on the disk; return their sizes in bytes."""
     files = event_files(run)
     for file in files:
         sync(file)

@@ -79,7 +79,7 @@ def resume_hint(run):
 
 @contextmanager
 def locked(run):
-    """Hold a run for this process alone; raise CheckpointError where another one has it. The lock ends with the process."""
+    """Hold a run for this process alone; raise CheckpointError where another has it. The lock ends with the process."""
     if fcntl is None:
         yield
         return

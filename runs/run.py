@@ -1,4 +1,4 @@
-"""A run of train.py from its folder to its last checkpoint: `main` there says what is trained, this says where it stays."""
+"""A run of train.py from its folder to its last checkpoint: `main` there trains, this is where all is kept."""
 
 import contextlib
 import json
@@ -59,8 +59,8 @@ def open_run(args):
 class Run:
     """A run as `main` sees it: epochs to train, batches that stop for a signal, and checkpoints.
 
-    Attributes: `args`, the flags; `folder`; `settings`, what hparams.json holds; `resumed`, the training state of the run
-    that is resumed, else None.
+    Attributes: `args`, the flags; `folder`; `settings`, what hparams.json holds; `resumed`, the training state of the
+    run that is resumed, else None.
     """
 
     def __init__(self, args, stack, folder=None, state=None):
@@ -70,7 +70,7 @@ class Run:
         self._stack = stack  # of what ends with the run
 
     def start(self, data, device):
-        """Make or take the folder, and say where what is trained. From here on a signal stops the run between two steps."""
+        """Make or take the folder, and print what is trained where. From here on a signal stops a run after a step."""
         settings = {**vars(self.args), "trained_on": data.name, "fallback": data.warning, "device": device.type,
                     "device_name": device_name(device), "torch": torch.__version__}
         self.settings = {name: value for name, value in json.loads(json.dumps(settings, default=str)).items()
@@ -82,7 +82,8 @@ class Run:
             self._stack.enter_context(locked(self.folder))
         quota = f", for a quota of {QUOTA:g} CPUs" if QUOTA else ""
         print_line(f"device: {device.type} ({self.settings['device_name']}{quota}), torch {torch.__version__}")
-        print_line(f"data:   {len(self._loader.dataset):,} images of {'MNIST' if data.name == 'mnist' else 'the bundled digits'}")
+        name = "MNIST" if data.name == "mnist" else "the bundled digits"
+        print_line(f"data:   {len(self._loader.dataset):,} images of {name}")
         print_line(f"run:    {self.folder}")
 
     def track(self, **parts):
@@ -111,7 +112,7 @@ class Run:
                     logger.flush()
 
     def epochs(self):
-        """Give the numbers of the epochs that are left: from 0, which is before training, or from where the run stopped."""
+        """Give the numbers of the epochs that are left: from 0, before training, or from where the run stopped."""
         if self.resumed:
             self._save(keep=False)  # its settings may be new, its weights older than its state
         steps = len(self._loader)
@@ -120,9 +121,9 @@ class Run:
             yield from range(self.state.epoch + 1 if self.resumed else 0, self.args.epochs + 1)
 
     def batches(self, after_step):
-        """Return what is left of the next epoch's batches. `after_step` is called after each one's training step.
+        """Return what is left of the next epoch's batches. `after_step` is called after each batch's step.
 
-        Where a signal is pending then, the run saves everything and RunStopped is raised, unless that was the last step.
+        Where a signal is pending then, the run saves everything and raises RunStopped, unless that was the last step.
         """
         epoch = self.state.epoch + 1
         self._loader.epoch, self._loader.skip = self.state.epoch, self.state.steps
@@ -151,7 +152,8 @@ class Run:
             if self._bar.disable or not sys.stdout.isatty():
                 print_line(f"epoch {epoch}/{self.args.epochs}: {describe(self.state.means)}, "
                            f"{time.monotonic() - self._epoch_started:.1f} s")
-        signals, last = tuple(self._pending_signals), epoch == self.args.epochs  # a later signal is seen after the next step
+        signals = tuple(self._pending_signals)  # a later one is seen after the next step
+        last = epoch == self.args.epochs
         if signals or last or epoch % self.args.checkpoint_every == 0:
             self._save(keep=epoch > 0)
         if signals and not last:
@@ -176,12 +178,12 @@ class Run:
 
     def _stop(self):
         signum = self._pending_signals[0]
-        raise RunStopped(f"stopped by {signal.Signals(signum).name} after {self.state.epoch} epochs and {self.state.steps} steps; "
-                         f"{resume_hint(self.folder)}", signum)
+        raise RunStopped(f"stopped by {signal.Signals(signum).name} after {self.state.epoch} epochs and "
+                         f"{self.state.steps} steps; {resume_hint(self.folder)}", signum)
 
 
 def describe(means):
     """Return the losses and the accuracy, as far as they are known, as text for people."""
-    shown = [f"{name} {means[name]:.4f}" for name in ("recon_loss", "gen_loss", "disc_loss") if name in means]
-    shown += [f"accuracy {means['accuracy']:.1%}"] if "accuracy" in means else []
-    return ", ".join(shown) or "no losses reported"
+    texts = [f"{name} {means[name]:.4f}" for name in ("recon_loss", "gen_loss", "disc_loss") if name in means]
+    texts += [f"accuracy {means['accuracy']:.1%}"] if "accuracy" in means else []
+    return ", ".join(texts) or "no losses reported"

@@ -35,8 +35,9 @@ class TrainingState:
         """Return where the run stands, as a dict of tensors on the CPU, numbers, strings, lists and dicts."""
         self.statistics.read()
         sums = self.statistics.state_dict() if self.steps else {"totals": {}}  # first: it logs what is unread
-        return {**sums, "settings": settings, "model": weights_on_cpu(self.model), "epoch": self.epoch, "steps": self.steps,
-                "means": self.means, "seconds": self.seconds, "random": random_states(self.model), "types": self._types(),
+        return {**sums, "settings": settings, "types": self._types(), "model": weights_on_cpu(self.model),
+                "epoch": self.epoch, "steps": self.steps, "means": self.means, "seconds": self.seconds,
+                "random": random_states(self.model),
                 **{name: self.parts[name].state_dict() for name in (*self.OPTIMIZERS, *self.OTHERS)}}
 
     def load_state_dict(self, state, settings):
@@ -50,7 +51,8 @@ class TrainingState:
                 load_optimizer(self.parts[name], state[name])
             for name in self.OTHERS:
                 self.parts[name].load_state_dict(state[name])
-            self.epoch, self.steps, self.means, self.earlier = (state[name] for name in ("epoch", "steps", "means", "seconds"))
+            self.epoch, self.steps = state["epoch"], state["steps"]
+            self.means, self.earlier = state["means"], state["seconds"]
             if self.steps:
                 self.statistics.load_state_dict(self.epoch + 1, state)
             streams = dict(state["random"])
@@ -61,8 +63,8 @@ class TrainingState:
             raise CheckpointError(f"the checkpoint does not fit models.py or train.py as they are now: "
                                   f"{' '.join(str(error).split())[:200]}") from None
         for name in differing:
-            warn(f"the run began with {state['settings'][name]} and continues with {settings[name]} ({name}): the results "
-                 f"may not be the same to the last bit")
+            warn(f"the run began with {state['settings'][name]} and continues with {settings[name]} ({name}): the "
+                 f"results may not be the same to the last bit")
 
     def _types(self):
         """Return the names of the optimizers' classes, whose states do not say whose they are."""

@@ -26,7 +26,10 @@ class Checkpoint(ResumeGroup):
             run.rename(log_dir / name)
         (log_dir / "2999_01_01_00_00_00").mkdir()  # has no checkpoint
         os.utime(log_dir / "z20" / "checkpoints" / "training_state.pt")  # as a copy or a backup would
-        latest = lambda: self.resume("latest", "--log_dir", log_dir)
+
+        def latest():
+            return self.resume("latest", "--log_dir", log_dir)
+
         self.assertIn(f"run:    {log_dir / 'a'}", latest()[1])
         self.assertEqual(self.resume(log_dir / "z20", "--epochs", 2)[0], 0)
         self.assertIn(f"run:    {log_dir / 'z20'}", latest()[1])
@@ -34,11 +37,11 @@ class Checkpoint(ResumeGroup):
         self.assert_refused(latest(), 1, log_dir / "a", "is damaged")
 
     def test_flag_that_an_older_run_lacks_is_its_default(self):
-        parse = lambda *flags: self.train.parse_args(flags)
-        settings = {name: value for name, value in vars(parse()).items() if name not in ("explicit_flags", "precision")}
-        self.assertEqual(self.options.resumed_args(parse(), settings).precision, "fp32")
+        args = self.train.parse_args([])
+        settings = {name: value for name, value in vars(args).items() if name not in ("explicit_flags", "precision")}
+        self.assertEqual(self.options.resumed_args(args, settings).precision, "fp32")
         with self.assertRaisesRegex(self.commandline.FlagError, "--precision bf16 contradicts the run, which has fp32"):
-            self.options.resumed_args(parse("--precision", "bf16"), settings)
+            self.options.resumed_args(self.train.parse_args(["--precision", "bf16"]), settings)
 
     def test_contradicting_flags_are_refused_by_name(self):
         run, _ = self.train_quietly("--epochs", "2", "--z_dim", "3")
@@ -54,7 +57,8 @@ class Checkpoint(ResumeGroup):
         empty, file = self.folder(), self.folder() / "training_state.pt"
         file.write_bytes(b"")
         for wrong in (empty, empty / "none", file, run / "checkpoints" / "model_checkpoint.pt", "latest"):
-            self.assert_refused(self.run_cli("--resume", wrong, "--log_dir", empty), 1, empty if wrong == "latest" else wrong)
+            named = empty if wrong == "latest" else wrong
+            self.assert_refused(self.run_cli("--resume", wrong, "--log_dir", empty), 1, named)
 
     def test_run_of_an_older_version_is_refused_by_name(self):
         run, _ = self.train_quietly("--epochs", "1")
@@ -68,8 +72,8 @@ class Checkpoint(ResumeGroup):
         whole, current = run_contents(run), run / "checkpoints" / "training_state.pt"
         previous, content = current.with_name("training_state.previous.pt"), current.read_bytes()
         random = np.random.default_rng(0)
-        damages = [lambda: content[:random.integers(len(content))], lambda: b"", lambda: b"not a checkpoint", self.weights_alone]
-        damages += [lambda: self.flipped(content, random)] * 4
+        damages = [lambda: content[:random.integers(len(content))], lambda: b"", lambda: b"not a checkpoint",
+                   self.weights_alone, *[lambda: self.flipped(content, random)] * 4]
         for damage in damages:
             current.write_bytes(damage())
             self.assert_refused(self.resume(run), 1, current, f"--resume {previous}")

@@ -40,8 +40,9 @@ class Flags(TrainGroup):
         for flags in ("--lambda_ 1.01", "--lambda_ -0.1", "--lambda_ nan", "--lambda_ half", "--z_dim 0", "--z_dim 2.5",
                       "--batch_size 0", "--batch_size -64", "--epochs 0", "--ae_lr -1e-3", "--ae_lr nan", "--ae_lr inf",
                       "--d_lr -1", "--num_workers -1", "--seed -1", "--seed 9999999999999999999999", "--seed x",
-                      "--dataset cifar", "--epoch 3", "--lamda_ 1", "--z_dim", "digits", "--nonsense", "--epochs 1" + "0" * 400,
-                      "--batch_size 99999999999999999999", "--lambda_ -inf", "--checkpoint_every 0"):
+                      "--dataset cifar", "--epoch 3", "--lamda_ 1", "--z_dim", "digits", "--nonsense",
+                      "--epochs 1" + "0" * 400, "--batch_size 99999999999999999999", "--lambda_ -inf",
+                      "--checkpoint_every 0"):
             with mock.patch.object(self.train, "main", side_effect=AssertionError("the run was started")):
                 status, out, err = self.run_cli(*flags.split(), *([] if flags == "--z_dim" else ["--log_dir", log_dir]))
             self.assertEqual((status, out), (2, ""), flags)
@@ -95,14 +96,14 @@ class BadInput(TrainGroup):
         (raw / self.mnist.MNIST_FILES[True][0]).write_bytes(b"half")
         with mock.patch("torchvision.datasets.MNIST.mirrors", []):
             for dataset in ("auto", "mnist"):
-                self.assert_refused(self.run_cli("--dataset", dataset, "--data_dir", folder, "--log_dir", folder / "logs"),
-                                    "is damaged")
+                result = self.run_cli("--dataset", dataset, "--data_dir", folder, "--log_dir", folder / "logs")
+                self.assert_refused(result, "is damaged")
         self.assertFalse((folder / "logs").exists())
 
     def test_mnist_never_falls_back(self):
         with mock.patch("torchvision.datasets.MNIST.mirrors", []):
-            self.assert_refused(self.run_cli("--dataset", "mnist", "--data_dir", self.folder(), "--log_dir", self.folder()),
-                                "could not be downloaded")
+            result = self.run_cli("--dataset", "mnist", "--data_dir", self.folder(), "--log_dir", self.folder())
+        self.assert_refused(result, "could not be downloaded")
 
     def test_not_enough_memory(self):
         log_dir = self.folder()
@@ -117,17 +118,18 @@ class BadInput(TrainGroup):
             self.assertTrue(failing.called)
             self.assertEqual(list(log_dir.iterdir()), [], place)
 
-        def put_and_fail(model, epoch, writer):
+        def put_and_fail(model, epoch, writer, images):
             Path(writer.log_dir, "results", "mine.png").write_bytes(b"mine")
             raise MemoryError
 
-        with mock.patch.object(self.train, "save_measurements", lambda model, epoch, writer, _: put_and_fail(model, epoch, writer)):
+        with mock.patch.object(self.train, "save_measurements", put_and_fail):
             self.assert_refused(self.run_digits("--log_dir", log_dir), "not enough memory")
         self.assertEqual([file.name for file in log_dir.rglob("*") if file.is_file()], ["mine.png"])
 
     def test_gpu_that_is_full_or_busy(self):
-        full = "the GPU's memory is full, or another program has it for itself; end the other programs there, or use --no-cuda"
-        for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of ..."),
+        full = ("the GPU's memory is full, or another program has it for itself; end the other programs there, "
+                "or use --no-cuda")
+        for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total ..."),
                       RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
                       RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"),
                       RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"),
@@ -137,13 +139,18 @@ class BadInput(TrainGroup):
                       RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED")):
             with mock.patch.object(self.train, "main", side_effect=error):
                 self.assertEqual(self.run_cli(), (1, "", f"train.py: error: {full}\n"))
-        with mock.patch.multiple("torch.cuda", max_memory_reserved=lambda: 3, get_device_properties=lambda _: Namespace(total_memory=4)), \
+        with mock.patch.multiple("torch.cuda", max_memory_reserved=lambda: 3,
+                                 get_device_properties=lambda _: Namespace(total_memory=4)), \
                 mock.patch.object(self.train, "main", side_effect=torch.OutOfMemoryError("CUDA out of memory.")):
             self.assertIn("try a smaller --batch_size or --z_dim, or --no-cuda", self.run_cli()[2])
 
     def test_the_hook_of_threads_is_restored(self):
         before = threading.excepthook
-        with mock.patch.object(self.train, "main", side_effect=lambda args: self.assertIsNot(threading.excepthook, before)) as main:
+
+        def look(args):
+            self.assertIsNot(threading.excepthook, before)
+
+        with mock.patch.object(self.train, "main", side_effect=look) as main:
             self.run_cli()
         self.assertTrue(main.called)
         self.assertIs(threading.excepthook, before)

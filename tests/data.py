@@ -24,6 +24,14 @@ from unittests import HERE, Group
 __unittest = True
 
 
+class RawAnswer(socketserver.BaseRequestHandler):
+    """Sends its server's `answer`, whatever the request."""
+
+    def handle(self):
+        self.request.recv(1000)
+        self.request.sendall(self.server.answer)
+
+
 class Data(Group):
     """The loader, MNIST's files (small made-up ones), their download (from this machine), and the bundled digits."""
 
@@ -35,11 +43,11 @@ class Data(Group):
         self.raw = self.root / "MNIST" / "raw"
         self.raw.mkdir(parents=True)
         self.files = {}
-        for names, count in zip(self.mnist.MNIST_FILES.values(), (130, 20)):
+        for names, count in zip(self.mnist.MNIST_FILES.values(), (130, 20), strict=True):
             pixels = np.random.default_rng(count).integers(0, 256, (count, 28, 28), np.uint8)
             pixels[0, 0, :2] = 0, 255
             labels = np.arange(count, dtype=np.uint8) % 10
-            for name, array in zip(names, (pixels, labels)):
+            for name, array in zip(names, (pixels, labels), strict=True):
                 header = np.array([0x0800 + array.ndim, *array.shape], ">i4").tobytes()
                 self.files[name] = header + array.tobytes()
         for patch in (mock.patch.object(self.mnist, "MNIST_MD5", {name: hashlib.md5(content).hexdigest()
@@ -80,8 +88,9 @@ class Data(Group):
         self.addCleanup(patch.stop)
 
     def test_signature(self):
-        defaults = [(p.name, p.default) for p in inspect.signature(self.mnist.mnist).parameters.values()]
-        self.assertEqual(defaults[:4], [("root", "../data"), ("batch_size", 64), ("num_workers", 4), ("download", True)])
+        defaults = {p.name: p.default for p in inspect.signature(self.mnist.mnist).parameters.values()}
+        self.assertEqual(list(defaults.items())[:4],
+                         [("root", "../data"), ("batch_size", 64), ("num_workers", 4), ("download", True)])
 
     def test_agrees_with_torchvision(self):
         from torchvision import datasets, transforms
@@ -105,8 +114,12 @@ class Data(Group):
             self.assertEqual([len(x) for x, _ in batches], [64, 64, 2])
             torch.testing.assert_close(torch.cat([x for x, _ in batches]).sum((1, 2, 3)).sort().values,
                                        loader.dataset.tensors[0].sum((1, 2, 3)).sort().values)
-        pairs = {(tuple(x[0, 0].tolist()), int(y)) for x, y in zip(*loader.dataset.tensors)}
-        self.assertTrue(all((tuple(x[0, 0].tolist()), int(y)) in pairs for xs, ys in epochs[0] for x, y in zip(xs, ys)),
+
+        def pairs(images, labels):
+            return {(tuple(x[0, 0].tolist()), int(y)) for x, y in zip(images, labels, strict=True)}
+
+        expected = pairs(*loader.dataset.tensors)
+        self.assertTrue(all(pairs(*batch) <= expected for batch in epochs[0]),
                         "images and labels are no longer together")
         self.assertFalse(torch.equal(epochs[0][0][0], epochs[1][0][0]), "both epochs have the same order")
 
@@ -118,7 +131,7 @@ class Data(Group):
             loader, stream = self.mnist.mnist(self.root, 130), torch.get_rng_state()
             orders.append([next(iter(loader))[0] for _ in range(2)])
             self.assertTrue(torch.equal(stream, torch.get_rng_state()), "shuffling draws from torch's own stream")
-        self.assertTrue(all(torch.equal(a, b) for a, b in zip(orders[0], orders[1])))
+        self.assertTrue(all(torch.equal(a, b) for a, b in zip(orders[0], orders[1], strict=True)))
         self.assertFalse(torch.equal(orders[0][0], orders[2][0]))
 
     def test_test_set_keeps_its_order(self):
@@ -156,7 +169,8 @@ class Data(Group):
     def test_missing_files_are_downloaded(self):
         self.mirrors("http://127.0.0.1:9/", self.serve(lambda content: content))
         self.assertEqual(len(self.mnist.load_mnist(self.root / "new")[0]), 130)
-        self.assertEqual({file.name for file in (self.root / "new/MNIST/raw").iterdir()}, set(self.mnist.MNIST_FILES[True]))
+        names = {file.name for file in (self.root / "new/MNIST/raw").iterdir()}
+        self.assertEqual(names, set(self.mnist.MNIST_FILES[True]))
         self.mirrors()
         self.assertEqual(len(self.mnist.load_mnist(self.root / "new", download=False)[0]), 130)
 
@@ -180,12 +194,8 @@ class Data(Group):
         for answer in (b"nonsense\r\n\r\n", b"HTTP/1.0 200 OK\r\nContent-Length: xyz\r\n\r\n",
                        b"HTTP/1.0 302 Found\r\nLocation: http://[\r\n\r\n",
                        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nhalf"):
-            class Handler(socketserver.BaseRequestHandler):
-                def handle(self):
-                    self.request.recv(1000)
-                    self.request.sendall(answer)
-
-            with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
+            with socketserver.TCPServer(("127.0.0.1", 0), RawAnswer) as server:
+                server.answer = answer
                 threading.Thread(target=server.handle_request, daemon=True).start()
                 self.mirrors(f"http://127.0.0.1:{server.server_address[1]}/")
                 with self.assertRaises(self.mnist.MissingData):
@@ -194,7 +204,7 @@ class Data(Group):
     def test_silent_network_is_given_up(self):
         with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection and never answers
             self.mirrors(f"http://127.0.0.1:{silent.getsockname()[1]}/")
-            with mock.patch.object(self.mnist, "PATIENCE", 1), \
+            with mock.patch.object(self.mnist, "TIMEOUT", 1), \
                     self.assertRaisesRegex(self.mnist.MissingData, "no answer|timed out"):
                 self.mnist.load_mnist(self.root)
 
@@ -203,9 +213,9 @@ class Data(Group):
         ended = threading.Event()
         self.addCleanup(ended.set)
         with mock.patch("socket.getaddrinfo", side_effect=lambda *args: ended.wait()), \
-                mock.patch.object(self.mnist, "PATIENCE", 1):
-            with self.assertRaisesRegex(self.mnist.MissingData, "no answer"):
-                self.mnist.load_mnist(self.root)
+                mock.patch.object(self.mnist, "TIMEOUT", 1), \
+                self.assertRaisesRegex(self.mnist.MissingData, "no answer"):
+            self.mnist.load_mnist(self.root)
 
     def test_trickling_network_is_given_up(self):
         def trickle(content):
@@ -217,8 +227,8 @@ class Data(Group):
                 self.assertRaisesRegex(self.mnist.MissingData, "not complete"):
             self.mnist.load_mnist(self.root)
 
-    def test_patience_is_below_20_seconds(self):
-        self.assertLess(self.mnist.PATIENCE, 20)
+    def test_timeout_is_below_20_seconds(self):
+        self.assertLess(self.mnist.TIMEOUT, 20)
 
     def test_missing_files_without_download(self):
         with self.assertRaisesRegex(self.mnist.MissingData, "switched off"):

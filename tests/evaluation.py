@@ -20,8 +20,8 @@ __unittest = True
 class Evaluation(TrainGroup):
     """python -m evaluation on a model of the bundled digits, and the digit classifier."""
 
-    needs = (*TrainGroup.needs, "evaluation.__main__", "evaluation.classifier", "evaluation.measures", "evaluation.metrics",
-             "evaluation.model_files", "evaluation.pictures", "runs.checkpoint")
+    needs = (*TrainGroup.needs, "evaluation.__main__", "evaluation.classifier", "evaluation.measures",
+             "evaluation.metrics", "evaluation.model_files", "evaluation.pictures", "runs.checkpoint")
 
     def setUp(self):
         super().setUp()
@@ -76,27 +76,33 @@ class Evaluation(TrainGroup):
         for label in range(10):
             self.check_close(metrics["reconstruction"]["mse_per_label"][str(label)], errors[labels == label].mean(),
                              f"the reconstruction error of label {label} is wrong")
-        match = metrics["prior_match"]
-        self.check_close(match["codes"]["std"][1], codes[:, 1].double().std(), "the standard deviation of the codes is wrong")
-        self.check_close(match["codes"]["ks"], self.metrics.ks_distance(codes), "the KS distance is not the test codes'")
+        self.check_prior_match(metrics["prior_match"], model, codes)
+        self.assertEqual((metrics["test_images"], metrics["z_dim"], metrics["trained_on"]), (299, 2, "digits"))
+        self.assertRegex(out, r"(?s)z_dim 2, deterministic encoder, residual networks, 299 test images of the bundled "
+                              r"digits.*Parzen log-likelihood of.*  nats +-?\d+\.\d \+- \d+\.\d")
+        self.assertIn(f"{errors.mean():.4f}", out)
+
+    def check_prior_match(self, match, model, codes):
+        """Check metrics["prior_match"] against a model's codes of the test images and of the training images."""
+        self.check_close(match["codes"]["std"][1], codes[:, 1].double().std(), "the codes' deviation is wrong")
+        self.check_close(match["codes"]["ks"], self.metrics.ks_distance(codes),
+                         "the KS distance is not the test codes'")
         with torch.no_grad():
             seen = model.encoder(self.mnist.load_digits(train=True)[0][:749])
-        self.check_close(match["training_codes"]["mean"][1], seen[:, 1].double().mean(), "the training codes' mean is wrong")
-        self.check_close(match["prior_draws"]["ks"], 0.8687 / math.sqrt(299), "the prior's draws are not from the prior", 0.03)
-        self.assertEqual((metrics["test_images"], metrics["z_dim"], metrics["trained_on"]), (299, 2, "digits"))
-        self.assertRegex(out, r"(?s)z_dim 2, deterministic encoder, residual networks, 299 test images of the bundled digits.*"
-                              r"Parzen log-likelihood of.*  nats +-?\d+\.\d \+- \d+\.\d")
-        self.assertIn(f"{errors.mean():.4f}", out)
+        self.check_close(match["training_codes"]["mean"][1], seen[:, 1].double().mean(),
+                         "the training codes' mean is wrong")
+        self.check_close(match["prior_draws"]["ks"], 0.8687 / math.sqrt(299),
+                         "the prior samples are not from the prior", 0.03)
 
     def test_pictures(self):
         from PIL import Image
 
         run = self.a_run(z_dim=2)
         self.metrics_of(run)
-        side = lambda count: 2 * (30 * count + 2)
-        expected = {"samples.png": (side(8), side(8)), "nearest.png": (side(8), side(2)), "manifold.png": (side(20), side(20)),
-                    "reconstructions.png": (side(10), side(8)), "interpolations.png": (side(12), side(10)),
-                    "codes.png": (910, 800)}
+        columns_and_rows = {"samples": (8, 8), "nearest": (8, 2), "manifold": (20, 20), "reconstructions": (10, 8),
+                            "interpolations": (12, 10)}
+        expected = {f"{name}.png": tuple(2 * (30 * count + 2) for count in counts)
+                    for name, counts in columns_and_rows.items()} | {"codes.png": (910, 800)}
         sizes = {}
         for file in (run / "evaluation").glob("*.png"):
             with Image.open(file) as image:
@@ -105,7 +111,8 @@ class Evaluation(TrainGroup):
         images, labels = self.mnist.load_digits(train=False)
         shown = read_png(run / "evaluation" / "reconstructions.png")[4:60:2, 4 + 3 * 60:60 * 4:2]
         third = images[labels == 3][0, 0]
-        self.assertTrue(np.array_equal(shown, ((third + 1) * 127.5).round()), "the fourth column does not begin with a 3")
+        self.assertTrue(np.array_equal(shown, ((third + 1) * 127.5).round()),
+                        "the fourth column does not begin with a 3")
 
     def test_training_images_are_split_evenly(self):
         images = torch.arange(60_000)
@@ -118,14 +125,14 @@ class Evaluation(TrainGroup):
     def test_log_likelihood_is_compared_with_that_of_training_images(self):
         model, (images, labels) = self.models.AdversarialAE(z_dim=2), self.mnist.load_digits()
         with mock.patch.object(self.measures, "SAMPLES", 300):
-            found = self.measures.evaluate(model, images, images[-300:], labels[-300:])["log_likelihood"]
+            likelihood = self.measures.evaluate(model, images, images[-300:], labels[-300:])["log_likelihood"]
         with torch.no_grad():
             reconstructions = model.eval()(images[:749])[0]
         for name, windows in (("training_images", images[:749]), ("training_reconstructions", reconstructions)):
             expected = self.measures.log_likelihood(windows, images[749:], images[-300:])
-            self.assertEqual(found[name]["samples"], 749)
-            self.check_close(found[name]["mean"], expected["mean"], f"the log-likelihood with {name} is wrong")
-        self.assertGreater(found["training_images"]["mean"], found["training_reconstructions"]["mean"] + 10)
+            self.assertEqual(likelihood[name]["samples"], 749)
+            self.check_close(likelihood[name]["mean"], expected["mean"], f"the log-likelihood with {name} is wrong")
+        self.assertGreater(likelihood["training_images"]["mean"], likelihood["training_reconstructions"]["mean"] + 10)
 
     def test_log_likelihood_is_that_of_images_in_0_1(self):
         images, _ = self.mnist.load_digits()
@@ -144,12 +151,12 @@ class Evaluation(TrainGroup):
         distances = [quality[name]["frechet_to_test_images"] for name in ("good", "threes", "noise")]
         self.assertLess(5 * distances[0], min(distances[1:]), distances)
         self.assertGreater(quality["threes"]["labels"]["3"], 0.8)
-        for own in (quality["good"], quality["noise"]):
-            self.check_close(sum(own["labels"].values()), 1, "the shares of the labels do not add up to 1")
+        for name in ("good", "noise"):
+            self.check_close(sum(quality[name]["labels"].values()), 1, "the shares of the labels do not add up to 1")
         classifier = self.classifier.load_classifier()
         with torch.no_grad():
-            sure = (classifier(images[:500]).softmax(1).amax(1) >= 0.95).double().mean()
-        self.check_close(quality["good"]["sure"], sure, "the share that the classifier is sure of is wrong")
+            confident = (classifier(images[:500]).softmax(1).amax(1) >= 0.95).double().mean()
+        self.check_close(quality["good"]["sure"], confident, "the share of confidences of at least 0.95 is wrong")
 
     def test_same_seed_same_numbers(self):
         run = self.a_run()
@@ -176,9 +183,10 @@ class Evaluation(TrainGroup):
         start, end = torch.randn(8), 2 * torch.randn(8)
         path = self.pictures.interpolate(start, end, torch.linspace(0, 1, 5))
         for code, expected in ((path[0], start), (path[4], end)):
-            self.assertTrue(torch.allclose(code, expected, atol=1e-5), "the path does not lead from one code to the other")
+            self.assertTrue(torch.allclose(code, expected, atol=1e-5), "the path does not lead from code to code")
         norms = path.norm(dim=1)
-        self.assertTrue(torch.allclose(norms.diff(), norms.diff().mean().expand(4), atol=1e-5), "the norm changes unevenly")
+        self.assertTrue(torch.allclose(norms.diff(), norms.diff().mean().expand(4), atol=1e-5),
+                        "the norm changes unevenly")
         turns = nn.functional.cosine_similarity(path[1:], path[:-1]).acos()
         self.assertTrue(torch.allclose(turns, turns.mean().expand(4), atol=1e-3), "the direction turns unevenly")
         for end in (-start, start, torch.zeros(8)):
@@ -186,8 +194,8 @@ class Evaluation(TrainGroup):
 
     def test_nearest_training_image(self):
         images, _ = self.mnist.load_digits()
-        found = self.pictures.nearest(images[[700, 3]] + 0.1 * images_like_mnist(2), images)
-        self.assertTrue(torch.equal(found, images[[700, 3]]))
+        neighbours = self.pictures.nearest(images[[700, 3]] + 0.1 * images_like_mnist(2), images)
+        self.assertTrue(torch.equal(neighbours, images[[700, 3]]))
 
     def test_manifold_has_the_prior_quantiles(self):
         model = TinyAAE()
@@ -212,12 +220,13 @@ class Evaluation(TrainGroup):
         self.assertTrue((folder / "evaluation" / "metrics.json").is_file())
 
     def test_each_posterior_with_and_without_a_run(self):
-        for kind in (("gaussian", "residual"), ("universal", "residual"), ("deterministic", "base"), ("universal", "base")):
-            run = self.a_run(**dict(zip(("posterior", "networks"), kind)))
+        for kind in (("gaussian", "residual"), ("universal", "residual"), ("deterministic", "base"),
+                     ("universal", "base")):
+            run = self.a_run(posterior=kind[0], networks=kind[1])
             model, path = self.models.AdversarialAE(3, *kind), run / "checkpoints" / "model_checkpoint.pt"
             torch.save(model.state_dict(), path)
-            found = self.model_files.settings_from_weights(path, model.state_dict())
-            for settings in (self.metrics_of(run)[0], found):
+            inferred = self.model_files.settings_from_weights(path, model.state_dict())
+            for settings in (self.metrics_of(run)[0], inferred):
                 self.assertEqual((settings["posterior"], settings["networks"]), kind)
 
     def test_older_runs_have_base_networks(self):
@@ -225,7 +234,8 @@ class Evaluation(TrainGroup):
         settings = json.loads((run / "hparams.json").read_text())
         del settings["networks"]
         (run / "hparams.json").write_text(json.dumps(settings))
-        torch.save(self.models.AdversarialAE(3, networks="base").state_dict(), run / "checkpoints" / "model_checkpoint.pt")
+        weights = self.models.AdversarialAE(3, networks="base").state_dict()
+        torch.save(weights, run / "checkpoints" / "model_checkpoint.pt")
         self.assertEqual(self.metrics_of(run)[0]["networks"], "base")
 
     def test_weights_within_a_run(self):
@@ -291,7 +301,8 @@ class Evaluation(TrainGroup):
         self.assertEqual(list((run / "evaluation").iterdir()), [])
 
     def test_programming_errors_keep_their_traceback(self):
-        with mock.patch.object(self.__main__, "main", side_effect=RuntimeError("a bug")), self.assertRaises(RuntimeError):
+        with mock.patch.object(self.__main__, "main", side_effect=RuntimeError("a bug")), \
+                self.assertRaises(RuntimeError):
             self.evaluate_cli("run")
 
     def test_missing_or_damaged_classifier(self):
@@ -331,6 +342,6 @@ class Evaluation(TrainGroup):
         distorted = self.classifier.distorted(image)
         self.assertLessEqual(float(distorted.abs().max()), 1 + 1e-6)
         self.assertTrue((distorted[:, :, 0, 0] == -1).all(), "what comes in from outside is not the background")
-        ink = lambda images: (images + 1).sum((1, 2, 3)).mean()
-        self.check_close(ink(distorted) / ink(image), 1, "the digits lose or gain ink", 0.05)
+        ink = [(images + 1).sum((1, 2, 3)).mean() for images in (distorted, image)]
+        self.check_close(ink[0] / ink[1], 1, "the digits lose or gain ink", 0.05)
         self.assertLess(float((distorted.mean(0) - image[0]).abs().mean()), 0.3)

@@ -12,8 +12,8 @@ __unittest = True
 
 TORCH_2_15 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 TORCH_2_7 = ["sm_50", "sm_60", "sm_61", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
-TOO_OLD = ("CUDA initialization: The NVIDIA driver on your system is too old (found version {}). Please update your GPU "
-           "driver by downloading and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx "
+TOO_OLD = ("CUDA initialization: The NVIDIA driver on your system is too old (found version {}). Please update your "
+           "GPU driver by downloading and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx "
            "Alternatively, go to: https://pytorch.org to install a PyTorch version that has been compiled with your "
            "version of the CUDA driver. (Triggered internally at CUDAFunctions.cpp:119.)")
 
@@ -53,12 +53,12 @@ class Gpu(TrainGroup):
     def test_a_gpu_without_kernels_is_named_with_the_command_that_helps(self):
         pip = 'pip install "torch==2.7.1" "torchvision==0.22.1"'
         for capability, words in (
-                ((6, 1), f"is too old for torch {torch.__version__}, which has kernels from 7.5 on; install the last torch "
-                         f"for it: {pip}, or train on the CPU with --no-cuda"),
-                ((3, 5), f"is too old for torch {torch.__version__}, which has kernels from 7.5 on; train on the CPU with "
-                         f"--no-cuda"),
-                ((13, 0), f"is too new for torch {torch.__version__}, which has no kernels for it; upgrade: pip install "
-                          f"--upgrade torch torchvision, or train on the CPU with --no-cuda")):
+                ((6, 1), f"is too old for torch {torch.__version__}, which has kernels from 7.5 on; install the last "
+                         f"torch for it: {pip}, or train on the CPU with --no-cuda"),
+                ((3, 5), f"is too old for torch {torch.__version__}, which has kernels from 7.5 on; train on the CPU "
+                         f"with --no-cuda"),
+                ((13, 0), f"is too new for torch {torch.__version__}, which has no kernels for it; upgrade: pip "
+                          f"install --upgrade torch torchvision, or train on the CPU with --no-cuda")):
             with self.on_gpu(capability):
                 name = f"NVIDIA Something (compute capability {capability[0]}.{capability[1]})"
                 self.assertEqual(self.refused(), f"train.py: error: {name} {words}\n")
@@ -115,18 +115,20 @@ class Gpu(TrainGroup):
                         mock.patch("torch.backends.cuda.is_built", return_value=True))
         self.assertIn("torch==2.7.1", self.device.driver_message(TOO_OLD.format(12080), "13.2"))
         self.assertNotIn("torch==2.7.1", self.device.driver_message(TOO_OLD.format(11040), "13.2"))
-        message = self.device.driver_message("CUDA initialization: CUDA unknown error - this may be due to an incorrectly "
-                                             "set up environment, e.g. changing env variable. Setting the available "
-                                             "devices to be zero. (Triggered internally)", "13.2")
+        message = self.device.driver_message(
+            "CUDA initialization: CUDA unknown error - this may be due to an incorrectly set up environment, e.g. changing "
+            "env variable. Setting the available devices to be zero. (Triggered internally)", "13.2")
         self.assertRegex(message, r"CUDA unknown error .* changing env variable\Z")
         self.assertIsNone(self.device.driver_message("", "13.2"))
 
     def test_a_torch_without_cuda_beside_an_nvidia_gpu(self):
         no_cuda = (mock.patch("torch.cuda.is_available", return_value=False),
                    mock.patch("torch.backends.cuda.is_built", return_value=False))
-        self.warned("is built without CUDA", *no_cuda, mock.patch.object(self.device, "has_nvidia_driver", lambda: True))
+        driver = mock.patch.object(self.device, "has_nvidia_driver", lambda: True)
+        self.warned("is built without CUDA", *no_cuda, driver)
         for has_driver in (True, False):
-            with no_cuda[0], no_cuda[1], mock.patch.object(self.device, "has_nvidia_driver", lambda has=has_driver: has):
+            driver = mock.patch.object(self.device, "has_nvidia_driver", return_value=has_driver)
+            with no_cuda[0], no_cuda[1], driver:
                 self.assertEqual(self.device.unused_gpu_warning(False) is not None, has_driver)
                 self.assertIsNone(self.device.unused_gpu_warning(True))
 

@@ -32,8 +32,8 @@ class Hardware(TrainGroup):
 
     def assert_refused(self, precision, words):
         log_dir = self.folder()
-        status, _, err = self.run_cli("--dataset", "digits", "--no-cuda", "--epochs", 1, "--precision", precision, "--log_dir",
-                                      log_dir)
+        status, _, err = self.run_cli("--dataset", "digits", "--no-cuda", "--epochs", 1, "--precision", precision,
+                                      "--log_dir", log_dir)
         self.assertEqual((status, err.count("\n"), list(log_dir.iterdir())), (2, 1, []))
         self.assertIn(words, err)
 
@@ -65,7 +65,8 @@ class Hardware(TrainGroup):
     def test_tf32_is_set_for_tf32_alone(self):
         cuda, before = torch.device("cuda"), torch.backends.cudnn.conv.fp32_precision
         self.addCleanup(setattr, torch.backends.cudnn.conv, "fp32_precision", before)
-        self.addCleanup(setattr, torch.backends.cuda.matmul, "fp32_precision", torch.backends.cuda.matmul.fp32_precision)
+        matmul = torch.backends.cuda.matmul
+        self.addCleanup(setattr, matmul, "fp32_precision", matmul.fp32_precision)
         with mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)):
             for precision, expected in (("tf32", "tf32"), ("bf16", "ieee"), ("fp32", "ieee")):
                 self.device.set_precision(precision, cuda)
@@ -79,7 +80,7 @@ class Hardware(TrainGroup):
         capturing, trained = [], []
 
         class Graph:
-            """Records what is run while it is the one that captures, and runs it again on what its input holds by then."""
+            """Records what is run while it captures, and runs it again on what its input holds by then."""
 
             def replay(self):
                 self.recorded()
@@ -96,21 +97,22 @@ class Hardware(TrainGroup):
             return values
 
         @contextlib.contextmanager
-        def graph(one):
-            capturing.append(one)
+        def capture(graph):
+            capturing.append(graph)
             yield
-            capturing.remove(one)
+            capturing.remove(graph)
 
-        batches = [torch.arange(start, start + count).float() for start in range(0, 600, 100) for count in (4, 4, 3)]
-        with mock.patch.multiple("torch.cuda", CUDAGraph=Graph, graph=graph, Stream=mock.Mock(), stream=mock.MagicMock(),
-                                 current_stream=mock.Mock()):
+        batches = [torch.arange(start, start + count).float()
+                   for start in range(0, 600, 100) for count in (4, 4, 3)]
+        with mock.patch.multiple("torch.cuda", CUDAGraph=Graph, graph=capture, Stream=mock.Mock(),
+                                 stream=mock.MagicMock(), current_stream=mock.Mock()):
             captured = self.cuda_graph.CapturedStep(step)
             sums = [float(captured(batch)) for batch in batches]
             with mock.patch("torch.cuda.graph", side_effect=RuntimeError("copy")), \
                     self.assertRaisesRegex(self.commandline.UserError, r"\(copy\)"):
-                one = self.cuda_graph.CapturedStep(lambda x: x)
+                refused = self.cuda_graph.CapturedStep(lambda x: x)
                 for _ in range(4):
-                    one(batches[0])
+                    refused(batches[0])
         self.assertEqual(trained, [batch.tolist() for batch in batches])
         self.assertEqual(sums, [float(batch.sum()) for batch in batches])
 
@@ -123,7 +125,7 @@ class Cuda(TrainGroup):
 
     def setUp(self):
         super().setUp()
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when the first test multiplies matrices
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when a test first multiplies matrices
         self.device.set_precision("fp32", torch.device("cuda"))
 
     def train_on_cuda(self, *flags):
@@ -148,7 +150,7 @@ class Cuda(TrainGroup):
         self.train.generate_and_save(model, 0, writer)
         model.sample = lambda count: model.decoder(torch.randn(count, model.z_dim, device="cuda"))
         self.train.generate_and_save(model, 1, writer)
-        for state, after in zip(before, (torch.get_rng_state(), torch.cuda.get_rng_state())):
+        for state, after in zip(before, (torch.get_rng_state(), torch.cuda.get_rng_state()), strict=True):
             self.assertTrue(torch.equal(state, after))
 
     def test_losses_agree_with_the_cpu(self):
@@ -161,7 +163,7 @@ class Cuda(TrainGroup):
         self.check_close(losses[1], losses[0], "the autoencoder's loss on CUDA is not that on the CPU", 1e-3)
 
     def test_evaluation_agrees_with_the_cpu(self):
-        measures, pictures = importlib.import_module("evaluation.measures"), importlib.import_module("evaluation.pictures")
+        measures, pictures = (importlib.import_module(f"evaluation.{name}") for name in ("measures", "pictures"))
         model, (images, labels) = self.models.AdversarialAE(), self.mnist.load_digits(train=False)
         results = []
         with mock.patch.object(measures, "SAMPLES", 300):
@@ -174,7 +176,7 @@ class Cuda(TrainGroup):
             self.check_close(values[1], values[0], f"{'/'.join(names)} on CUDA is not that on the CPU", 1e-3)
 
     def trained_for_200_steps(self, capturable):
-        """Return weights and values after 200 steps, captured or not; batches of two sizes, the same draws."""
+        """Return weights and values after 200 steps, captured or not; batches of two sizes, the same random numbers."""
         torch.manual_seed(0)
         model, images = self.models.AdversarialAE().cuda(), images_like_mnist(64).cuda()
         model.capturable = capturable
@@ -184,7 +186,7 @@ class Cuda(TrainGroup):
         self.assertEqual(isinstance(step, self.train.CapturedStep), capturable)
         values = []
         for number in range(200):
-            self.train.set_learning_rate(optimizers[0], 90 + number // 100, args)  # drops halfway, when the graphs are captured
+            self.train.set_learning_rate(optimizers[0], 90 + number // 100, args)  # drops when the graphs are captured
             parts = step(images[:32] if number % 4 == 3 else images)
             values.append(torch.stack([value.clone() for part in parts for value in part.values()]))
         return model.state_dict(), torch.stack(values).cpu()

@@ -78,8 +78,8 @@ class Logging(Group):
         self.assertEqual(to_numbers.call_count, 2)
 
     def test_any_shape_and_precision_of_a_scalar(self):
-        values = {"a": torch.ones(1), "b": torch.ones((), dtype=torch.float64), "c": torch.tensor(1), "d": np.float32(1),
-                  "e": True}
+        values = {"a": torch.ones(1), "b": torch.ones((), dtype=torch.float64), "c": torch.tensor(1),
+                  "d": np.float32(1), "e": True}
         logger = self.utils.TensorBoardLogger(self.writer, avg_window=1)
         logger.add_values(values)
         for name in values:
@@ -95,8 +95,8 @@ class Logging(Group):
         files.write_atomically(path, b"first", keep=path.with_name("old"))
         self.assertEqual(path.with_name("old").read_bytes(), b"zeroth")
         path.with_name("old").unlink()
-        with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")):
-            with self.assertRaises(OSError) as caught:
-                files.write_atomically(path, b"second")
+        with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")), \
+                self.assertRaises(OSError) as caught:
+            files.write_atomically(path, b"second")
         self.assertEqual(caught.exception.filename, str(path))
         self.assertEqual([(file.name, file.read_bytes()) for file in path.parent.iterdir()], [("file", b"first")])

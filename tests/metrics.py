@@ -35,12 +35,14 @@ class Metrics(Group):
         directions = torch.randn(4, 7, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
         each = [self.metrics.ks_distance(codes.double() @ (direction / direction.norm())[:, None])
                 for direction in directions.T]
-        self.check_close(self.metrics.ks_distance(codes, 7, seed=5), sum(each) / 7, "the mean over the projections is wrong")
+        self.check_close(self.metrics.ks_distance(codes, 7, seed=5), sum(each) / 7,
+                         "the mean over the projections is wrong")
 
     def test_ks_distance_of_the_prior_and_of_a_point(self):
         self.check_close(self.metrics.ks_distance(torch.randn(10_000, 8)), 0.8687 / 100,
-                         "the KS distance of 10,000 draws from the prior is not what Kolmogorov's distribution says", 1e-3)
-        self.check_close(self.metrics.ks_distance(torch.zeros(50, 8)), 0.5, "a point in the middle has a distance of 1/2")
+                         "the KS distance of 10,000 prior samples is not what Kolmogorov's distribution says", 1e-3)
+        self.check_close(self.metrics.ks_distance(torch.zeros(50, 8)), 0.5,
+                         "a point in the middle has a distance of 1/2")
 
     def test_frechet_to_prior(self):
         codes = self.codes().double().numpy()
@@ -52,18 +54,21 @@ class Metrics(Group):
         self.check_close(self.metrics.frechet_to_prior(shifted), 5**2 + (2 - 1)**2, "the distance to N(5, 4) is 25 + 1")
 
     def test_frechet_distance_of_two_sets(self):
-        one, two = self.codes(50, 5).double().numpy(), self.codes(60, 5).double().numpy()
-        product = np.linalg.eigvals(np.cov(one.T) @ np.cov(two.T))  # of a matrix that is not symmetric
-        difference = one.mean(0) - two.mean(0)
-        expected = difference @ difference + np.trace(np.cov(one.T) + np.cov(two.T)) - 2 * np.sqrt(product.real).sum()
-        self.check_close(self.metrics.frechet(torch.from_numpy(one), torch.from_numpy(two)), expected,
+        first, second = self.codes(50, 5).double().numpy(), self.codes(60, 5).double().numpy()
+        product = np.linalg.eigvals(np.cov(first.T) @ np.cov(second.T))  # of a matrix that is not symmetric
+        difference = first.mean(0) - second.mean(0)
+        total = np.trace(np.cov(first.T) + np.cov(second.T))
+        expected = difference @ difference + total - 2 * np.sqrt(product.real).sum()
+        self.check_close(self.metrics.frechet(torch.from_numpy(first), torch.from_numpy(second)), expected,
                          "the Frechet distance is wrong")
 
     def test_frechet_distance_of_gaussians_with_the_same_axes(self):
         axes = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q
         points = torch.cat([torch.eye(4), -torch.eye(4)]).double() * math.sqrt(7 / 2)  # mean 0, covariance 1
-        one, two = torch.tensor([1.0, 2, 3, 0]).double(), torch.tensor([2.0, 0.5, 3, 1]).double()  # 0: a dead feature
-        self.check_close(self.metrics.frechet(points * one @ axes, points * two @ axes + 1), (one - two).square().sum() + 4,
+        first = torch.tensor([1.0, 2, 3, 0]).double()  # standard deviations along the axes; 0: a dead feature
+        second = torch.tensor([2.0, 0.5, 3, 1]).double()
+        self.check_close(self.metrics.frechet(points * first @ axes, points * second @ axes + 1),
+                         (first - second).square().sum() + 4,
                          "the Frechet distance of Gaussians with the same axes is the sum over them")
 
     def test_frechet_distance_of_a_set_to_itself(self):
@@ -79,7 +84,7 @@ class Metrics(Group):
             expected.append(torch.logsumexp(torch.stack(logs), 0) - math.log(30))
         values = self.metrics.parzen_log_likelihood(samples, images, sigma)
         self.assertEqual(values.shape, (7,))
-        for value, right in zip(values, expected):
+        for value, right in zip(values, expected, strict=True):
             self.check_close(value, right, "the Parzen log-likelihood is wrong", 1e-6)
 
     def test_parzen_window_of_one_sample_is_a_gaussian(self):

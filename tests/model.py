@@ -39,7 +39,8 @@ class Promises(ModelGroup):
             torch.manual_seed(seed)
             model = self.models.AdversarialAE()
             with torch.no_grad():
-                model.load_state_dict({name: torch.full_like(value, 0.01) for name, value in model.state_dict().items()})
+                weights = {name: torch.full_like(value, 0.01) for name, value in model.state_dict().items()}
+                model.load_state_dict(weights)
             samples.append(model.sample(4))
         self.assertTrue(torch.equal(samples[0], samples[1]))
         self.assertFalse(torch.equal(samples[0], samples[2]))
@@ -58,8 +59,13 @@ class Promises(ModelGroup):
 
     def test_suggested_architecture(self):
         model = self.models.AdversarialAE(z_dim=8, networks="base")
-        convolutions = lambda channels: sum(9 * i * o + o for i, o in zip(channels, channels[1:]))
-        linears = lambda widths: sum(i * o + o for i, o in zip(widths, widths[1:]))
+
+        def convolutions(channels):
+            return sum(9 * i * o + o for i, o in itertools.pairwise(channels))
+
+        def linears(widths):
+            return sum(i * o + o for i, o in itertools.pairwise(widths))
+
         expected = {"encoder": convolutions([1, 32, 32, 64, 64, 64]) + linears([1024, 8]),
                     "decoder": linears([8, 1024]) + convolutions([64, 64, 64, 32, 32, 1]),
                     "discriminator": linears([8, 512, 512, 1])}
@@ -80,8 +86,8 @@ class Promises(ModelGroup):
             self.assertTrue(all(weight.grad is None for weight in model.encoder.parameters()), posterior)
             with torch.no_grad():
                 again, evaluated = model.encoder(x), [model.eval().encoder(x) for _ in range(2)]
-            for one, other in ((z, again), evaluated):
-                self.assertEqual(torch.equal(one, other), posterior == "deterministic", posterior)
+            for codes, repeated in ((z, again), evaluated):
+                self.assertEqual(torch.equal(codes, repeated), posterior == "deterministic", posterior)
         self.assertRaises(KeyError, self.models.AdversarialAE, posterior="normal")
         self.assertRaises(ValueError, self.models.AdversarialAE, networks="other")
 
@@ -105,4 +111,5 @@ class Promises(ModelGroup):
             torch.manual_seed(2)
             shift = encoder(x[:1]) - first
             torch.manual_seed(2)
-            self.check(not torch.allclose(encoder(x[1:]) - other, shift, atol=1e-6), "noise is added to the code, whatever the image")
+            self.check(not torch.allclose(encoder(x[1:]) - other, shift, atol=1e-6),
+                       "noise is added to the code, whatever the image")

@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import signal
+from functools import partial
 from unittest import mock
 
 import torch
@@ -20,8 +21,7 @@ __unittest = True
 class ResumeGroup(TrainGroup):
     """What the groups on stopped runs share."""
 
-    needs = (*TrainGroup.needs, "runs.checkpoint", "runs.signals", "training.options",
-             "training.optimizers")
+    needs = (*TrainGroup.needs, "runs.checkpoint", "runs.signals", "training.options", "training.optimizers")
     STEPS = 2  # of an epoch of a hundred digits in batches of 64
 
     def stop_after(self, steps, *flags, signum=signal.SIGTERM):
@@ -34,9 +34,11 @@ class ResumeGroup(TrainGroup):
             if next(count) == steps:
                 signal.raise_signal(signum)
 
-        with mock.patch.object(self.statistics.LossStatistics, "add", add_and_stop), self.assertRaises(self.commandline.RunStopped) as caught:
-            with self.few_digits, contextlib.redirect_stdout(io.StringIO()):
-                self.train.main(self.train.parse_args(["--dataset", "digits", "--no-cuda", "--log_dir", str(log_dir), *flags]))
+        args = self.train.parse_args(["--dataset", "digits", "--no-cuda", "--log_dir", str(log_dir), *flags])
+        with mock.patch.object(self.statistics.LossStatistics, "add", add_and_stop), self.few_digits, \
+                contextlib.redirect_stdout(io.StringIO()), \
+                self.assertRaises(self.commandline.RunStopped) as caught:
+            self.train.main(args)
         run, = log_dir.iterdir()
         return run, caught.exception
 
@@ -62,7 +64,8 @@ class Resume(ResumeGroup):
     """Runs that are stopped, and continue as if they had not been."""
 
     def test_resumed_run_is_the_uninterrupted_one(self):
-        with mock.patch.object(self.train.TensorBoardLogger.__init__, "__defaults__", (3, None)):  # windows across every stop
+        windows = (3, None)  # of 3 steps, so that one is open at every stop
+        with mock.patch.object(self.train.TensorBoardLogger.__init__, "__defaults__", windows):
             whole, _ = self.train_quietly("--epochs", "4", "--drop_after", "1")
             for steps in (1, 2, 5):  # within an epoch, at its end, and within a later one
                 run, stopped = self.stop_after(steps, "--epochs", "4", "--drop_after", "1")
@@ -98,23 +101,27 @@ class Resume(ResumeGroup):
             self.assert_same_run(run, whole)
             self.assertEqual(json.loads((run / "hparams.json").read_text())["posterior"], posterior)
 
-    def test_saved_weights_are_the_average_and_training_goes_on_with_the_others(self):
+    def test_saved_weights_are_the_average_and_training_continues_with_the_others(self):
         runs = {decay: self.train_quietly("--epochs", "3", "--averaging", decay) for decay in ("0", "0.9")}
         (last, last_saved), (averaged, averaged_saved) = runs.values()
         states = [self.checkpoint.load_state(run) for run in (last, averaged)]
         for name in states[0]["model"]:
-            self.assertTrue(torch.equal(states[0]["model"][name], states[1]["model"][name]), f"{name} depends on the average")
+            weights, others = (state["model"][name] for state in states)
+            self.assertTrue(torch.equal(weights, others), f"{name} depends on the average")
             self.assertTrue(torch.equal(averaged_saved[name], states[1]["average"]["weights"][name]), name)
-            if states[0]["model"][name].is_floating_point():
-                self.assertTrue(torch.equal(last_saved[name], states[0]["model"][name]), f"{name} with --averaging 0")
+            if weights.is_floating_point():
+                self.assertTrue(torch.equal(last_saved[name], weights), f"{name} with --averaging 0")
                 self.assertFalse(torch.equal(last_saved[name], averaged_saved[name]), f"{name} is not averaged")
 
     def test_pictures_and_measurements_are_of_the_average(self):
         names, seen = ("generate_and_save", "save_reconstruction", "save_measurements", "save_summary"), {}
+
+        def record(name, model, *_, **__):
+            seen[name] = copy.deepcopy(model.state_dict())
+
         with contextlib.ExitStack() as stack:
             for name in names:
-                record = lambda model, *_, name=name, **__: seen.update({name: copy.deepcopy(model.state_dict())})
-                stack.enter_context(mock.patch.object(self.train, name, side_effect=record))
+                stack.enter_context(mock.patch.object(self.train, name, side_effect=partial(record, name)))
             _, saved = self.train_quietly("--epochs", "5", "--averaging", "0.9")
         for name in names:
             self.assertTrue(same(seen[name], saved), f"{name} gets other weights than the averaged ones")
@@ -135,7 +142,7 @@ class Resume(ResumeGroup):
         self.assertIn("done:", out)
         self.assert_same_contents(run_contents(run), before)
 
-    def test_killed_run_goes_on_from_its_checkpoint(self):
+    def test_killed_run_is_resumed_from_its_checkpoint(self):
         whole, _ = self.train_quietly("--epochs", "3", "--checkpoint_every", "1")
         log_dir = self.folder()
         save_state, count = runs.run.save_state, iter(range(100))
@@ -147,7 +154,8 @@ class Resume(ResumeGroup):
 
         with mock.patch.object(runs.run, "save_state", save_and_die), self.few_digits:
             with self.assertRaises(Stop):
-                self.run_cli("--dataset", "digits", "--no-cuda", "--epochs", 3, "--checkpoint_every", 1, "--log_dir", log_dir)
+                self.run_cli("--dataset", "digits", "--no-cuda", "--epochs", 3, "--checkpoint_every", 1,
+                             "--log_dir", log_dir)
             run, = log_dir.iterdir()
             with self.assertRaises(Stop):
                 self.run_cli("--resume", run)
@@ -157,7 +165,7 @@ class Resume(ResumeGroup):
         self.assert_same_run(run, whole)
         self.assertEqual(list(run.rglob("*.tmp")), [])
 
-    def test_signals_have_their_exit_status_and_the_command_to_go_on(self):
+    def test_signals_have_their_exit_status_and_the_command_to_resume(self):
         for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
             if not hasattr(signal, name):
                 continue
@@ -168,7 +176,8 @@ class Resume(ResumeGroup):
             with mock.patch.object(self.train, "main", side_effect=stopped):
                 status, _, err = self.run_cli()
             self.assertEqual(status, 128 + signum)
-            self.assertRegex(err, f"{name} after 0 epochs and 1 steps; resume it with: python .*train.py --resume {run}")
+            self.assertRegex(err, f"{name} after 0 epochs and 1 steps; resume it with: "
+                                  f"python .*train.py --resume {run}")
 
     def test_signal_after_the_last_step_of_an_epoch(self):
         log_dir, describe = self.folder(), runs.run.describe
@@ -187,14 +196,14 @@ class Resume(ResumeGroup):
     def test_ignored_signals_stay_ignored(self):
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.addCleanup(signal.signal, signal.SIGINT, before)
-        with self.signals.stop_signals() as received:
+        with self.signals.stop_signals() as pending_signals:
             signal.raise_signal(signal.SIGINT)
-        self.assertEqual(received, [])
+        self.assertEqual(pending_signals, [])
 
     def test_second_interrupt_stops_at_once(self):
-        with self.signals.stop_signals() as received:
+        with self.signals.stop_signals() as pending_signals:
             signal.raise_signal(signal.SIGINT)
-            self.assertEqual(received, [signal.SIGINT])
+            self.assertEqual(pending_signals, [signal.SIGINT])
             with self.assertRaises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
 
@@ -207,7 +216,8 @@ class Resume(ResumeGroup):
 
     def test_what_came_after_the_checkpoint_is_removed(self):
         run, _ = self.train_quietly("--epochs", "2")
-        late = [run / "results" / "Prior_samples" / "samples_epoch_10.png", run / "events.out.tfevents.9999999999.host.1.0"]
+        late = [run / "results" / "Prior_samples" / "samples_epoch_10.png",
+                run / "events.out.tfevents.9999999999.host.1.0"]
         for file in late:
             file.write_bytes(b"half")
         self.assertEqual(self.resume(run)[0], 0)
@@ -221,7 +231,8 @@ class Resume(ResumeGroup):
             self.check(not foreign_files_lost(run), f"a resume has removed or changed {foreign_files_lost(run)}")
         for name in ("results/Prior_samples/samples_epoch_3.png", "00003/codes/tensors.tsv", "projector_config.pbtxt"):
             self.assertTrue((run / name).is_file(), name)
-        self.assertFalse((run / "00002" / "codes" / "tensors.tsv").exists(), "the projector's files of a shorter run are left")
+        self.assertFalse((run / "00002" / "codes" / "tensors.tsv").exists(),
+                         "the projector's files of a shorter run are left")
         remove_foreign_files(run)
         self.assert_same_run(run, self.train_quietly("--epochs", "3")[0])
 

@@ -50,7 +50,7 @@ class WholeRun(TrainGroup):
         self.assertEqual([file.name for file in run.rglob("*.tmp")], [])
 
     def outputs_on_test_images(self, state):
-        """Return test images, their labels, reconstructions and codes, of a model of 3 dimensions with these weights."""
+        """Return test images, their labels, reconstructions and codes of a model of 3 dimensions with these weights."""
         images, labels = self.mnist.load_digits(train=False)
         model = self.models.AdversarialAE(z_dim=3).eval()
         model.load_state_dict(state)
@@ -68,7 +68,8 @@ class WholeRun(TrainGroup):
             self.assertEqual([(event.step, event.histogram_value.num) for event in histograms], [(1, 299), (5, 299)])
         [loss], [distance] = events.Scalars("final/test_recon_loss"), events.Scalars("final/test_ks_distance")
         self.assertEqual((loss.step, distance.step), (6, 6))
-        self.check_close(loss.value, (recon_x - images).square().mean(), "the reconstruction loss of the test images", 1e-4)
+        self.check_close(loss.value, (recon_x - images).square().mean(),
+                         "the reconstruction loss of the test images", 1e-4)
         self.check_close(distance.value, self.metrics.ks_distance(codes), "the codes' distance to the prior", 1e-4)
 
     def test_settings_and_results_are_in_the_same_run(self):
@@ -96,7 +97,7 @@ class WholeRun(TrainGroup):
             model.encoder.net[-1].bias.fill_(math.inf)
         self.train.save_measurements(model, 1, self.writer(), images)
 
-    def test_without_test_files_a_run_goes_on_with_a_warning(self):
+    def test_without_test_files_a_run_continues_with_a_warning(self):
         for error in (self.mnist.MissingData("gone"), self.mnist.DamagedData("gone")):
             with mock.patch.object(self.data, "load_digits", side_effect=error), \
                     contextlib.redirect_stderr(io.StringIO()) as err:
@@ -151,9 +152,9 @@ class WholeRun(TrainGroup):
         optimizer_ae, optimizer_disc = self.train.build_optimizers(self.models.AdversarialAE(), args)
         self.assertIsInstance(optimizer_ae, torch.optim.Adam)
         self.assertIsInstance(optimizer_disc, torch.optim.SGD)
-        self.assertEqual((optimizer_ae.defaults["lr"], optimizer_ae.defaults["betas"][0], optimizer_disc.defaults["lr"]),
-                         (1e-3, 0.5, 5e-3))
-        self.assertEqual((optimizer_disc.defaults["momentum"], args.averaging), (0.95, 0.999))
+        adam, sgd = optimizer_ae.defaults, optimizer_disc.defaults
+        self.assertEqual((adam["lr"], adam["betas"][0], sgd["lr"], sgd["momentum"]), (1e-3, 0.5, 5e-3, 0.95))
+        self.assertEqual(args.averaging, 0.999)
 
     def test_discriminators_gradient_is_clipped(self):
         model, x = self.models.AdversarialAE(), images_like_mnist(16)
@@ -162,10 +163,11 @@ class WholeRun(TrainGroup):
         before = nn.utils.parameters_to_vector(model.discriminator.parameters()).clone()
         self.train.train_step(model, *optimizers, 0.5, x)
         moved = (nn.utils.parameters_to_vector(model.discriminator.parameters()) - before).norm()
-        self.check_close(moved, 5e-3 * self.train.MAX_GRAD_NORM, "a large gradient of the discriminator is not clipped", 1e-4)
+        self.check_close(moved, 5e-3 * self.train.MAX_GRAD_NORM,
+                         "a large gradient of the discriminator is not clipped", 1e-4)
 
     def test_rate_drops_after_the_epochs_of_the_flag(self):
-        for on_device in (False, True):  # on CUDA the rate is a tensor, which a captured graph reads: it must stay the same one
+        for on_device in (False, True):  # on CUDA the rate is a tensor, which a captured graph reads: it must stay
             args = self.train.parse_args(["--drop_after", "10"])
             optimizer, _ = self.train.build_optimizers(self.models.AdversarialAE(), args)
             if on_device:
@@ -173,7 +175,8 @@ class WholeRun(TrainGroup):
             before = optimizer.param_groups[0]["lr"]
             for epoch, expected in ((1, 1e-3), (10, 1e-3), (11, 1e-4), (40, 1e-4)):
                 self.train.set_learning_rate(optimizer, epoch, args)
-                self.check_close(1e3 * optimizer.param_groups[0]["lr"], 1e3 * expected, f"the rate of epoch {epoch} is wrong")
+                self.check_close(1e3 * optimizer.param_groups[0]["lr"], 1e3 * expected,
+                                 f"the rate of epoch {epoch} is wrong")
             self.assertTrue(not on_device or optimizer.param_groups[0]["lr"] is before)
         self.train.set_learning_rate(optimizer, 1000, self.train.parse_args(["--drop_after", "0"]))
         self.check_close(1e3 * optimizer.param_groups[0]["lr"], 1, "the rate drops with --drop_after 0")
@@ -183,8 +186,8 @@ class WholeRun(TrainGroup):
         self.assertFalse(same(*runs), "the rate of the second epoch does not matter")
 
     def test_namespace_of_the_assignments_flags_alone(self):
-        args = Namespace(z_dim=2, batch_size=64, lambda_=1.0, ae_lr=1e-3, d_lr=5e-3, data_dir=str(self.folder()), epochs=1,
-                         seed=42, num_workers=4, log_dir=str(self.folder()), no_cuda=True)
+        args = Namespace(z_dim=2, batch_size=64, lambda_=1.0, ae_lr=1e-3, d_lr=5e-3, data_dir=str(self.folder()),
+                         epochs=1, seed=42, num_workers=4, log_dir=str(self.folder()), no_cuda=True)
         with self.few_digits, mock.patch("torchvision.datasets.MNIST.mirrors", []), \
                 contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             self.assertTrue(self.train.main(args).is_dir())
@@ -192,7 +195,8 @@ class WholeRun(TrainGroup):
     def test_fallback_is_loud_at_both_ends_and_recorded(self):
         folder = self.folder()
         with self.few_digits, mock.patch("torchvision.datasets.MNIST.mirrors", []):
-            status, _, err = self.run_cli("--data_dir", folder, "--log_dir", folder / "logs", "--epochs", 1, "--no-cuda")
+            status, _, err = self.run_cli("--data_dir", folder, "--log_dir", folder / "logs",
+                                          "--epochs", 1, "--no-cuda")
         self.assertEqual(status, 0)
         warning = r"WARNING: this run trains on the bundled digits instead of MNIST.*put its four files"
         self.assertRegex(err, f"(?s)\\A{warning}.*{warning}")
@@ -203,7 +207,8 @@ class WholeRun(TrainGroup):
 
     def test_end_says_where_everything_is(self):
         with self.few_digits:
-            _, out, _ = self.run_cli("--dataset", "digits", "--epochs", 1, "--no-cuda", "--log_dir", self.folder() / "a b")
+            _, out, _ = self.run_cli("--dataset", "digits", "--epochs", 1, "--no-cuda",
+                                     "--log_dir", self.folder() / "a b")
         self.assertRegex(out, r"(?s)device: cpu \(.+\).*epoch 1/1: recon_loss \d\.\d+.*done: .*accuracy [\d.]+%")
         self.assertRegex(out, r"tensorboard --logdir '.*/a b/[\d_]+'")
 
@@ -218,8 +223,8 @@ class WholeRun(TrainGroup):
 
     def test_closed_standard_output_does_not_end_a_run(self):
         log_dir = self.folder()
-        command = [sys.executable, str(HERE / "train.py"), "--dataset", "digits", "--epochs", "1", "--no-cuda", "--log_dir",
-                   str(log_dir)]
+        command = [sys.executable, str(HERE / "train.py"), "--dataset", "digits", "--epochs", "1", "--no-cuda",
+                   "--log_dir", str(log_dir)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             process.stdout.close()
             err = process.stderr.read()
@@ -242,8 +247,10 @@ class WholeRun(TrainGroup):
                 process.kill()
         run, = log_dir.iterdir()
         self.assertEqual(process.returncode, 130, err)
-        self.assertRegex(err, rf"stopped by SIGINT after \d+ epochs and \d+ steps; resume it with: python .*train.py --resume {run}")
-        self.models.AdversarialAE().load_state_dict(torch.load(run / "checkpoints/model_checkpoint.pt", weights_only=True))
+        self.assertRegex(err, rf"stopped by SIGINT after \d+ epochs and \d+ steps; resume it with: "
+                              rf"python .*train.py --resume {run}")
+        weights = torch.load(run / "checkpoints/model_checkpoint.pt", weights_only=True)
+        self.models.AdversarialAE().load_state_dict(weights)
         events = read_events(run)
         self.assertGreaterEqual(len(events.Images("samples")), 2)
         self.assertGreaterEqual(events.Scalars("generator/recon_loss")[-1].step, 48)

@@ -82,7 +82,9 @@ class Threads(Group):
         for program in programs:
             if program.name == "compare_checkouts.py":  # it computes nothing, and uses no module of the project
                 continue
-            nodes = [node for node in ast.walk(ast.parse(program.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))]
-            names = [getattr(node, "module", None) or node.names[0].name for node in sorted(nodes, key=lambda node: node.lineno)]
+            nodes = [node for node in ast.walk(ast.parse(program.read_text()))
+                     if isinstance(node, (ast.Import, ast.ImportFrom))]
+            nodes.sort(key=lambda node: node.lineno)
+            names = [getattr(node, "module", None) or node.names[0].name for node in nodes]
             names = [name for name in names if name.partition(".")[0] not in sys.stdlib_module_names]
             self.assertEqual(names[0], "training.threads", program)

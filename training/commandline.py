@@ -13,7 +13,8 @@ import torch
 
 from mnist import DataError
 
-GPU_IS_TAKEN = re.compile(r"CUDA error: out of memory|busy or unavailable|CU(BLAS|DNN)_STATUS_\w*(ALLOC\w*FAILED|NOT_INITIALIZED)")
+GPU_IS_TAKEN = re.compile(r"CUDA error: out of memory|busy or unavailable"
+                          r"|CU(BLAS|DNN)_STATUS_\w*(ALLOC\w*FAILED|NOT_INITIALIZED)")
 
 
 class UserError(RuntimeError):
@@ -97,9 +98,14 @@ def run_program(program, main, parse, argv, memory_advice, disk_advice="make roo
 
 @contextlib.contextmanager
 def silent_writer_threads():
-    """Keep quiet about OSError, such as a full disk, in TensorBoard's thread: its writer raises it in the main one as well."""
+    """Keep quiet about OSError, such as a full disk, in TensorBoard's thread: its writer raises it in ours, too."""
     before = threading.excepthook
-    threading.excepthook = lambda failure: None if issubclass(failure.exc_type, OSError) else before(failure)
+
+    def hook(failure):
+        if not issubclass(failure.exc_type, OSError):
+            before(failure)
+
+    threading.excepthook = hook
     try:
         yield
     finally:
@@ -109,11 +115,11 @@ def silent_writer_threads():
 def report_error(program, error, memory_advice, disk_advice):
     """Say in one sentence what is wrong and what to do, and return the exit status; raise a programming error again."""
     status = getattr(error, "status", 1)
-    if isinstance(error, (UserError, DataError)):  # mnist.py imports nothing of the project, so it has a base class of its own
+    if isinstance(error, (UserError, DataError)):  # mnist.py imports nothing of the project, so it has its own class
         message = str(error)
     elif isinstance(error, OSError):
         message = f"{error.filename or 'a file'} cannot be written: {error.strerror}; {disk_advice}"
-    elif isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and GPU_IS_TAKEN.search(str(error)):
+    elif gpu_is_taken(error):
         message = gpu_memory_message(memory_advice)
     elif isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "allocate memory" in str(error):
         message = f"there is not enough memory; {memory_advice}"
@@ -123,11 +129,18 @@ def report_error(program, error, memory_advice, disk_advice):
     return status
 
 
+def gpu_is_taken(error):
+    """Return whether an error means that the GPU is full or busy; torch has a class of its own for one case alone."""
+    return (isinstance(error, torch.OutOfMemoryError)
+            or isinstance(error, RuntimeError) and GPU_IS_TAKEN.search(str(error)))
+
+
 def gpu_memory_message(memory_advice):
-    """Return what to do about a GPU that is full or busy; `memory_advice` only where this process itself has filled it."""
-    own, total = 0, 1
+    """Return what to do about a GPU that is full or busy; `memory_advice` only where this process has filled it."""
+    reserved, total = 0, 1
     with contextlib.suppress(RuntimeError, AssertionError):  # a GPU that cannot be asked
-        own, total = torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(0).total_memory
-    if own > total / 2:
+        reserved, total = torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(0).total_memory
+    if reserved > total / 2:
         return f"the GPU has not enough memory; {memory_advice}, or --no-cuda"
-    return "the GPU's memory is full, or another program has it for itself; end the other programs there, or use --no-cuda"
+    return ("the GPU's memory is full, or another program has it for itself; end the other programs there, "
+            "or use --no-cuda")

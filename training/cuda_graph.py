@@ -10,11 +10,12 @@ WARM_UP = 3  # steps of a size before it is captured: libraries choose kernels a
 
 
 class CapturedStep:
-    """A training step on CUDA, captured as a CUDA graph for each batch size, and replayed: one launch for all its kernels.
+    """A training step on CUDA, captured as a CUDA graph for each batch size, and replayed.
 
-    `step` takes a batch on the device and returns tensors in lists or dicts. It may neither copy between host and device
-    nor depend on a value. The first WARM_UP calls for a size run it as it is, and are training steps like all others;
-    capturing runs nothing. What a call returns is overwritten by the next. Random draws are new at each replay.
+    `step` takes a batch on the device and returns tensors in lists or dicts. It may neither copy between host and
+    device nor depend on a value. The first WARM_UP calls for a size run it as it is, and are training steps like all
+    others; capturing runs nothing. What a call returns is overwritten by the next. Each replay has new
+    random numbers.
 
     See https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs for the rules.
     """
@@ -51,7 +52,8 @@ class CapturedStep:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            cause = str(error.__context__ or error).partition("\n")[0]  # what ends a failed capture raises an error of its own
-            raise UserError(f"the training step cannot be captured as a CUDA graph ({cause}): a loss copies between host "
-                            f"and device, or depends on a value; set `capturable = False` in the model's class") from error
+            cause = str(error.__context__ or error).partition("\n")[0]  # the end of a failed capture raises another one
+            raise UserError(f"the training step cannot be captured as a CUDA graph ({cause}): a loss copies between "
+                            f"host and device, or depends on a value; set `capturable = False` in the model's "
+                            f"class") from error
         return graph, batch, values

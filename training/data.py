@@ -20,7 +20,7 @@ class Data(NamedTuple):
 
 
 def load_data(args, device, settings=None):
-    """Return the Data that the flags ask for; of a run that is resumed, with its `settings`, what it was trained on or nothing."""
+    """Return the Data that the flags ask for; for a resumed run, with its `settings`, what it was trained on."""
     loader, name, warning = load_training_set(args, device, settings)
     return Data(loader, name, warning, one_of_each_label(loader.dataset), *load_test_set(args, name, device))
 

@@ -13,7 +13,7 @@ from training.commandline import FlagError, UserError, warn
 
 CPUINFO, NVIDIA_DRIVER = Path("/proc/cpuinfo"), Path("/proc/driver/nvidia/version")  # on Linux
 ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
-LAST_FOR_OLD = 'pip install "torch==2.7.1" "torchvision==0.22.1"'  # CUDA 12.6, with kernels for capabilities 5.0 to 9.0
+LAST_FOR_OLD = 'pip install "torch==2.7.1" "torchvision==0.22.1"'  # CUDA 12.6, with kernels from 5.0 to 9.0
 WITHOUT_CUDA = ("this machine has an NVIDIA GPU, but torch {torch} is built without CUDA and runs on the CPU; install the "
                 "build with CUDA: https://pytorch.org/get-started shows the command; --no-cuda silences this")
 
@@ -31,21 +31,21 @@ def setup_device(args):
     except PrecisionError:
         if not args.resume:
             raise
-        raise UserError(f"{args.resume} was trained with --precision {args.precision}, which this device cannot do well; "
-                        f"resume it where it began") from None
+        raise UserError(f"{args.resume} was trained with --precision {args.precision}, which this device cannot do "
+                        f"well; resume it where it began") from None
     keep_freed_memory()
     return device
 
 
 def choose_device(no_cuda=False, deterministic=False, mps=True):
-    """Return the device to compute on: CUDA unless `no_cuda`, else Apple's MPS, if `mps`, which lacks float64, else the CPU.
+    """Return the device to compute on: CUDA unless `no_cuda`, else MPS if `mps` (it lacks float64), else the CPU.
 
-    Where there is an NVIDIA GPU that cannot be used, warn; raise UserError where torch sees it and cannot compute there.
+    Where there is an NVIDIA GPU that cannot be used, warn; raise UserError where torch sees it but cannot use it.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # it finds mistakes, at the price of a kernel a tensor
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it finds mistakes, but costs a kernel a tensor
     warning = unused_gpu_warning(no_cuda)
     if warning:
         warn(warning)
@@ -58,7 +58,7 @@ def choose_device(no_cuda=False, deterministic=False, mps=True):
 # GPUs that cannot be used --------------------------------------------------------------------------------------------
 
 def unused_gpu_warning(no_cuda):
-    """Return why this machine's GPU is not used, in one sentence; None where there is none, or it is used, or not wanted."""
+    """Return why this machine's GPU is not used, as a sentence; None where it is used, not wanted, or not there."""
     if no_cuda:
         return None
     with warnings.catch_warnings(record=True) as caught:
@@ -71,7 +71,7 @@ def unused_gpu_warning(no_cuda):
 
 
 def driver_message(text, needed):
-    """Return what to do about a warning of torch.cuda.is_available; None for an empty one. `needed`: torch's CUDA version."""
+    """Return what to do about a warning of torch.cuda.is_available, None for none; torch is for CUDA `needed`."""
     if not text:
         return None
     version = re.search(r"driver on your system is too old \(found version (\d+)\)", text)
@@ -80,7 +80,7 @@ def driver_message(text, needed):
     major, minor = int(version[1]) // 1000, int(version[1]) % 1000 // 10
     older = f", or install a torch for it: {LAST_FOR_OLD}" if major == 12 else ""
     return (f"the GPU is not used, and this runs on the CPU: its driver is for CUDA {major}.{minor}, and torch "
-            f"{torch.__version__} needs one for CUDA {needed}; update the NVIDIA driver{older}; --no-cuda silences this")
+            f"{torch.__version__} needs CUDA {needed}; update the NVIDIA driver{older}; --no-cuda silences this")
 
 
 def has_nvidia_driver():
@@ -89,7 +89,7 @@ def has_nvidia_driver():
 
 
 def check_gpu():
-    """Compute one convolution on the GPU, for which it needs a kernel, cuDNN and memory; raise UserError without a kernel.
+    """Compute one convolution on the GPU, which takes a kernel, cuDNN and memory; raise UserError without a kernel.
 
     What a GPU that is full or busy raises is explained by training.commandline.report_error.
     """
@@ -111,8 +111,9 @@ def check_gpu():
 def has_kernels(capability, architectures):
     """Return whether a GPU of a compute capability, such as (8, 6), can run what is built for these; None: no verdict.
 
-    "sm_XY" is machine code for the capabilities X.Z with Z of at least Y, "compute_XY" PTX for all from X.Y on; with the
-    suffix "a" it is for X.Y alone, with "f" for X.Z like machine code (CUDA C++ Programming Guide, "Compute capabilities").
+    "sm_XY" is machine code for the capabilities X.Z with Z of at least Y, "compute_XY" PTX for all from X.Y on; with
+    the suffix "a" it is for X.Y alone, with "f" for X.Z like machine code (CUDA C++ Programming Guide, "Compute
+    capabilities").
     """
     known = [match for match in map(ARCHITECTURE.fullmatch, architectures) if match]
     if not known:
@@ -134,14 +135,14 @@ def kernels_message(name, capability, architectures, version):
     known = [match for match in map(ARCHITECTURE.fullmatch, architectures) if match]
     lowest = min((int(match[2]), int(match[3])) for match in known) if known else (0, 0)
     old = capability < lowest
-    text = f"{name} (compute capability {capability[0]}.{capability[1]}) is too {'old' if old else 'new'} for torch {version}, "
-    if not old:
-        advice = "upgrade: pip install --upgrade torch torchvision, or train on the CPU with --no-cuda"
-        return f"{text}which has no kernels for it; {advice}"
     advice = "train on the CPU with --no-cuda"
+    gpu = f"{name} (compute capability {capability[0]}.{capability[1]})"
+    if not old:
+        return (f"{gpu} is too new for torch {version}, which has no kernels for it; upgrade: pip install --upgrade "
+                f"torch torchvision, or {advice}")
     if capability >= (5, 0):
         advice = f"install the last torch for it: {LAST_FOR_OLD}, or {advice}"
-    return f"{text}which has kernels from {lowest[0]}.{lowest[1]} on; {advice}"
+    return f"{gpu} is too old for torch {version}, which has kernels from {lowest[0]}.{lowest[1]} on; {advice}"
 
 
 # What a device is and can --------------------------------------------------------------------------------------------
@@ -157,24 +158,25 @@ def device_name(device):
 def cpuinfo(name):
     """Return what Linux says of the first processor under this name; empty where it says nothing, or is not Linux."""
     try:
-        found = re.search(rf"^{name}\s*: (.+)", CPUINFO.read_text(), re.MULTILINE)
+        match = re.search(rf"^{name}\s*: (.+)", CPUINFO.read_text(), re.MULTILINE)
     except OSError:
-        found = None
-    return found[1] if found else ""
+        match = None
+    return match[1] if match else ""
 
 
 def set_precision(precision, device):
     """Compute float32 products on CUDA as `precision` ("fp32", "tf32" or "bf16") says, with TF32 for "tf32" alone.
 
-    For "bf16" the caller opens torch.autocast. It sets torch's flags for the whole process, after which torch's older ones
-    (allow_tf32) can no longer be read. Raises PrecisionError where the device has no units for the precision.
+    For "bf16" the caller opens torch.autocast. It sets torch's flags for the whole process, after which torch's older
+    ones (allow_tf32) can no longer be read. Raises PrecisionError where the device has no units for the precision.
     """
     ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if precision == "tf32" and not ampere:
-        raise PrecisionError("--precision tf32 needs an NVIDIA GPU of compute capability 8.0 or more; leave the flag out")
+        raise PrecisionError("--precision tf32 needs an NVIDIA GPU of compute capability 8.0 or more; "
+                             "leave the flag out")
     if precision == "bf16" and not (ampere or device.type == "cpu" and cpu_multiplies_bf16()):
-        raise PrecisionError("--precision bf16 would be slow here: it needs an NVIDIA GPU of compute capability 8.0 or more, "
-                             "or on Linux a processor with AMX or AVX512-BF16; leave the flag out")
+        raise PrecisionError("--precision bf16 would be slow here: it needs an NVIDIA GPU of compute capability 8.0 or "
+                             "more, or on Linux a processor with AMX or AVX512-BF16; leave the flag out")
     if device.type != "cuda":
         return
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):

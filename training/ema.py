@@ -6,7 +6,7 @@ import torch
 
 
 class EMA:
-    """A copy of a model, `model`, whose weights are an exponential moving average of the other's over the training steps.
+    """A copy of a model, `model`, whose weights are an exponential moving average of the original's over the steps.
 
     A step's weights count `decay` times as much after each later step: 0.999 averages over about 1,000 steps. The n-th
     step's decay is (1 + n) / (10 + n) as long as that is less, for 0.999 in the first 9,000 steps, so that the average

@@ -14,7 +14,7 @@ def build_model(z_dim, posterior="deterministic", networks="residual"):
 
 
 def to_device(model, device, precision):
-    """Return the model on the device, in the memory layout that measures fastest: channels last on the CPU and in bf16."""
+    """Return the model on the device, in the memory layout that is fastest: channels last on the CPU and in bf16."""
     channels_last = device.type == "cpu" or precision == "bf16"
     return model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
 
@@ -26,12 +26,13 @@ def build_optimizers(model, args):
     rate = torch.tensor(args.ae_lr, device=model.device) if cuda else args.ae_lr  # a CUDA graph reads it at each replay
     optimizer_ae = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()], lr=rate,
                                     betas=(0.5, 0.999), fused=fused, capturable=cuda)
-    optimizer_disc = torch.optim.SGD(model.discriminator.parameters(), lr=args.d_lr, momentum=args.d_momentum, fused=fused)
+    optimizer_disc = torch.optim.SGD(model.discriminator.parameters(), lr=args.d_lr, momentum=args.d_momentum,
+                                     fused=fused)
     return optimizer_ae, optimizer_disc
 
 
 def set_learning_rate(optimizer_ae, epoch, args):
-    """Set the autoencoder's learning rate for an epoch, counted from 1: args.ae_lr, and a tenth after args.drop_after epochs.
+    """Set the autoencoder's learning rate for an epoch, counted from 1: args.ae_lr, a tenth after args.drop_after.
 
     The codes then move less from step to step, and the discriminator sees finer differences between them and the prior.
     What an epoch does does not depend on how many there are, so that a run with more of them is the longer run.
@@ -55,7 +56,7 @@ def load_optimizer(optimizer, state):
 
 
 def match_memory_format(optimizer):
-    """Give an optimizer's moments the memory layout of the weights: fused steps go through both in the order of memory.
+    """Give an optimizer's moments the memory layout of the weights: fused steps go through both in memory's order.
 
     Those of a state that was saved on another device may have another one.
     """

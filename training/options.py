@@ -5,15 +5,15 @@ import argparse
 from training.commandline import FlagError, OneLineParser, number
 
 RESUME_OVERRIDES = {"data_dir", "log_dir", "num_workers", "no_cuda", "checkpoint_every", "resume"}
-HYPERPARAMETERS = ("z_dim", "lambda_", "posterior", "networks", "ae_lr", "drop_after", "d_lr", "d_momentum", "averaging",
-                   "batch_size", "epochs", "seed", "precision", "trained_on")  # what one compares runs by
-BASE = ["--networks", "base", "--drop_after", "0", "--d_momentum", "0", "--averaging", "0"]  # what the assignment suggests
+HYPERPARAMETERS = ("z_dim", "lambda_", "posterior", "networks", "ae_lr", "drop_after", "d_lr", "d_momentum",
+                   "averaging", "batch_size", "epochs", "seed", "precision", "trained_on")  # what one compares runs by
+BASE = ["--networks", "base", "--drop_after", "0", "--d_momentum", "0", "--averaging", "0"]  # the assignment's hints
 
 
 def make_parser():
     """Return the parser of the command line."""
-    parser = OneLineParser(prog="train.py", description="Train an adversarial autoencoder on MNIST.", allow_abbrev=False,
-                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = OneLineParser(prog="train.py", description="Train an adversarial autoencoder on MNIST.",
+                           allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--z_dim", type=number(int, 1), default=8, help="dimensions of the latent code")
     add("--posterior", choices=("deterministic", "gaussian", "universal"), default="deterministic",
@@ -37,7 +37,8 @@ def make_parser():
         help="random seed; bitwise reproducible on the CPU, and on CUDA with --deterministic")
     add("--deterministic", action="store_true", help="on CUDA use only kernels that give the same bits each time")
     add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
-        help="arithmetic precision: tf32 and bf16 are faster and less exact, and rejected on hardware without units for them")
+        help="arithmetic precision: tf32 and bf16 are faster and less exact, and rejected on hardware "
+             "without units for them")
     add("--num_workers", type=number(int, 0), default=0,
         help="of the data loader; MNIST sits in memory, so that none are started")
     add("--log_dir", default="AAE_logs/", help="folder to make the run's own folder in")
@@ -66,15 +67,16 @@ def with_defaults(args):
 
 
 def resumed_args(args, settings):
-    """Return a stopped run's flags, with those that may differ as they are given now; raise FlagError for the others."""
+    """Return a stopped run's flags, with those that may differ as given now; raise FlagError if others differ."""
     explicit = set(args.explicit_flags)
     settings = {**vars(parse_args([])), "drop_after": 0, **settings}  # an older run lacks drop_after
     for name in sorted(explicit & set(settings) - RESUME_OVERRIDES - {"epochs"}):
         if getattr(args, name) != settings[name]:
-            raise FlagError(f"--{name} {getattr(args, name)} contradicts the run, which has {settings[name]}; leave the flag "
-                            f"out, or begin a new run")
+            raise FlagError(f"--{name} {getattr(args, name)} contradicts the run, which has {settings[name]}; leave "
+                            f"the flag out, or begin a new run")
     if "epochs" in explicit and args.epochs < settings["epochs"]:
-        raise FlagError(f"--epochs {args.epochs} is less than the run's {settings['epochs']}; give more, or leave it out")
+        raise FlagError(f"--epochs {args.epochs} is less than the run's {settings['epochs']}; give more, "
+                        f"or leave it out")
     overrides = {name: getattr(args, name) for name in explicit & (RESUME_OVERRIDES | {"epochs"})}
     flags = {name: settings[name] for name in vars(args) if name in settings}
     return argparse.Namespace(**{**vars(args), **flags, **overrides})

@@ -12,8 +12,8 @@ SYNC_EVERY = 50  # steps between two readings of the losses: for a reading, the 
 class LossStatistics:
     """Keeps the losses of each step on the device; every SYNC_EVERY steps reads, checks and logs all of them.
 
-    Each of `loggers` gets one `add_values` a step, of numbers; `progress`, if given, is called with the means over the steps
-    of each reading. `steps`, `totals` (sums) and `counts` are those of the epoch so far, as far as they have been read.
+    Each of `loggers` gets one `add_values` a step, of numbers; `progress`, if given, is called with the means over the
+    steps of each reading. `steps`, `totals` (sums) and `counts` are those of the epoch, as far as they have been read.
     """
 
     def __init__(self, *loggers, progress=None):
@@ -65,7 +65,7 @@ class LossStatistics:
         return {name: total / self.counts[name] for name, total in self.totals.items()}
 
     def state_dict(self):
-        """Return the steps of an unfinished epoch and the sums over them, and the counts of values that some steps lack."""
+        """Return an unfinished epoch's steps, the sums over them, and the counts of values that some steps lack."""
         self.read()
         counts = {name: count for name, count in self.counts.items() if count != self.steps}
         return {"steps": self.steps, "totals": dict(self.totals), **({"counts": counts} if counts else {})}
@@ -76,13 +76,13 @@ class LossStatistics:
         self.counts = {**dict.fromkeys(self.totals, self.steps), **state.get("counts", {})}
 
     def _merged(self, parts):
-        """Give names and values of all loggers; a name belongs to the logger that had it first, another one's gets a number."""
+        """Give names and values of all loggers; a name belongs to the logger that had it first, others get a number."""
         for number, part in enumerate(parts, 1):
             for name, value in part.items():
                 yield (name if self._owners.setdefault(name, number) == number else f"{name}_{number}"), value
 
     def _check(self, name, value):
         if name == "ae_loss" and not math.isfinite(value):
-            raise UserError(f"the autoencoder's loss is {value} at step {self.steps} of epoch {self.epoch}: training has "
-                            f"diverged; try smaller learning rates (--ae_lr, --d_lr)")
+            raise UserError(f"the autoencoder's loss is {value} at step {self.steps} of epoch {self.epoch}: training "
+                            f"has diverged; try smaller learning rates (--ae_lr, --d_lr)")
 

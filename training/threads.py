@@ -1,7 +1,8 @@
-"""How many threads torch computes with on the CPU, and how they wait. Import this before torch: both are read there once.
+"""How many threads torch computes with on the CPU, and how they wait. Import this before torch, which reads both once.
 
-A thread of libgomp, torch's pool on Linux, that waits for the others spins on its core before it sleeps; beside other work
-it so takes the core from the thread that it waits for. A short spin costs nothing alone: docs/SPEED.md has the figures.
+A thread of libgomp, torch's pool on Linux, that waits for the others spins on its core before it sleeps; beside other
+work it so takes the core from the thread that it waits for. A short spin costs nothing alone; the figures
+are in docs/SPEED.md.
 """
 
 import math
@@ -14,7 +15,7 @@ CGROUP, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def cpu_quota():
-    """Return how many CPUs the control groups of this process may use (Linux cgroups, version 2 and 1); inf without a limit."""
+    """Return how many CPUs the control groups of this process may use (Linux cgroups 2 and 1); inf without a limit."""
     quotas = [math.inf]
     for controllers, group in memberships():
         base = CGROUP if not controllers else CGROUP / ("cpu" if (CGROUP / "cpu").exists() else controllers)
@@ -26,12 +27,13 @@ def cpu_quota():
 
 
 def memberships():
-    """Return (controllers, path) of the groups that may limit the CPU: of version 2 without controllers, of version 1 with."""
+    """Return (controllers, path) of the groups that may limit the CPU; those of version 2 have no controllers."""
     try:
         lines = [line.split(":", 2)[1:] for line in MEMBERSHIP.read_text().splitlines()]
     except OSError:  # not Linux
         return []
-    return [(controllers, path.lstrip("/")) for controllers, path in lines if not controllers or "cpu" in controllers.split(",")]
+    return [(controllers, path.lstrip("/")) for controllers, path in lines
+            if not controllers or "cpu" in controllers.split(",")]
 
 
 def quota_of(folder):
@@ -52,7 +54,7 @@ def usable_cpus():
 
 
 def configure():
-    """Set what the user has not: a short spin, and no more threads than the quota allows. Return the quota if it counts."""
+    """Set what the user has not: a short spin, and no more threads than the quota allows; return it if it binds."""
     if sys.platform == "linux" and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
     quota = cpu_quota()
