@@ -13,7 +13,7 @@ __unittest = True
 TORCH_2_15 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 TORCH_2_7 = ["sm_50", "sm_60", "sm_61", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
 TOO_OLD = ("CUDA initialization: The NVIDIA driver on your system is too old (found version {}). Please update your "
-           "GPU driver by downloading and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx "
+           "GPU driver by downloading and installing a new version from the URL: http://www.nvidia.com/Download "
            "Alternatively, go to: https://pytorch.org to install a PyTorch version that has been compiled with your "
            "version of the CUDA driver. (Triggered internally at CUDAFunctions.cpp:119.)")
 
@@ -116,8 +116,8 @@ class Gpu(TrainGroup):
         self.assertIn("torch==2.7.1", self.device.driver_message(TOO_OLD.format(12080), "13.2"))
         self.assertNotIn("torch==2.7.1", self.device.driver_message(TOO_OLD.format(11040), "13.2"))
         message = self.device.driver_message(
-            "CUDA initialization: CUDA unknown error - this may be due to an incorrectly set up environment, e.g. changing "
-            "env variable. Setting the available devices to be zero. (Triggered internally)", "13.2")
+            "CUDA initialization: CUDA unknown error - this may be due to an incorrectly set up environment, e.g. "
+            "changing env variable. Setting the available devices to be zero. (Triggered internally)", "13.2")
         self.assertRegex(message, r"CUDA unknown error .* changing env variable\Z")
         self.assertIsNone(self.device.driver_message("", "13.2"))
 

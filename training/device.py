@@ -13,9 +13,9 @@ from training.commandline import FlagError, UserError, warn
 
 CPUINFO, NVIDIA_DRIVER = Path("/proc/cpuinfo"), Path("/proc/driver/nvidia/version")  # on Linux
 ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
-LAST_FOR_OLD = 'pip install "torch==2.7.1" "torchvision==0.22.1"'  # CUDA 12.6, with kernels from 5.0 to 9.0
-WITHOUT_CUDA = ("this machine has an NVIDIA GPU, but torch {torch} is built without CUDA and runs on the CPU; install the "
-                "build with CUDA: https://pytorch.org/get-started shows the command; --no-cuda silences this")
+LAST_FOR_OLD = 'pip install "torch==2.7.1" "torchvision==0.22.1"'  # with kernels for 5.0 to 9.0, and CUDA 12.6
+WITHOUT_CUDA = ("this machine has an NVIDIA GPU, but torch {torch} is built without CUDA and runs on the CPU; install "
+                "the build with CUDA: https://pytorch.org/get-started shows the command; --no-cuda silences this")
 
 
 class PrecisionError(FlagError):
@@ -131,7 +131,7 @@ def has_kernels(capability, architectures):
 
 
 def kernels_message(name, capability, architectures, version):
-    """Return what to do about a GPU that the installed torch has no kernels for, too old or too new, in one sentence."""
+    """Return what to do about a GPU, too old or too new, that the installed torch has no kernels for."""
     known = [match for match in map(ARCHITECTURE.fullmatch, architectures) if match]
     lowest = min((int(match[2]), int(match[3])) for match in known) if known else (0, 0)
     old = capability < lowest
