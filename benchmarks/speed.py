@@ -27,16 +27,15 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 WAYS = {"fp32": [], "tf32": ["--precision", "tf32"], "bf16": ["--precision", "bf16"]}  # name -> flags of train.py
-SPINS = {"libgomp's own spin": {"GOMP_SPINCOUNT": "300000"},  # how long a thread waits; the second is the program's
+SPINS = {"libgomp's own spin": {},  # how long a thread waits; the second is the program's
          **{f"spin {count:,}": {"GOMP_SPINCOUNT": str(count)} for count in (1000, 300, 2000, 10000)},
          "passive waiting": {"OMP_WAIT_POLICY": "PASSIVE"}}
 TIMEOUT = 120  # seconds for several processes that stand in each other's way
 CUDA_WAYS = {"eager": [], "deterministic": ["--deterministic"]}  # "eager": not captured
 
 
-def project_epoch(args, device, steps, way, folder):
+def project_epoch(args, device, steps, way, writer):
     """Return a function that trains for `steps` steps the project's way."""
-    from torch.utils.tensorboard import SummaryWriter
 
     import mnist
     import train
@@ -49,7 +48,6 @@ def project_epoch(args, device, steps, way, folder):
     loader = mnist.BatchLoader(images, labels, args.batch_size, device=device)
     model = train.to_device(train.build_model(args.z_dim, networks=args.networks), device, args.precision)
     model.capturable = way != "eager"
-    writer = SummaryWriter(folder)
     loggers = [train.TensorBoardLogger(writer, name=name) for name in ("generator", "discriminator")]
     optimizers = train.build_optimizers(model, args)
     step, ema = train.build_step(model, *optimizers, args), train.EMA(model, args.averaging)
@@ -57,11 +55,10 @@ def project_epoch(args, device, steps, way, folder):
     return partial(train.train_aae, 1, model, batches, *loggers, *optimizers, args.lambda_, step=step)
 
 
-def plain_epoch(args, device, steps, workers, folder):
+def plain_epoch(args, device, steps, workers, writer):
     """Return a function that trains for `steps` steps the plain way."""
     import torch
     from torch.utils.data import DataLoader, Subset
-    from torch.utils.tensorboard import SummaryWriter
 
     from models import AdversarialAE
 
@@ -72,7 +69,6 @@ def plain_epoch(args, device, steps, workers, folder):
     optimizer_ae = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()], args.ae_lr,
                                     (0.5, 0.999))
     optimizer_disc = torch.optim.SGD(model.discriminator.parameters(), args.d_lr, args.d_momentum)
-    writer = SummaryWriter(folder)
 
     def epoch():
         for step, (x, _) in enumerate(loader):
@@ -121,9 +117,13 @@ def measure(args, folder):
     import training.threads  # noqa: F401 (before torch, which reads there what it sets)
 
     # isort: split
+    if args.own_spin:
+        del os.environ["GOMP_SPINCOUNT"]
     import torch
 
     bare = peak_memory()
+    from torch.utils.tensorboard import SummaryWriter
+
     from training.device import choose_device, device_name, set_precision
     from training.options import BASE, parse_args
 
@@ -132,13 +132,15 @@ def measure(args, folder):
     device = choose_device(flags.no_cuda, flags.deterministic)
     torch.manual_seed(flags.seed)
     set_precision(flags.precision, device)
+    writer = SummaryWriter(folder)
     if args.way == "plain":
-        epoch = plain_epoch(flags, device, args.steps, args.workers, folder)
+        epoch = plain_epoch(flags, device, args.steps, args.workers, writer)
     else:
-        epoch = project_epoch(flags, device, args.steps, args.way, folder)
+        epoch = project_epoch(flags, device, args.steps, args.way, writer)
     epoch()  # warms up
     if args.profile:
         print(profiled(epoch, args.steps, device))
+        writer.close()
         return
     wait(device)
     if args.beside:  # until all processes have come as far as this
@@ -148,6 +150,7 @@ def measure(args, folder):
     epoch()
     wait(device)
     seconds = time.perf_counter() - start
+    writer.close()
     gpu = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0
     print(json.dumps({"step": seconds / args.steps, "memory": peak_memory() - bare, "gpu_memory": gpu,
                       "device": f"{device.type} ({device_name(device)})", "torch": torch.__version__}))
@@ -218,7 +221,8 @@ def together(args, way, settings, count, busy):
     environment = {name: value for name, value in os.environ.items()
                    if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     spinner = [subprocess.Popen([sys.executable, "-c", "while True: pass"])] if busy else []
-    processes = [subprocess.Popen(command_of(args, way), env={**environment, **settings}, stdin=subprocess.PIPE,
+    command = [*command_of(args, way), *["--own_spin"] * (not settings)]
+    processes = [subprocess.Popen(command, env={**environment, **settings}, stdin=subprocess.PIPE,
                                   stdout=subprocess.PIPE, text=True) for _ in range(count)]
     try:
         for process in processes:
@@ -304,6 +308,7 @@ def main():
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA")
     parser.add_argument("--beside", action="store_true", help="time a step beside other work instead, on the CPU")
     parser.add_argument("--profile", action="store_true", help="show where the time of a step goes instead")
+    parser.add_argument("--own_spin", action="store_true", help=argparse.SUPPRESS)
     for name in ("way", "workers", "dataset"):  # set by this script for the processes that it starts
         parser.add_argument(f"--{name}", type=int if name == "workers" else str, help=argparse.SUPPRESS)
     args = parser.parse_args()
