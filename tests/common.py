@@ -8,7 +8,8 @@ import torch
 import torch.nn as nn
 from torch.utils.tensorboard import SummaryWriter
 
-from unittests import Group, read_png
+from tests.train_mistakes import read_png
+from unittests import Group
 
 __unittest = True
 
@@ -151,12 +152,16 @@ class TrainGroup(Group):
         return writer
 
 
-FOREIGN = """analysis/codes/mine.npy analysis/notes.txt 00100/notes.txt 00002/codes/mine.tsv 00002/codes/readme.md 00007/codes/tensor.tsv
-results/mine/plot_2026.png results/Prior_samples/favourite_7.png results/Prior_samples/samples_epoch_99_best.png
-results/Prior_samples/samples_epoch_0099.png results/Prior_samples/my_samples_epoch_99.png results/Reconstruction/reconstruction_x.png
-results/Reconstruction/reconstruction_99.jpg results/samples_epoch_99.png results/Prior_samples/old/samples_epoch_99.png x.tmp
-checkpoints/best.pt checkpoints/training_state.best.pt checkpoints/x.tmp results/Prior_samples/favourite_7.png.tmp events.notes
-events.out.tfevents.mine old/events.out.tfevents.1700000000.host.1.0 hparams.json.bak projector_config.txt .notes results.csv""".split()
+FOREIGN = [
+    "analysis/codes/mine.npy", "analysis/notes.txt", "00100/notes.txt", "00002/codes/mine.tsv", "00002/codes/readme.md",
+    "00007/codes/tensor.tsv", "results/mine/plot_2026.png", "results/Prior_samples/favourite_7.png",
+    "results/Prior_samples/samples_epoch_99_best.png", "results/Prior_samples/samples_epoch_0099.png",
+    "results/Prior_samples/my_samples_epoch_99.png", "results/Reconstruction/reconstruction_x.png",
+    "results/Reconstruction/reconstruction_99.jpg", "results/samples_epoch_99.png",
+    "results/Prior_samples/old/samples_epoch_99.png", "x.tmp", "checkpoints/best.pt",
+    "checkpoints/training_state.best.pt", "checkpoints/x.tmp", "results/Prior_samples/favourite_7.png.tmp",
+    "events.notes", "events.out.tfevents.mine", "old/events.out.tfevents.1700000000.host.1.0", "hparams.json.bak",
+    "projector_config.txt", ".notes", "results.csv"]
 
 
 def put_foreign_files(run):
@@ -169,7 +174,8 @@ def put_foreign_files(run):
 
 def foreign_files_lost(run):
     """Return which of those files are not as they were put there."""
-    return [name for name in FOREIGN if not (run / name).is_file() or (run / name).read_bytes() != f"mine: {name}".encode()]
+    return [name for name in FOREIGN
+            if not (run / name).is_file() or (run / name).read_bytes() != f"mine: {name}".encode()]
 
 
 def remove_foreign_files(run):

@@ -1,4 +1,4 @@
-"""Networks, Losses and Mistakes, tried on complete solutions of the assignment, right and wrong ones: tests/solutions/.
+"""The groups for students, tried on complete solutions of the assignment, right and wrong ones: tests/solutions/.
 
 Each file there is somebody's models.py and train.py in one. python -m tests.marking prints what the groups say of each.
 """
@@ -14,11 +14,13 @@ from unittest import mock
 
 import unittests
 from tests.solutions.mistakes import MISTAKES
+from tests.train_mistakes import TrainMistakes
 from unittests import HERE, Group
 
 __unittest = True
 
-GROUPS = (unittests.Networks, unittests.Losses, unittests.Mistakes)
+GROUPS = (unittests.Networks, unittests.Losses, unittests.Mistakes, TrainMistakes)
+SKIPS = {"Mistakes.test_11_sampling_uses_the_evaluation_mode"}  # where sample() leaves that to its caller
 SOLUTIONS = {file.stem: file for file in sorted((HERE / "tests" / "solutions").glob("*.py")) if file.stem != "mistakes"}
 
 
@@ -33,13 +35,14 @@ def planted(solution, old="", new=""):
 
 
 def mark(module, tests="test"):
-    """Return the names and messages of the tests of GROUPS that fail for models.py and train.py in one."""
+    """Return {name: message} of the tests of GROUPS that fail for models.py and train.py in one, and of the skipped."""
     loader = unittest.TestLoader()
     loader.testMethodPrefix = tests
     suite = unittest.TestSuite(loader.loadTestsFromTestCase(group) for group in GROUPS)
     with mock.patch.dict(sys.modules, models=module, train=module):
         result = unittest.TextTestRunner(io.StringIO()).run(suite)
-    return {test.id().split(".")[-1]: message for test, message in (*result.failures, *result.errors)}, result.skipped
+    return [{".".join(test.id().split(".")[-2:]): message for test, message in results}
+            for results in ([*result.failures, *result.errors], result.skipped)]
 
 
 class Solutions(Group):
@@ -50,7 +53,7 @@ class Solutions(Group):
     def test_right_solutions_pass(self):
         for solution in SOLUTIONS:
             failures, skipped = mark(planted(solution))
-            self.check(not failures and not skipped, f"{solution}: {failures or skipped}")
+            self.check(not failures and set(skipped) <= SKIPS, f"{solution}: {failures or skipped}")
 
     def test_mistakes_are_named(self):
         for number, solution, old, new in MISTAKES:

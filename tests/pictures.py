@@ -50,9 +50,9 @@ class Pictures(TrainGroup):
             self.assertEqual(pixels.shape, (2 * 30 + 2, count * 30 + 2))
             for i in (0, count - 1):
                 for row, images in enumerate((x, 0.9 * 0.7 * x)):
-                    found = pixels[2 + 30 * row:30 + 30 * row, 2 + 30 * i:30 + 30 * i]
+                    tile = pixels[2 + 30 * row:30 + 30 * row, 2 + 30 * i:30 + 30 * i]
                     expected = (images[i, 0].numpy() + 1) * 127.5
-                    self.assertLessEqual(np.abs(found - expected).max(), 1)
+                    self.assertLessEqual(np.abs(tile - expected).max(), 1)
 
     def test_fewer_inputs_than_columns(self):
         writer = self.writer()
@@ -67,10 +67,9 @@ class Pictures(TrainGroup):
         self.train.generate_and_save(model, 0, writer)
         self.train.save_reconstruction(model, 0, writer, x)
         after = snapshot(model)
-        self.check(same(before[0], after[0]), "Mistake 11: saving pictures changes the model, such as BatchNorm's statistics")
+        self.check(same(before[0], after[0]), "Mistake 11: saving pictures changes the model's weights or statistics")
         self.check(before[1] == after[1], "Mistake 11: saving pictures leaves the model in another mode")
-        self.check(same(streams, random_states(model)), "saving pictures draws from a random stream and does not "
-                                                                   "put it back")
+        self.check(same(streams, random_states(model)), "saving pictures leaves a random stream moved on")
 
     def test_careless_sample_takes_nothing_from_the_training_stream(self):
         model, stream = TinyAAE(), torch.get_rng_state()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from tests.common import TinyAAE, ValueList, TrainGroup
+from tests.common import TinyAAE, TrainGroup, ValueList
 from unittests import images_like_mnist
 
 __unittest = True
@@ -33,7 +33,7 @@ class Training(TrainGroup):
             gradients = torch.autograd.grad(ae_loss, autoencoder)
             gradient, = torch.autograd.grad(disc_loss, [model.discriminator.weight])
             with torch.no_grad():
-                for weight, slope in zip(autoencoder, gradients):
+                for weight, slope in zip(autoencoder, gradients, strict=True):
                     weight -= self.AE_LR * slope
                 model.discriminator.weight -= self.D_LR * gradient
         return model
@@ -59,13 +59,13 @@ class Training(TrainGroup):
         for part in (model, model.encoder, model.decoder, model.discriminator):
             part.register_forward_pre_hook(lambda module, args: modes.append(module.training))
         self.trained(self.batches(), model=model)
-        self.check(modes and all(modes), "train_aae trains a model that was left in evaluation mode: call model.train() first")
+        self.check(modes and all(modes), "train_aae does not train in training mode: call model.train() first")
 
     def test_loggers_get_every_value_once_and_means_are_returned(self):
         loggers, batches = (ValueList(), ValueList()), [(images_like_mnist(2), None) for _ in range(120)]
         _, means = self.trained(batches, loggers)
-        for logger, names in zip(loggers, ({"gen_loss", "recon_loss", "ae_loss"},
-                                           {"disc_loss", "loss_real", "loss_fake", "accuracy"})):
+        for logger, names in ((loggers[0], {"gen_loss", "recon_loss", "ae_loss"}),
+                              (loggers[1], {"disc_loss", "loss_real", "loss_fake", "accuracy"})):
             self.assertEqual(len(logger.values), 120)
             self.assertEqual(set(logger.values[0]), names)
             for name in names:
@@ -75,9 +75,10 @@ class Training(TrainGroup):
         calls, model = [], TinyAAE()
         optimizers = [torch.optim.SGD(part.parameters(), 0.0) for part in (model.encoder, model.discriminator)]
         loggers = (ValueList(), ValueList())
-        counted = lambda means: calls.append((statistics.steps, set(means)))
-        statistics = self.statistics.LossStatistics(*loggers, progress=counted)
-        self.train.train_aae(1, model, [(images_like_mnist(2), None)] * 120, *loggers, *optimizers, statistics=statistics)
+        statistics = self.statistics.LossStatistics(
+            *loggers, progress=lambda means: calls.append((statistics.steps, set(means))))
+        batches = [(images_like_mnist(2), None)] * 120
+        self.train.train_aae(1, model, batches, *loggers, *optimizers, statistics=statistics)
         self.assertEqual([steps for steps, _ in calls], [50, 100, 120])
         self.assertIn("accuracy", calls[0][1])
 
@@ -95,8 +96,8 @@ class Training(TrainGroup):
             optimizers = self.train.build_optimizers(model, flags)
             for epoch in (1, 2):
                 means = self.train.train_aae(epoch, model, loader, ValueList(), ValueList(), *optimizers, 0.995)
-            self.check(means["recon_loss"] < 0.25, f"with seed {seed} the reconstruction loss stays at {means['recon_loss']:.3f}: "
-                       "the first steps drive the decoder's tanh to -1 everywhere; start its last bias at the mean pixel")
+            self.check(means["recon_loss"] < 0.25, f"with seed {seed} recon_loss stays at {means['recon_loss']:.3f}: "
+                       "the first steps drive the decoder's tanh to -1 everywhere; start its bias at the mean pixel")
 
     def test_average_is_that_of_the_formula(self):
         model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
@@ -123,7 +124,7 @@ class Training(TrainGroup):
         expected = 2 / 11 * model[0].weight.detach().clone() + 9 / 11
         nn.init.ones_(model[0].weight)
         average.update()
-        self.assertTrue(torch.allclose(average.model[1].weight, expected), "a shared weight is averaged more than once a step")
+        self.assertTrue(torch.allclose(average.model[1].weight, expected), "a shared weight is averaged twice a step")
 
     def test_average_goes_on_from_its_state(self):
         model = nn.Linear(2, 3)
@@ -132,8 +133,8 @@ class Training(TrainGroup):
         average.update()
         other = self.train.EMA(model, 0.9)
         other.load_state_dict(average.state_dict())
-        for one in (average, other):
-            one.update()
+        average.update()
+        other.update()
         self.assertTrue(torch.equal(average.model.weight, other.model.weight))
         self.assertGreater(average.model.weight.abs().sum(), 0)
 
@@ -144,7 +145,8 @@ class Training(TrainGroup):
             optimizers = self.train.build_optimizers(model, self.train.parse_args([]))
             with mock.patch.object(model, "get_loss_discriminator", wraps=model.get_loss_discriminator) as judged:
                 values = self.train.train_step(model, *optimizers, 0.5, x, precision)
-            self.assertEqual(judged.call_args.args[0].dtype, torch.float32)  # the codes, and so the prior's draws beside them
+            codes = judged.call_args.args[0]
+            self.assertEqual(codes.dtype, torch.float32)  # and so the prior's draws beside them
             return model, {**values[0], **values[1]}
 
         (model, values), (rounded, rounded_values) = (after_one_step(precision) for precision in ("fp32", "bf16"))
@@ -171,7 +173,7 @@ class Training(TrainGroup):
         for each in (statistics, other):
             each.add({"b": 8.0}, {})
         self.assertEqual(statistics.means(), other.means())
-        self.check_close(other.means()["b"], (40 * 2 + 8) / 41, "the mean of a value is not over the steps that reported it")
+        self.check_close(other.means()["b"], (40 * 2 + 8) / 41, "a value's mean is not over the steps that reported it")
 
     def test_values_of_a_step_may_be_overwritten_by_the_next(self):
         value, logger = torch.zeros(()), ValueList()

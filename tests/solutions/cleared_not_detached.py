@@ -107,7 +107,7 @@ def save_reconstruction(model, epoch, summary_writer, data):
 
 def train_aae(epoch, model, train_loader, logger_ae, logger_disc, optimizer_ae, optimizer_disc, lambda_=1):
     model.train()
-    for x, y in tqdm(train_loader, desc=f"epoch {epoch}", leave=False):
+    for x, _ in tqdm(train_loader, desc=f"epoch {epoch}", leave=False):
         x = x.to(model.device)
         recon_x, z = model(x)
         disc_loss, disc_dict = model.get_loss_discriminator(z)
