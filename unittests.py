@@ -514,7 +514,7 @@ def load_groups():
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may ignore it
     load_groups()
-    program = unittest.main(exit=False)
+    program = unittest.main(exit=False, testRunner=getattr(sys.modules.get("tests.parallel"), "Runner", None))
     for words in dict.fromkeys(words for _, words in program.result.skipped):
         print(f"skipped: {words}", file=sys.stderr)
     sys.exit(not program.result.wasSuccessful())

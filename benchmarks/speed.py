@@ -26,6 +26,8 @@ from statistics import median
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
+import training.threads  # noqa: F401 (before torch, which reads there what it sets)
+
 WAYS = {"fp32": [], "tf32": ["--precision", "tf32"], "bf16": ["--precision", "bf16"]}  # name -> flags of train.py
 SPINS = {"libgomp's own spin": {},  # how long a thread waits; the second is the program's
          **{f"spin {count:,}": {"GOMP_SPINCOUNT": str(count)} for count in (1000, 300, 2000, 10000)},
@@ -114,9 +116,6 @@ def plain_images(args):
 
 def measure(args, folder):
     """Time one way in this process; print seconds per step and peak memory in MB as JSON. Events go into `folder`."""
-    import training.threads  # noqa: F401 (before torch, which reads there what it sets)
-
-    # isort: split
     if args.own_spin:
         del os.environ["GOMP_SPINCOUNT"]
     import torch

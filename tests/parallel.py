@@ -1,55 +1,61 @@
-"""All groups of tests at once, in as many processes as there are CPUs: what python unittests.py does without names."""
+"""Groups of tests in as many processes as there are CPUs: what python unittests.py without names does on Linux."""
 
 import multiprocessing
 import os
 import sys
 import time
 import unittest
+from types import SimpleNamespace
 
 import torch
 
-
-def cpus():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+GROUPS = {}  # name -> its tests, for the processes that are forked
 
 
-def can_fork():
-    """Return whether processes can be forked that share what is imported here; on macOS that is not safe."""
-    return sys.platform == "linux"
+class Runner(unittest.TextTestRunner):
+    """Runs groups side by side, each process with one thread: two that wait for each other are slower."""
+
+    def run(self, suite):
+        GROUPS.clear()
+        for test in tests_in(suite):
+            GROUPS.setdefault(type(test).__name__, unittest.TestSuite()).addTest(test)
+        if len(GROUPS) < 2 or sys.platform != "linux":  # elsewhere no process may be forked from one with threads
+            return super().run(suite)
+        start = time.monotonic()
+        with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+            names = sorted(GROUPS, key=lambda name: -GROUPS[name].countTestCases())  # the long ones first
+            results = [report(*result) for result in pool.imap_unordered(run_group, names)]
+        failed, skipped = ([test for result in results for test in result[kind]] for kind in (1, 2))
+        ran, seconds = sum(result[0] for result in results), time.monotonic() - start
+        self.stream.writeln(f"\nRan {ran} tests in {seconds:.1f} s\n\n"
+                            f"{'FAILED' if failed else 'OK'} ({len(failed)} failed, {len(skipped)} skipped)")
+        return SimpleNamespace(skipped=skipped, wasSuccessful=lambda: not failed)
 
 
-def run_groups(groups):
-    """Run all tests of some groups, print what fails as unittest does, and return the exit status.
-
-    Each process has one thread, for two that wait for each other are slower, and takes the next group when it is done with
-    one. The groups with most tests come first, so that none is left alone at the end.
-    """
-    start = time.monotonic()
-    groups = sorted(groups, key=lambda group: -unittest.defaultTestLoader.loadTestsFromTestCase(group).countTestCases())
-    with multiprocessing.get_context("fork").Pool(cpus()) as pool:
-        results = [report(*result) for result in pool.imap_unordered(run_group, groups)]
-    ran, failed, skipped = (sum(column) for column in zip(*results, strict=True))
-    print(f"\nRan {ran} tests in {time.monotonic() - start:.1f}s\n\n{'FAILED' if failed else 'OK'} "
-          f"({failed} failed, {skipped} skipped)", file=sys.stderr)
-    return 1 if failed else 0
+def tests_in(suite):
+    """Give the tests of a suite of suites."""
+    for part in suite:
+        if isinstance(part, unittest.TestSuite):
+            yield from tests_in(part)
+        else:
+            yield part
 
 
-def run_group(group):
-    """Run a group in this process; return its name, the number of tests, what failed and what was skipped, and seconds."""
+def run_group(name):
+    """Run a group in this process; return its name, the number of tests, what failed, what was skipped, and seconds."""
     torch.set_num_threads(1)
-    start, result = time.monotonic(), unittest.TextTestResult(unittest.runner._WritelnDecorator(sys.stderr), True, 0)
-    unittest.defaultTestLoader.loadTestsFromTestCase(group).run(result)
-    failed = [(str(test), text) for test, text in result.errors + result.failures]
+    start = time.monotonic()
+    with open(os.devnull, "w") as nowhere:
+        result = unittest.TextTestRunner(nowhere).run(GROUPS[name])
+    failed = [(str(test), text) for test, text in [*result.errors, *result.failures]]
     failed += [(str(test), "it succeeds, which was not expected") for test in result.unexpectedSuccesses]
-    skipped = [words for _, words in result.skipped]
-    return group.__name__, result.testsRun, failed, skipped, time.monotonic() - start
+    skipped = [(str(test), words) for test, words in result.skipped]
+    return name, result.testsRun, failed, skipped, time.monotonic() - start
 
 
 def report(name, ran, failed, skipped, seconds):
-    """Print what became of a group; return the numbers of tests that ran, failed and were skipped."""
-    print(f"{name}: {ran} tests, {seconds:.1f} s", file=sys.stderr)
+    """Print how a group went; return the number of its tests, those that failed, and those that were skipped."""
+    print(f"{name}: {ran} tests, {len(failed)} failed, {len(skipped)} skipped, {seconds:.1f} s", file=sys.stderr)
     for test, text in failed:
         print(f"\nFAIL: {test}\n{text}", file=sys.stderr)
-    for words in dict.fromkeys(skipped):
-        print(f"    skipped: {words}", file=sys.stderr)
-    return ran, len(failed), len(skipped)
+    return ran, failed, skipped
