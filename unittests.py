@@ -460,7 +460,7 @@ class Mistakes(MistakesGroup):
 
     def test_11_sampling_uses_the_evaluation_mode(self):
         if self.sample_leaves_the_mode_to_its_caller():
-            self.skipTest("Mistake 11: sample() does not call eval(): its caller has to, as TrainMistakes checks")
+            self.skipTest("Mistake 11: sample() does not call eval(): callers must, and train() after (TrainMistakes)")
 
     def test_12_accuracy_is_over_both_halves_at_logit_0(self):
         for fake in ([-5.0] * 40, [5.0] * 40, [-5.0] * 10 + [5.0] * 30, [0.3] * 40, [-0.3] * 40):
