@@ -120,9 +120,13 @@ def train_step(model, optimizer_ae, optimizer_disc, lambda_, x, precision="fp32"
 
 
 def build_step(model, optimizer_ae, optimizer_disc, args):
-    """Return the training step: on CUDA as a captured graph, if the model says that its losses allow it."""
+    """Return the training step: on CUDA as a captured graph, if the model says that its losses allow it.
+
+    Not on AMD's GPUs, which torch calls CUDA too: nobody has tried graphs there.
+    """
     step = partial(train_step, model, optimizer_ae, optimizer_disc, args.lambda_, precision=args.precision)
-    return CapturedStep(step) if model.device.type == "cuda" and getattr(model, "capturable", False) else step
+    nvidia = model.device.type == "cuda" and not torch.version.hip
+    return CapturedStep(step) if nvidia and getattr(model, "capturable", False) else step
 
 
 # The whole run -------------------------------------------------------------------------------------------------------

@@ -111,6 +111,7 @@ def cuda_on_the_cpu(model):
         return graphs[-1]
 
     with mock.patch.object(type(model), "device", torch.device("cuda")), \
+            mock.patch("torch.version.hip", None), \
             mock.patch("torch.tensor", lambda *args, device=None, **options: tensor(*args, **options)), \
             mock.patch.multiple("torch.cuda", CUDAGraph=new_graph, graph=lambda graph, **_: graph.record(),
                                 Stream=mock.Mock(), stream=mock.MagicMock(), current_stream=mock.Mock()):
@@ -133,7 +134,8 @@ class GraphReplay(TrainGroup):
         model = self.optimizers.build_model(args.z_dim, args.posterior, args.networks)
         model = self.optimizers.to_device(model, torch.device("cpu"), args.precision)
         model.capturable = captured
-        average, contents = self.train.EMA(model, args.averaging), {}
+        images, average = images_like_mnist(40), self.train.EMA(model, args.averaging)
+        contents = {"images": images}
         steps = self.cuda_graph.WARM_UP * len(set(SIZES)) + REPLAYS
         with cuda_on_the_cpu(model) as graphs:
             optimizers = self.train.build_optimizers(model, args)
@@ -144,7 +146,7 @@ class GraphReplay(TrainGroup):
                 if between:
                     between(number, model, *optimizers)
                 self.train.set_learning_rate(optimizers[0], args.drop_after + 2 * number // steps, args)
-                parts = step(images_like_mnist(SIZES[number % len(SIZES)]))
+                parts = step(images[number:][:SIZES[number % len(SIZES)]])
                 contents.update({f"{name} of step {number}": value.clone()  # which the next step may overwrite
                                  for part in parts for name, value in part.items()})
                 average.update()

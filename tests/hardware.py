@@ -98,7 +98,7 @@ class Hardware(TrainGroup):
             return values
 
         @contextlib.contextmanager
-        def capture(graph):
+        def capture(graph, stream):
             capturing.append(graph)
             yield
             capturing.remove(graph)
@@ -116,6 +116,75 @@ class Hardware(TrainGroup):
                     refused(batches[0])
         self.assertEqual(trained, [batch.tolist() for batch in batches])
         self.assertEqual(sums, [float(batch.sum()) for batch in batches])
+
+    def captured(self, step):
+        """Call a step until it is captured; return the mock of torch.cuda. A failed capture fails at its end too."""
+
+        class Graph:
+            def __init__(self, graph, **_):
+                pass
+
+            def __enter__(self):
+                pass
+
+            def __exit__(self, kind, *_):
+                if kind:
+                    raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+        cuda = mock.MagicMock()
+        cuda.graph.side_effect = Graph
+        with mock.patch.multiple("torch.cuda", **{name: getattr(cuda, name) for name in
+                                                  ("CUDAGraph", "graph", "Stream", "stream", "current_stream")}):
+            call = self.cuda_graph.CapturedStep(step)
+            for _ in range(self.cuda_graph.WARM_UP + 1):
+                call(torch.zeros(2))
+        return cuda
+
+    def test_capture_is_on_the_stream_of_the_warm_up(self):
+        cuda = self.captured(lambda x: x)
+        stream = cuda.Stream.return_value
+        self.assertEqual(cuda.stream.call_args_list, [mock.call(stream)] * self.cuda_graph.WARM_UP)
+        self.assertEqual(cuda.graph.call_args_list, [mock.call(cuda.CUDAGraph.return_value, stream=stream)])
+
+    def test_full_memory_in_a_capture_is_not_the_fault_of_the_loss(self):
+        full = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 10.91 GiB"
+        for error, raised in ((torch.OutOfMemoryError(full), torch.OutOfMemoryError),
+                              (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), RuntimeError),
+                              (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), RuntimeError),
+                              (RuntimeError("CUDA error: operation not permitted\nCUDA"), self.commandline.UserError)):
+            calls = iter([None] * self.cuda_graph.WARM_UP + [error])
+            with self.subTest(str(error)), self.assertRaises(raised) as caught:
+                self.captured(lambda x, calls=calls: self.raised(next(calls)))
+            if raised is self.commandline.UserError:
+                self.assertIn("as a CUDA graph (CUDA error: operation not permitted): a loss", str(caught.exception))
+            else:
+                self.assertIs(caught.exception, error)
+
+    def raised(self, error):
+        if error:
+            raise error
+
+    def test_no_graph_on_other_devices(self):
+        model, args = self.models.AdversarialAE(), self.train.parse_args([])
+        for device, hip, capturable, expected in (("cuda", None, True, True), ("cuda", "6.4.43482", True, False),
+                                                  ("cuda", None, False, False), ("mps", None, True, False),
+                                                  ("cpu", None, True, False)):
+            model.capturable = capturable
+            with mock.patch.object(type(model), "device", torch.device(device)), mock.patch("torch.version.hip", hip), \
+                    mock.patch("torch.cuda.Stream"):
+                step = self.train.build_step(model, None, None, args)
+            self.assertEqual(isinstance(step, self.train.CapturedStep), expected, (device, hip, capturable))
+
+    def test_counters_of_the_average_are_copied_in_one_call(self):
+        for networks, calls in (("residual", 1), ("base", 0)):
+            model = self.models.AdversarialAE(networks=networks)
+            average = self.train.EMA(model, 0.5)
+            model(images_like_mnist(2))
+            with mock.patch("torch._foreach_copy_", wraps=torch._foreach_copy_) as copy:
+                average.update()
+            self.assertEqual(copy.call_count, calls)
+            for name, counter in average.model.named_buffers():
+                self.assertTrue(not name.endswith("tracked") or counter == 1, name)
 
 
 @unittest.skipUnless(torch.cuda.is_available(), "there is no CUDA here")
@@ -184,7 +253,7 @@ class Cuda(TrainGroup):
         args = self.train.parse_args([])
         optimizers = self.train.build_optimizers(model, args)
         step = self.train.build_step(model, *optimizers, args)
-        self.assertEqual(isinstance(step, self.train.CapturedStep), capturable)
+        self.assertEqual(isinstance(step, self.train.CapturedStep), capturable and not torch.version.hip)
         values = []
         for number in range(200):
             self.train.set_learning_rate(optimizers[0], 90 + number // 100, args)  # drops when the graphs are captured

@@ -4,7 +4,7 @@ from collections import Counter
 
 import torch
 
-from training.commandline import UserError
+from training.commandline import UserError, gpu_is_taken
 
 WARM_UP = 3  # steps of a size before it is captured: libraries choose kernels and allocate in the first ones
 
@@ -15,7 +15,7 @@ class CapturedStep:
     `step` takes a batch on the device and returns tensors in lists or dicts. It may neither copy between host and
     device nor depend on a value. The first WARM_UP calls for a size run it as it is, and are training steps like all
     others; capturing runs nothing. What a call returns is overwritten by the next. Each replay has new
-    random numbers.
+    random numbers. Optimizer state loaded after a capture would be ignored: the graph knows the tensors of before.
 
     See https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs for the rules.
     """
@@ -47,12 +47,15 @@ class CapturedStep:
     def _capture(self, x):
         graph, batch = torch.cuda.CUDAGraph(), x.clone()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self._stream):  # where the libraries have their handles and workspaces
                 values = self.step(batch)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            cause = str(error.__context__ or error).partition("\n")[0]  # the end of a failed capture raises another one
+            first = error.__context__ or error  # the end of a failed capture raises another one
+            if gpu_is_taken(first):
+                raise first from None
+            cause = str(first).partition("\n")[0]
             raise UserError(f"the training step cannot be captured as a CUDA graph ({cause}): a loss copies between "
                             f"host and device, or depends on a value; set `capturable = False` in the model's "
                             f"class") from error

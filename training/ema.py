@@ -23,15 +23,16 @@ class EMA:
                              for network in (self.model, model))
         pairs = list(zip(averaged, current, strict=True))  # each once, even if two layers share it
         self._averaged, self._current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
-        self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+        counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self._counters, self._current_counters = zip(*counters, strict=True) if counters else ((), ())
 
     def update(self):
         """Take in the weights as they are now."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self._averaged, self._current, 1 - decay)  # one call for all, as in torch.optim.swa_utils
-        for counter, current in self._counters:
-            counter.copy_(current)
+        if self._counters:  # the base networks have none, and the call takes no empty list
+            torch._foreach_copy_(self._counters, self._current_counters)
 
     def state_dict(self):
         return {"updates": self.updates, "weights": weights_on_cpu(self.model)}
