@@ -115,12 +115,11 @@ def has_kernels(capability, architectures):
     the suffix "a" it is for X.Y alone, with "f" for X.Z like machine code (CUDA C++ Programming Guide, "Compute
     capabilities").
     """
-    known = [match for match in map(ARCHITECTURE.fullmatch, architectures) if match]
+    known = parsed(architectures)
     if not known:
         return None
     fits = []
-    for kind, major, minor, suffix in (match.groups() for match in known):
-        built_for = int(major), int(minor)
+    for kind, built_for, suffix in known:
         if suffix == "a":
             fits.append(capability == built_for)
         elif kind == "compute" and not suffix:
@@ -130,10 +129,15 @@ def has_kernels(capability, architectures):
     return any(fits)
 
 
+def parsed(architectures):
+    """Return (kind, compute capability, suffix) of each name such as "sm_90a" that is one of NVIDIA's."""
+    matches = [match for match in map(ARCHITECTURE.fullmatch, architectures) if match]
+    return [(match[1], (int(match[2]), int(match[3])), match[4]) for match in matches]
+
+
 def kernels_message(name, capability, architectures, version):
     """Return what to do about a GPU, too old or too new, that the installed torch has no kernels for."""
-    known = [match for match in map(ARCHITECTURE.fullmatch, architectures) if match]
-    lowest = min((int(match[2]), int(match[3])) for match in known) if known else (0, 0)
+    lowest = min((built_for for _, built_for, _ in parsed(architectures)), default=(0, 0))
     old = capability < lowest
     advice = "train on the CPU with --no-cuda"
     gpu = f"{name} (compute capability {capability[0]}.{capability[1]})"
