@@ -44,6 +44,8 @@ RUNS = {  # name: flags of train.py
     "z20-gaussian": ["--z_dim", "20", "--posterior", "gaussian"],
     "z20-universal": ["--z_dim", "20", "--posterior", "universal"],
 }
+MEASURED = {name: (1, 2, 5, 10, 20, 50) for name in ("z8", "z8-seed1", "z8-seed2", "z8-base")}  # epochs before the last
+CODE = ("mnist.py", "models.py", "train.py", "utils.py", "training", "runs", "evaluation")  # what runs depend on
 SHOWN = (0, 20, 50, 100)  # epochs of which pictures are shown
 CURVES = {  # key in results.json, which names the picture too: title, TensorBoard tag
     "reconstruction loss": ("reconstruction loss", "generator/recon_loss"),
@@ -57,29 +59,54 @@ START, END = "<!-- results: written by benchmarks/results.py -->", "<!-- end of 
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 def finished_run(name, args):
-    """Train and evaluate a run, or what is left of it; return its folder."""
-    folder, epochs = args.runs / name, epochs_of(name, args)
+    """Train and evaluate a run, or what is left of it; return its folder.
+
+    On the way it is measured after the epochs in MEASURED: training to epoch 5 and resuming to 10 is training to 10.
+    """
+    folder = args.runs / name
     run, done = last_run(folder)
-    if done < epochs:
-        flags = ["--resume", run] if run else ["--log_dir", folder, "--dataset", "mnist", *RUNS[name]]
-        call([PROJECT / "train.py"], *flags, "--data_dir", args.data_dir, "--epochs", epochs,
-             *["--no-cuda"] * args.no_cuda)
-        run, _ = last_run(folder)
-    if not measured(run):
-        call(["-m", "evaluation"], run, "--data_dir", args.data_dir, *["--no-cuda"] * args.no_cuda)
+    for epochs in sorted({min(epoch, args.epochs) for epoch in (*MEASURED.get(name, ()), args.epochs)}):
+        if done < epochs:
+            check_commit(folder)
+            flags = ["--resume", run] if run else ["--log_dir", folder, "--dataset", "mnist", *RUNS[name]]
+            call([PROJECT / "train.py"], *flags, "--data_dir", args.data_dir, "--epochs", epochs,
+                 *["--no-cuda"] * args.no_cuda)
+            run, done = last_run(folder)
+        if done == epochs and not measured(run):
+            call(["-m", "evaluation"], run, "--data_dir", args.data_dir, *["--no-cuda"] * args.no_cuda)
+        if done == epochs:
+            write_atomically(folder / f"epoch_{epochs}.json", json.dumps(figures(run)).encode())
     return run
+
+
+def check_commit(folder):
+    """Note the commit of the program in a run's folder; raise CheckpointError if another commit began the run."""
+    file, commit = folder / "commit", git("log", "-1", "--format=%H", "--", *CODE)
+    if git("status", "--porcelain", "--", *CODE):
+        raise CheckpointError(f"{PROJECT} has changes that are not committed; commit them, so that results.json can "
+                              f"name the code that made the runs")
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, commit.encode())
+    elif file.read_text() != commit:
+        raise CheckpointError(f"the run in {folder} was begun by commit {file.read_text()}; check that out, or name "
+                              f"another folder with --runs")
+
+
+def git(*arguments):
+    """Return what a git command prints about this checkout."""
+    try:
+        return subprocess.run(["git", "-C", PROJECT, *arguments], stdout=subprocess.PIPE, text=True,
+                              check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        sys.exit(f"results.py: error: git cannot tell the commit of {PROJECT}; begin the runs in a clone")
 
 
 def measured(run):
     """Return whether the figures in a run's evaluation/ are those of its weights."""
-    figures, weights = run / "evaluation" / "metrics.json", run / "checkpoints" / WEIGHTS
-    metrics = json.loads(figures.read_text()) if figures.is_file() else {}
-    return (metrics.get("weights_md5") == hashlib.md5(weights.read_bytes()).hexdigest()
-            and "training_codes" in metrics["prior_match"])  # not by an older evaluation
-
-
-def epochs_of(name, args):
-    return args.epochs if name in args.full else min(args.epochs, args.others)
+    metrics, weights = run / "evaluation" / "metrics.json", run / "checkpoints" / WEIGHTS
+    return metrics.is_file() and (json.loads(metrics.read_text())["weights_md5"]
+                                  == hashlib.md5(weights.read_bytes()).hexdigest())
 
 
 def last_run(folder):
@@ -107,15 +134,13 @@ def call(program, *flags):
         sys.exit(status)
 
 
-def collect(run):
-    """Return what a run has come to, as a dict that json can write."""
+def figures(run):
+    """Return how far a run has come and what its evaluation measured, as a dict that json can write."""
     state = load_state(run)
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
     quality, match, likelihood = metrics["digit_classifier"], metrics["prior_match"], metrics["log_likelihood"]
     codes = match["codes"]
-    settings = ("z_dim", "lambda_", "posterior", "networks", "seed", "precision", "device", "device_name", "torch")
-    return {**{name: state["settings"][name] for name in settings},
-            "epochs": state["epoch"], "seconds": state["seconds"],
+    return {"epochs": state["epoch"], "seconds": state["seconds"],
             **{name: state["means"][name] for name in ("recon_loss", "gen_loss", "disc_loss", "accuracy")},
             "test_mse": metrics["reconstruction"]["mse"],
             "ks": codes["ks"], "ks_training": match["training_codes"]["ks"],
@@ -124,8 +149,19 @@ def collect(run):
             "frechet_reconstructions": quality["reconstructions"]["frechet_to_test_images"],
             "sure": quality["samples"]["sure"], "labels": list(quality["samples"]["labels"].values()),
             "parzen": likelihood["mean"], "parzen_error": likelihood["standard_error"],
-            "parzen_reconstructions": likelihood["training_reconstructions"]["mean"],
-            "curves": {key: curve(run, tag) for key, (_, tag) in CURVES.items()}}
+            "parzen_reconstructions": likelihood["training_reconstructions"]["mean"]}
+
+
+def collect(run):
+    """Return what a run has come to, with its commit, settings, curves and the figures after the epochs in MEASURED."""
+    settings = ("z_dim", "lambda_", "posterior", "networks", "seed", "precision", "device", "device_name", "torch")
+    result = figures(run)
+    stages = [json.loads((run.parent / f"epoch_{epochs}.json").read_text())
+              for epochs in MEASURED.get(run.parent.name, ()) if (run.parent / f"epoch_{epochs}.json").is_file()]
+    return {"commit": (run.parent / "commit").read_text(),
+            **{name: load_state(run)["settings"][name] for name in settings}, **result,
+            "curves": {key: curve(run, tag) for key, (_, tag) in CURVES.items()},
+            **({"stages": stages} if stages else {})}
 
 
 def curve(run, tag):
@@ -237,9 +273,6 @@ def main():
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN",
                         help=f"runs: {', '.join(RUNS)}")
     parser.add_argument("--epochs", type=number(int, 1), default=100)
-    parser.add_argument("--full", nargs="*", choices=RUNS, default=list(RUNS), metavar="RUN",
-                        help="runs of --epochs epochs (default: all)")
-    parser.add_argument("--others", type=number(int, 1), default=20, help="epochs of the runs that are not in --full")
     parser.add_argument("--runs", type=Path, default=PROJECT / "AAE_logs" / "results", help="folder of the runs")
     parser.add_argument("--docs", type=Path, default=PROJECT / "docs" / "results",
                         help="folder of the figures and pictures")
