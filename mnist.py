@@ -87,10 +87,11 @@ class BatchLoader:
 
     def __iter__(self):
         images, labels = self.dataset.tensors
-        batches = self._next_order().to(images.device).split(self.batch_size)[self.skip:]
+        order = self._next_order().to(images.device)
+        batches = list(zip(order.split(self.batch_size), labels[order].split(self.batch_size), strict=True))[self.skip:]
         self.skip = 0
-        for chosen in batches:
-            yield images[chosen], labels[chosen]
+        for chosen, chosen_labels in batches:  # the labels, which training does not read, are gathered once an epoch
+            yield images[chosen], chosen_labels
 
     def _next_order(self):
         """Return the indices of the next epoch, drawn on the CPU: the same on every device, off torch's own stream."""

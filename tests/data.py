@@ -122,6 +122,8 @@ class Data(Group):
         self.assertTrue(all(pairs(*batch) <= expected for batch in epochs[0]),
                         "images and labels are no longer together")
         self.assertFalse(torch.equal(epochs[0][0][0], epochs[1][0][0]), "both epochs have the same order")
+        self.assertEqual(len({y.untyped_storage().data_ptr() for _, y in epochs[0]}), 1,
+                         "labels are gathered for each batch, a kernel of a GPU's step for nothing")
 
     def test_order_follows_the_seed(self):
         self.put()
