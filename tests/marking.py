@@ -5,7 +5,9 @@ Each file there is somebody's models.py and train.py in one. python -m tests.mar
 
 import contextlib
 import io
+import shutil
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -60,6 +62,21 @@ class Solutions(Group):
             failures, _ = mark(planted(solution, old, new), f"test_{number:02}")
             self.check(any(f"Mistake {number}:" in message for message in failures.values()),
                        f"Mistake {number} in {solution} is not named: {failures}")
+
+    @unittest.skipUnless(shutil.which("bash") and shutil.which("timeout"), "this system has no bash or no timeout")
+    def test_a_class_is_marked(self):
+        folder = self.folder()
+        plain, (_, _, old, new) = SOLUTIONS["plain"].read_text(), next(m for m in MISTAKES if m[:2] == (9, "plain"))
+        for student, text in {"anna": plain, "ben": plain.replace(old, new)}.items():
+            (folder / "class" / student).mkdir(parents=True)
+            for name in ("models.py", "train.py"):
+                (folder / "class" / student / name).write_text(text)
+        marked = subprocess.run(["bash", HERE / "tests" / "mark_class", folder / "class", folder / "results"],
+                                stdout=subprocess.PIPE, text=True).stdout.splitlines()
+        self.assertRegex(marked[0], "^anna +passed +mistakes: none +OK")
+        self.assertRegex(marked[1], r"^ben +failed +mistakes: 9 +FAILED")
+        self.assertIn("Mistake 9:", (folder / "results" / "ben.txt").read_text())
+        self.assertEqual(sorted(path.name for path in (folder / "class" / "ben").iterdir()), ["models.py", "train.py"])
 
     def test_every_mistake_is_in_two_solutions_and_every_solution_has_one(self):
         for number in range(1, 16):
