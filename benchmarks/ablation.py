@@ -9,7 +9,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from statistics import mean
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
@@ -20,6 +19,7 @@ import training.threads  # noqa: F401 (before torch, which reads there what it s
 
 import torch
 import torch.nn as nn
+from tables import ablation
 from tqdm import tqdm
 
 import mnist
@@ -34,9 +34,6 @@ from training.options import BASE
 from training.statistics import LossStatistics
 
 HELD_OUT = 5_000  # of the training images
-COLUMNS = {"held-out MSE": "mse", "KS": "ks", "Fréchet, samples": "samples",
-           "Fréchet, reconstructions": "reconstructions",
-           "Parzen, nats": "parzen", "discriminator accuracy": "accuracy"}
 
 
 # Variants ------------------------------------------------------------------------------------------------------------
@@ -151,18 +148,6 @@ def train_variant(model, loader, flags, name):
     return means["accuracy"], ema.model
 
 
-def print_table(results, epochs):
-    """Print the mean of each figure over the seeds, as a table in Markdown."""
-    print(f"\n| {epochs} epochs | {' | '.join(COLUMNS)} | seeds |\n|---|{'---|' * len(COLUMNS)}---|")
-    for name, runs in results.items():
-        if any("failed" in run for run in runs.values()):
-            print(f"| {name} | {'diverged | ' * len(COLUMNS)}{len(runs)} |")
-            continue
-        values = [mean(run[column] for run in runs.values()) for column in COLUMNS.values()]
-        print(f"| {name} | {values[0]:.4f} | {values[1]:.4f} | {values[2]:.1f} | {values[3]:.1f} | {values[4]:.1f} | "
-              f"{values[5]:.1%} | {len(runs)} |")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split(":  ")[0])
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
@@ -182,7 +167,7 @@ def main():
     except ValueError as error:
         sys.exit(f"ablation.py: error: {args.results} is damaged ({error}); delete it, or name another file "
                  f"with --results")
-    results = {name: {} for name in args.only}
+    results = {}
     try:
         set_precision(args.precision, device)
         for seed in args.seeds:
@@ -195,10 +180,10 @@ def main():
                         finished[key] = {"failed": str(error)}
                     args.results.parent.mkdir(parents=True, exist_ok=True)
                     write_atomically(args.results, (json.dumps(finished, indent=2) + "\n").encode())
-                results[name][seed] = finished[key]
+                results[key] = finished[key]
     except (mnist.DataError, PrecisionError) as error:
         sys.exit(f"ablation.py: error: {error}")
-    print_table(results, args.epochs)
+    print(f"\n{ablation({'ablation': results})}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Each is trained by train.py and measured by python -m evaluation, in processes of their own. What is finished in --runs
 is not repeated, what has begun is resumed; after a change of the networks, name another folder. The figures go into
-docs/results/results.json, the pictures beside it, and the table of all runs into README.md, between two marks.
+docs/results/results.json, the pictures beside it; report.py then writes the tables and plots of README.md and docs/.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from statistics import mean
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
@@ -22,12 +21,13 @@ import training.threads  # noqa: F401 (before torch, which reads there what it s
 
 # isort: split
 
+import plots
+import report
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from tables import read_json
 
-from evaluation.pictures import COLORS
 from runs.checkpoint import WEIGHTS, CheckpointError, load_state
-from runs.files import png_bytes, write_atomically
+from runs.files import write_atomically
 from runs.folder import has_state, latest_run
 from training.commandline import number
 from training.options import BASE, HYPERPARAMETERS, parse_args
@@ -46,14 +46,9 @@ RUNS = {  # name: flags of train.py
 }
 MEASURED = {name: (1, 2, 5, 10, 20, 50) for name in ("z8", "z8-seed1", "z8-seed2", "z8-base")}  # epochs before the last
 CODE = ("mnist.py", "models.py", "train.py", "utils.py", "training", "runs", "evaluation")  # what runs depend on
-SHOWN = (0, 20, 50, 100)  # epochs of which pictures are shown
-CURVES = {  # key in results.json, which names the picture too: title, TensorBoard tag
-    "reconstruction loss": ("reconstruction loss", "generator/recon_loss"),
-    "discriminator right": ("discriminator accuracy", "discriminator/accuracy"),
-}
+CURVES = {"reconstruction loss": "generator/recon_loss",  # key in results.json: TensorBoard tag
+          "discriminator accuracy": "discriminator/accuracy"}
 POINTS = 100  # of a curve
-README = PROJECT / "README.md"
-START, END = "<!-- results: written by benchmarks/results.py -->", "<!-- end of results -->"
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
@@ -158,9 +153,9 @@ def collect(run):
     result = figures(run)
     stages = [json.loads((run.parent / f"epoch_{epochs}.json").read_text())
               for epochs in MEASURED.get(run.parent.name, ()) if (run.parent / f"epoch_{epochs}.json").is_file()]
-    return {"commit": (run.parent / "commit").read_text(),
+    return {"flags": " ".join(RUNS[run.parent.name]), "commit": (run.parent / "commit").read_text(),
             **{name: load_state(run)["settings"][name] for name in settings}, **result,
-            "curves": {key: curve(run, tag) for key, (_, tag) in CURVES.items()},
+            "curves": {key: curve(run, tag) for key, tag in CURVES.items()},
             **({"stages": stages} if stages else {})}
 
 
@@ -173,99 +168,15 @@ def curve(run, tag):
     return [round(part.mean().item(), 5) for part in values.tensor_split(min(POINTS, len(values)))]
 
 
-# Pictures ------------------------------------------------------------------------------------------------------------
-
-def draw_progress(run):
-    """Return the samples of a run over its reconstructions, side by side for those of the epochs SHOWN that it has."""
-    columns = []
-    for epoch in SHOWN:
-        files = [run / "results" / name for name in (f"Prior_samples/samples_epoch_{epoch}.png",
-                                                     f"Reconstruction/reconstruction_{epoch}.png")]
-        if all(file.is_file() for file in files):
-            columns.append((epoch, *(Image.open(file).convert("L") for file in files)))
-    width = max(max(samples.width, pairs.width) for _, samples, pairs in columns) + 8
-    height = 24 + columns[0][1].height + 8 + columns[0][2].height
-    picture, font = Image.new("L", (width * len(columns) - 8, height), 255), ImageFont.load_default(16)
-    for index, (epoch, samples, pairs) in enumerate(columns):
-        ImageDraw.Draw(picture).text((index * width, 2), f"epoch {epoch}", 0, font)
-        picture.paste(samples, (index * width, 24))
-        picture.paste(pairs, (index * width, 32 + samples.height))
-    return picture.quantize(16)
-
-
-def draw_codes(run):
-    """Return the evaluation's picture of the codes of a run of 2 dimensions, at half its size."""
-    picture = Image.open(run / "evaluation" / "codes.png")
-    return picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS).quantize(128)
-
-
-def draw_curves(results, key, size=(480, 300)):
-    """Return one of the CURVES of all runs, over the epochs."""
-    curves = {name: result["curves"][key] for name, result in results.items()}
-    epochs = max(result["epochs"] for result in results.values())
-    low = 0.0
-    high = max(sorted(values)[-max(1, len(values) // 20)] for values in curves.values())  # but for the first ones
-    picture, font = Image.new("RGB", (size[0] + 150, size[1]), "white"), ImageFont.load_default(13)
-    draw, (left, top, right, bottom) = ImageDraw.Draw(picture), (50, 26, size[0] - 10, size[1] - 24)
-    draw.text((left, 4), f"{CURVES[key][0]}, over the epochs", "black", font)
-    for part in range(5):
-        draw.text((left + part * (right - left) / 4, bottom + 6), f"{part * epochs / 4:g}", "black", font, anchor="mt")
-        y, value = bottom - part * (bottom - top) / 4, low + part * (high - low) / 4
-        draw.line((left, y, right, y), "#dddddd")
-        draw.text((left - 6, y), f"{value:.3f}", "black", font, anchor="rm")
-    for index, (name, values) in enumerate(curves.items()):
-        width = (right - left) * results[name]["epochs"] / epochs / len(values)
-        points = [(left + width * (place + 0.5), bottom - (bottom - top) * (min(value, high) - low) / (high - low))
-                  for place, value in enumerate(values)]
-        color, y = COLORS[index % len(COLORS)], top + 10 + 20 * index
-        draw.line(points, color, 2)
-        draw.line((size[0], y, size[0] + 16, y), color, 3)
-        draw.text((size[0] + 22, y), name, "black", font, anchor="lm")
-    return picture.quantize(64)
-
-
-# README --------------------------------------------------------------------------------------------------------------
-
-def table(results):
-    """Return the figures of all runs as a table in Markdown."""
-    lines = ["| run | flags | epochs | reconstruction loss | test MSE | KS | of training codes | Fréchet, samples | "
-             "reconstructions | samples, confidence ≥ 0.95 | Parzen, nats |",
-             "|---|---|---|---|---|---|---|---|---|---|---|"]
-    for name, run in results.items():
-        lines.append(f"| {name} | `{' '.join(RUNS[name]) or 'none'}` | {run['epochs']} | {run['recon_loss']:.4f} | "
-                     f"{run['test_mse']:.4f} | {run['ks']:.4f} | {run['ks_training']:.4f} | "
-                     f"{run['frechet_samples']:.1f} | {run['frechet_reconstructions']:.1f} | {run['sure']:.1%} | "
-                     f"{run['parzen']:.1f} ± {run['parzen_error']:.1f} |")
-    seeds = [results[name] for name in ("z8", "z8-seed1", "z8-seed2") if name in results]
-    if len({run["epochs"] for run in seeds}) == 1 and len(seeds) == 3:
-        lines.append(f"\nThe default run with three seeds, mean and range: test MSE {spread(seeds, 'test_mse', 4)}, KS "
-                     f"{spread(seeds, 'ks', 4)}, Fréchet of samples {spread(seeds, 'frechet_samples', 1)} and "
-                     f"reconstructions {spread(seeds, 'frechet_reconstructions', 1)}, Parzen "
-                     f"{spread(seeds, 'parzen', 1)}.")
-    return "\n".join(lines)
-
-
-def spread(results, figure, digits):
-    """Return the mean of a figure, with the range, as text."""
-    values = [run[figure] for run in results]
-    return f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
-def read_results(file):
-    """Return what results.json holds, nothing where there is none; end the script where it is damaged."""
-    try:
-        return json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
-        sys.exit(f"results.py: error: {file} is damaged ({error}); delete it, and the runs are collected anew")
-
-
-def around_table():
-    """Return what README.md has before its mark START and after its mark END; end the script where one is missing."""
-    before, _, rest = README.read_text().partition(START)
-    _, _, after = rest.partition(END)
-    if not after:
-        sys.exit(f"results.py: error: {README} lacks the line {START} or {END}; put them back")
-    return before, after
+def keep(name, run, args):
+    """Write the pictures of a finished run, and its figures into results.json."""
+    file = args.docs / "results.json"
+    args.docs.mkdir(parents=True, exist_ok=True)
+    for picture, content in plots.draw_run(name, run, args.data_dir).items():
+        write_atomically(args.docs / picture, content)
+    results = {**read_json(file), name: collect(run)}
+    results = {known: results[known] for known in RUNS if known in results}  # in the order of RUNS
+    write_atomically(file, (json.dumps(results, indent=1) + "\n").encode())
 
 
 def main():
@@ -274,34 +185,18 @@ def main():
                         help=f"runs: {', '.join(RUNS)}")
     parser.add_argument("--epochs", type=number(int, 1), default=100)
     parser.add_argument("--runs", type=Path, default=PROJECT / "AAE_logs" / "results", help="folder of the runs")
-    parser.add_argument("--docs", type=Path, default=PROJECT / "docs" / "results",
-                        help="folder of the figures and pictures")
+    parser.add_argument("--docs", type=Path, default=report.FIGURES, help="folder of the figures and pictures")
     parser.add_argument("--data_dir", default=str(PROJECT.parent / "data"), help="folder where MNIST is")
-    parser.add_argument("--readme-only", action="store_true",
-                        help="make README's table and the curves from results.json alone")
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA")
     args = parser.parse_args()
-    before, after = around_table()  # before hours of training
-    args.docs.mkdir(parents=True, exist_ok=True)
-    file = args.docs / "results.json"
-    results = read_results(file)
-    if args.readme_only and not results:
-        sys.exit(f"results.py: error: {file} has no results yet; leave --readme-only out")
-    signal.signal(signal.SIGINT, lambda *_: None)  # train.py saves its state, and its status ends this script
-    for name in () if args.readme_only else args.only:
-        try:
-            run = finished_run(name, args)
-        except CheckpointError as error:
-            sys.exit(f"results.py: error: {error}")
-        results[name] = collect(run)
-        write_atomically(args.docs / f"{name}.png", png_bytes(draw_progress(run)))
-        if results[name]["z_dim"] == 2:
-            write_atomically(args.docs / f"{name}-codes.png", png_bytes(draw_codes(run)))
-        results = {known: results[known] for known in RUNS if known in results}  # in the order of RUNS
-        write_atomically(file, (json.dumps(results, indent=1) + "\n").encode())
-    for key in CURVES:
-        write_atomically(args.docs / f"{key.replace(' ', '_')}.png", png_bytes(draw_curves(results, key)))
-    write_atomically(README, f"{before}{START}\n{table(results)}\n{END}{after}".encode())
+    try:
+        report.documents()  # before hours of training
+        signal.signal(signal.SIGINT, lambda *_: None)  # train.py saves its state, and its status ends this script
+        for name in args.only:
+            keep(name, finished_run(name, args), args)
+        report.write(args.docs)
+    except (CheckpointError, report.MarkError) as error:
+        sys.exit(f"results.py: error: {error}")
 
 
 if __name__ == "__main__":
