@@ -69,13 +69,13 @@ def main(args):
 
 def make_parser():
     """Return the parser of the command line."""
-    parser = OneLineParser(prog="python -m evaluation", description="Measure how good a trained model is.",
-                           allow_abbrev=False)
+    parser = OneLineParser("python -m evaluation", "Evaluate a trained model on test images.\n\nPrints a table, and "
+                           "writes metrics.json and pictures to the run's evaluation/.")
     parser.add_argument("run", metavar="RUN", help=f"folder of a run of train.py, or a {WEIGHTS}")
-    parser.add_argument("--data_dir",
-                        help="folder where MNIST is, or is downloaded to (default: the run's, or ../data/)")
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="random seed (default: 0)")
-    parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA where there is one")
+    parser.add_argument("--data_dir", metavar="DIR", help="MNIST's folder; the files are downloaded if missing "
+                                                          "(default: the run's, or ../data/)")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="random seed")
+    parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA, even if it is available")
     return parser
 
 

@@ -9,7 +9,6 @@ import training.threads  # noqa: F401 (before torch, which reads there what it s
 
 # isort: split
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -137,13 +136,13 @@ def main(args):
 
 def make_parser():
     """Return the parser of the command line."""
-    parser = OneLineParser(prog="python -m evaluation.classifier", allow_abbrev=False,
-                           description="Train the digit classifier of the evaluation.",
-                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data_dir", default="../data/", help="folder where MNIST is, or is downloaded to")
-    parser.add_argument("--epochs", type=number(int, 1), default=12, help="passes through the training set")
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="random seed")
-    parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA where there is one")
+    parser = OneLineParser("python -m evaluation.classifier",
+                           f"Train the digit classifier that the evaluation uses, and replace {WEIGHTS.name}.")
+    parser.add_argument("--data_dir", default="../data/", metavar="DIR",
+                        help="MNIST's folder; the files are downloaded if missing")
+    parser.add_argument("--epochs", type=number(int, 1), default=12, metavar="N", help="passes over the training set")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="random seed")
+    parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA, even if it is available")
     return parser
 
 

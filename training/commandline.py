@@ -37,8 +37,19 @@ class RunStopped(Exception):
         self.signum = signum
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the default of each flag that takes a value, and the examples line by line."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong with a flag in one sentence, without the usage before it."""
+    """Reports an invalid flag in one sentence, without the usage."""
+
+    def __init__(self, prog, description, **options):
+        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=HelpFormatter,
+                         **options)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
