@@ -30,7 +30,6 @@ from runs.files import write_atomically
 from training.commandline import UserError
 from training.data import Batches
 from training.device import PrecisionError, choose_device, keep_freed_memory, set_precision
-from training.options import BASE
 from training.statistics import LossStatistics
 
 HELD_OUT = 5_000  # of the training images
@@ -99,9 +98,9 @@ def on_vectors(layer):
 
 
 VARIANTS = {  # name: flags of train.py, change of the model
-    "base": (BASE, None),
-    "base, momentum": (("--networks", "base", "--drop_after", "0", "--averaging", "0"), None),
-    "base, momentum, averaging": (("--networks", "base", "--drop_after", "0"), None),
+    "base": (("--base",), None),
+    "base, momentum": (("--base", "--d_momentum", "0.95"), None),
+    "base, momentum, averaging": (("--base", "--d_momentum", "0.95", "--averaging", "0.999"), None),
     "final": ((), None),
     "final without momentum": (("--d_momentum", "0"), None),
     "final without averaging": (("--averaging", "0"), None),

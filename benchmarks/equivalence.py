@@ -39,7 +39,7 @@ from evaluation.monitoring import reconstruct
 from runs.checkpoint import read_state
 from training.data import load_training_set
 from training.device import PrecisionError, choose_device, set_precision
-from training.options import BASE, HYPERPARAMETERS
+from training.options import HYPERPARAMETERS
 
 STEPS = 200
 
@@ -67,7 +67,7 @@ def finished_run(args, device, precision, seed):
     folder = args.runs / f"{precision}-seed{seed}{'-base' * args.base}"
     flags = train.parse_args([
         "--precision", precision, "--seed", str(seed), "--epochs", str(args.epochs), "--data_dir", args.data_dir,
-        "--dataset", "mnist", "--log_dir", str(folder), *["--no-cuda"] * args.no_cuda, *(BASE if args.base else [])])
+        "--dataset", "mnist", "--log_dir", str(folder), *["--no-cuda"] * args.no_cuda, *["--base"] * args.base])
     wanted = {name: value for name, value in vars(flags).items() if name in HYPERPARAMETERS} | {"device": device.type}
     for file in folder.glob("*/checkpoints/training_state.pt"):
         state = read_state(file)

@@ -124,10 +124,10 @@ def measure(args, folder):
     from torch.utils.tensorboard import SummaryWriter
 
     from training.device import choose_device, device_name, set_precision
-    from training.options import BASE, parse_args
+    from training.options import parse_args
 
     flags = parse_args(["--dataset", args.dataset, "--data_dir", args.data_dir, *["--no-cuda"] * args.no_cuda,
-                        *{**WAYS, **CUDA_WAYS, "base": BASE}.get(args.way, [])])
+                        *{**WAYS, **CUDA_WAYS, "base": ["--base"]}.get(args.way, [])])
     device = choose_device(flags.no_cuda, flags.deterministic)
     torch.manual_seed(flags.seed)
     set_precision(flags.precision, device)

@@ -1,5 +1,6 @@
 """Flags, and what a user can do wrong."""
 
+import json
 import os
 import threading
 import unittest
@@ -34,6 +35,8 @@ class Flags(TrainGroup):
         for action in actions:
             self.assertRegex(action.help, r"\A[^\n]{10,}\Z", action.option_strings)
             self.assertIn(action.option_strings[-1], out)
+        self.assertIn("(default: 0.995)", out)
+        self.assertNotRegex(out, r"default:\s+(None|False)")
 
     def test_wrong_flags_are_refused_in_one_sentence(self):
         log_dir = self.folder() / "none"
@@ -50,6 +53,30 @@ class Flags(TrainGroup):
 
     def test_explicit_flags_are_known(self):
         self.assertEqual(self.train.parse_args(["--z_dim", "8", "--no-cuda"]).explicit_flags, ["z_dim", "no_cuda"])
+
+    def test_base_is_short_for_its_four_flags(self):
+        short, spelled_out = (vars(self.train.parse_args(argv)) for argv in (["--base"], self.options.BASE))
+        self.assertEqual(short, spelled_out)
+        self.assertEqual(set(short["explicit_flags"]), {"networks", "drop_after", "d_momentum", "averaging"})
+
+    def test_explicit_flags_take_precedence_over_base_in_any_order(self):
+        for argv in (["--base", "--d_momentum", "0.9"], ["--d_momentum", "0.9", "--base"]):
+            args = self.train.parse_args(argv)
+            self.assertEqual((args.networks, args.drop_after, args.d_momentum, args.averaging), ("base", 0, 0.9, 0))
+
+    def test_resume_with_base_is_checked_like_its_four_flags(self):
+        base, default = (vars(self.train.parse_args(argv)) for argv in (["--base"], []))
+        self.assertEqual(self.options.resumed_args(self.train.parse_args(["--base"]), base).networks, "base")
+        for argv, settings in ((["--base"], default), (["--base", "--d_momentum", "0.9"], base)):
+            with self.assertRaisesRegex(self.commandline.FlagError, "contradicts the run"):
+                self.options.resumed_args(self.train.parse_args(argv), settings)
+
+    def test_a_run_with_base_records_the_four_settings_alone(self):
+        run, _ = self.train_quietly("--epochs", "1", "--base")
+        settings = json.loads((run / "hparams.json").read_text())
+        self.assertNotIn("base", settings)
+        self.assertEqual([settings[name] for name in ("networks", "drop_after", "d_momentum", "averaging")],
+                         ["base", 0, 0, 0])
 
 
 class BadInput(TrainGroup):

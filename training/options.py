@@ -1,15 +1,17 @@
 """The flags of train.py, and what of them a resumed run may change."""
 
 import argparse
+import sys
 
 from training.commandline import FlagError, OneLineParser, number
 
 RESUME_OVERRIDES = {"data_dir", "log_dir", "num_workers", "no_cuda", "checkpoint_every", "resume"}
 HYPERPARAMETERS = ("z_dim", "lambda_", "posterior", "networks", "ae_lr", "drop_after", "d_lr", "d_momentum",
                    "averaging", "batch_size", "epochs", "seed", "precision", "trained_on")  # what one compares runs by
-BASE = ["--networks", "base", "--drop_after", "0", "--d_momentum", "0", "--averaging", "0"]  # the assignment's hints
+BASE = ["--networks", "base", "--drop_after", "0", "--d_momentum", "0", "--averaging", "0"]  # --base
 EXAMPLES = """examples:
   python train.py --epochs 5                      short run
+  python train.py --base --epochs 20              the networks and training that the assignment suggests
   python train.py --resume latest --epochs 200    continue the last run up to epoch 200
 """
 
@@ -27,6 +29,8 @@ def make_parser():
         help="encoder and decoder; base: as the assignment suggests them")
 
     add = parser.add_argument_group("training").add_argument
+    add("--base", action="store_true", help=f"preset of the assignment's suggestions, short for {' '.join(BASE)}; "
+                                            "flags given explicitly take precedence")
     add("--epochs", type=number(int, 1), default=100, metavar="N", help="passes over the training set")
     add("--batch_size", type=number(int, 1), default=64, metavar="N", help="images per training step")
     add("--lambda_", type=number(float, 0, 1), default=0.995, metavar="X",
@@ -68,14 +72,18 @@ def make_parser():
 
 
 def parse_args(argv=None):
-    """Return the flags as a Namespace, with the names of those that are in argv as `explicit_flags`.
+    """Return the flags as a Namespace; its `explicit_flags` lists the names of those in argv, --base spelled out.
 
-    On a wrong one, say so and exit with status 2.
+    For an invalid flag, print one sentence and exit with status 2.
     """
-    parser = make_parser()
+    parser, argv = make_parser(), list(sys.argv[1:] if argv is None else argv)
+    if "--base" in argv:  # a flag's value never starts with --
+        argv = [*BASE, *argv]  # of a flag given twice, the later value counts
     args = parser.parse_args(argv)
     parser.set_defaults(**dict.fromkeys(vars(args)))
-    args.explicit_flags = [name for name, value in vars(parser.parse_args(argv)).items() if value is not None]
+    given = vars(parser.parse_args(argv))
+    del args.base
+    args.explicit_flags = [name for name in vars(args) if given[name] is not None]
     return args
 
 
