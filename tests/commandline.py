@@ -154,7 +154,7 @@ class BadInput(TrainGroup):
         self.assertEqual([file.name for file in log_dir.rglob("*") if file.is_file()], ["mine.png"])
 
     def test_gpu_that_is_full_or_busy(self):
-        full = ("the GPU's memory is full, or another program has it for itself; end the other programs there, "
+        full = ("the GPU is full, or another program has exclusive use of it; end other programs on the GPU, "
                 "or use --no-cuda")
         for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total ..."),
                       RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),

@@ -53,9 +53,9 @@ class Gpu(TrainGroup):
     def test_a_gpu_without_kernels_is_named_with_the_command_that_helps(self):
         pip = 'pip install "torch==2.7.1" "torchvision==0.22.1"'
         for capability, words in (
-                ((6, 1), f"is too old for torch {torch.__version__}, which has kernels from 7.5 on; install the last "
-                         f"torch for it: {pip}, or train on the CPU with --no-cuda"),
-                ((3, 5), f"is too old for torch {torch.__version__}, which has kernels from 7.5 on; train on the CPU "
+                ((6, 1), f"is too old for torch {torch.__version__}, which needs 7.5 or higher; install the last "
+                         f"version that supports it: {pip}, or train on the CPU with --no-cuda"),
+                ((3, 5), f"is too old for torch {torch.__version__}, which needs 7.5 or higher; train on the CPU "
                          f"with --no-cuda"),
                 ((13, 0), f"is too new for torch {torch.__version__}, which has no kernels for it; upgrade: pip "
                           f"install --upgrade torch torchvision, or train on the CPU with --no-cuda")):
@@ -67,8 +67,8 @@ class Gpu(TrainGroup):
         no_kernel = RuntimeError("CUDA error: no kernel image is available for execution on the device")
         full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
         busy = RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
-        for error, words in ((no_kernel, "has no kernels for it"), (full, "memory is full"),
-                             (busy, "another program has it")):
+        for error, words in ((no_kernel, "has no kernels for it"), (full, "the GPU is full"),
+                             (busy, "another program has exclusive use")):
             with self.on_gpu(), mock.patch("torch.ones", side_effect=error) as ones:
                 self.assertIn(words, self.refused())
             self.assertTrue(ones.called)
@@ -106,7 +106,7 @@ class Gpu(TrainGroup):
         self.assertIn("device: cpu", out)
 
     def test_a_driver_that_is_too_old(self):
-        for version, words in ((11040, "its driver is for CUDA 11.4"), (12080, "its driver is for CUDA 12.8")):
+        for version, words in ((11040, "its driver supports CUDA 11.4"), (12080, "its driver supports CUDA 12.8")):
             def is_available(version=version):
                 warnings.warn(TOO_OLD.format(version), stacklevel=1)
                 return False

@@ -1,4 +1,4 @@
-"""The flags of train.py, and what of them a resumed run may change."""
+"""The flags of train.py, and which of them may change when a run is resumed."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from training.commandline import FlagError, OneLineParser, number
 
 RESUME_OVERRIDES = {"data_dir", "log_dir", "num_workers", "no_cuda", "checkpoint_every", "resume"}
 HYPERPARAMETERS = ("z_dim", "lambda_", "posterior", "networks", "ae_lr", "drop_after", "d_lr", "d_momentum",
-                   "averaging", "batch_size", "epochs", "seed", "precision", "trained_on")  # what one compares runs by
+                   "averaging", "batch_size", "epochs", "seed", "precision", "trained_on")  # by which runs are compared
 BASE = ["--networks", "base", "--drop_after", "0", "--d_momentum", "0", "--averaging", "0"]  # --base
 EXAMPLES = """examples:
   python train.py --epochs 5                      short run
@@ -88,21 +88,21 @@ def parse_args(argv=None):
 
 
 def with_defaults(args):
-    """Return a Namespace of all flags: those that `args` lacks have their defaults, those that it has are explicit."""
+    """Return a Namespace of all flags: those missing from `args` have their defaults, the others are explicit."""
     return argparse.Namespace(**{**vars(parse_args([])), "explicit_flags": list(vars(args)), **vars(args)})
 
 
 def resumed_args(args, settings):
     """Return a stopped run's flags, those in RESUME_OVERRIDES as given now; raise FlagError if others contradict it."""
     explicit = set(args.explicit_flags)
-    settings = {**vars(parse_args([])), "drop_after": 0, **settings}  # an older run lacks drop_after
+    settings = {**vars(parse_args([])), "drop_after": 0, **settings}  # missing from older runs
     for name in sorted(explicit & set(settings) - RESUME_OVERRIDES - {"epochs"}):
         if getattr(args, name) != settings[name]:
-            raise FlagError(f"--{name} {getattr(args, name)} contradicts the run, which has {settings[name]}; leave "
-                            f"the flag out, or begin a new run")
+            raise FlagError(f"--{name} {getattr(args, name)} contradicts the run, which has {settings[name]}; omit "
+                            f"the flag, or start a new run")
     if "epochs" in explicit and args.epochs < settings["epochs"]:
-        raise FlagError(f"--epochs {args.epochs} is less than the run's {settings['epochs']}; give more, "
-                        f"or leave it out")
+        raise FlagError(f"--epochs {args.epochs} is less than the run's {settings['epochs']}; give a larger "
+                        f"number, or omit the flag")
     overrides = {name: getattr(args, name) for name in explicit & (RESUME_OVERRIDES | {"epochs"})}
     flags = {name: settings[name] for name in vars(args) if name in settings}
     return argparse.Namespace(**{**vars(args), **flags, **overrides})
