@@ -245,7 +245,7 @@ class Evaluation(TrainGroup):
 
     def test_what_is_no_run(self):
         folder = self.folder()
-        self.assert_refused(folder / "none", "is not there", flags=[folder / "none"])
+        self.assert_refused(folder / "none", "does not exist", flags=[folder / "none"])
         self.assert_refused(folder, "no hparams.json", flags=[folder])
         (folder / "hparams.json").write_text('{"z_dim": 8}')
         self.assert_refused(folder, "model_checkpoint.pt yet", flags=[folder])
@@ -276,7 +276,7 @@ class Evaluation(TrainGroup):
         for content in (b"", b"nonsense", whole[:-100], whole[:5000] + bytes(64) + whole[5064:]):
             weights.write_bytes(content)
             self.assert_refused(weights, "is damaged", flags=[run])
-        for content, words in (([1, 2], "something else"), ({"encoder": {}}, "something else"), ({}, "does not fit"),
+        for content, words in (([1, 2], "not contain"), ({"encoder": {}}, "not contain"), ({}, "does not fit"),
                                (self.models.AdversarialAE(4).state_dict(), "does not fit"),
                                ({"weight": torch.tensor([math.nan])}, "diverged")):
             torch.save(content, weights)
@@ -308,7 +308,7 @@ class Evaluation(TrainGroup):
     def test_missing_or_damaged_classifier(self):
         run, weights = self.a_run(), self.folder() / "digit_classifier.pt"
         with mock.patch.object(self.classifier, "WEIGHTS", weights):
-            self.assert_refused(weights, "is missing; put it back", flags=[run])
+            self.assert_refused(weights, "is missing; restore it", flags=[run])
             whole = bytearray(self.checkpoint.serialize(self.classifier.DigitClassifier().half().state_dict()))
             whole[len(whole) // 2] ^= 64  # one bit, which torch.load alone does not notice
             for content in (b"half", bytes(whole), self.checkpoint.serialize([1])):
