@@ -22,7 +22,7 @@ from pathlib import Path
 from unittest import mock
 
 if Path(__file__).resolve().with_name("training").joinpath("threads.py").is_file():  # not beside a student's files
-    import training.threads  # noqa: F401 (before torch, which reads there what it sets)
+    import training.threads  # noqa: F401 (before torch, which reads the variables that it sets)
 # isort: split
 import numpy as np
 import torch

@@ -186,7 +186,7 @@ class Data(Group):
     def test_damaged_downloads_are_not_kept(self):
         self.mirrors(self.serve(lambda content: content[:-9]), self.serve(lambda content: gzip.compress(b"other")),
                      self.serve(lambda content: b"<html>log in</html>"))
-        with self.assertRaisesRegex(self.mnist.MissingData, "something else"):
+        with self.assertRaisesRegex(self.mnist.MissingData, "something other"):
             self.mnist.load_mnist(self.root)
         self.assertEqual(list(self.raw.iterdir()), [])
 
@@ -233,7 +233,7 @@ class Data(Group):
         self.assertLess(self.mnist.TIMEOUT, 20)
 
     def test_missing_files_without_download(self):
-        with self.assertRaisesRegex(self.mnist.MissingData, "switched off"):
+        with self.assertRaisesRegex(self.mnist.MissingData, "downloading is disabled"):
             self.mnist.mnist(self.root, download=False)
 
     def test_folder_that_is_a_file(self):
