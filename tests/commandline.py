@@ -1,4 +1,4 @@
-"""Flags, and what a user can do wrong."""
+"""Flags and user errors."""
 
 import json
 import os
@@ -16,7 +16,7 @@ __unittest = True
 
 
 class Flags(TrainGroup):
-    """The command line: defaults, help, and what is refused before anything is made."""
+    """The command line: defaults, help, --base, and flags that are rejected before a run is created."""
 
     needs = (*TrainGroup.needs, "training.options")
 
@@ -38,7 +38,7 @@ class Flags(TrainGroup):
         self.assertIn("(default: 0.995)", out)
         self.assertNotRegex(out, r"default:\s+(None|False)")
 
-    def test_wrong_flags_are_refused_in_one_sentence(self):
+    def test_invalid_flags_are_rejected_in_one_sentence(self):
         log_dir = self.folder() / "none"
         for flags in ("--lambda_ 1.01", "--lambda_ -0.1", "--lambda_ nan", "--lambda_ half", "--z_dim 0", "--z_dim 2.5",
                       "--batch_size 0", "--batch_size -64", "--epochs 0", "--ae_lr -1e-3", "--ae_lr nan", "--ae_lr inf",
@@ -80,7 +80,7 @@ class Flags(TrainGroup):
 
 
 class BadInput(TrainGroup):
-    """What the user can mend ends a run with status 1 and one sentence."""
+    """Errors that the user can fix end a run with status 1 and one sentence."""
 
     def assert_refused(self, result, *fragments):
         status, _, err = result
@@ -108,7 +108,7 @@ class BadInput(TrainGroup):
                                              folder / "logs"), folder / "file", "--data_dir")
         self.assertFalse((folder / "logs").exists())
 
-    @unittest.skipIf(not hasattr(os, "geteuid") or os.geteuid() == 0, "root may write everywhere")
+    @unittest.skipIf(not hasattr(os, "geteuid") or os.geteuid() == 0, "root can write to every folder")
     def test_folders_that_cannot_be_written(self):
         folder = self.folder()
         folder.chmod(0o500)
@@ -135,9 +135,9 @@ class BadInput(TrainGroup):
     def test_not_enough_memory(self):
         log_dir = self.folder()
         self.assert_refused(self.run_digits("--log_dir", log_dir, "--z_dim", 2**31 - 1), "not enough memory")
-        self.assertEqual(list(log_dir.iterdir()), [], "a run that never trained leaves something")
+        self.assertEqual(list(log_dir.iterdir()), [], "a run that never trained leaves files behind")
 
-    def test_a_run_that_ends_before_its_first_checkpoint_leaves_nothing_but_what_others_put_there(self):
+    def test_a_run_without_a_checkpoint_is_removed_except_for_foreign_files(self):
         log_dir = self.folder()
         for place in ("generate_and_save", "save_reconstruction", "save_measurements"):
             with mock.patch.object(self.train, place, side_effect=OSError(28, "No space left on device")) as failing:
@@ -171,7 +171,7 @@ class BadInput(TrainGroup):
                 mock.patch.object(self.train, "main", side_effect=torch.OutOfMemoryError("CUDA out of memory.")):
             self.assertIn("try a smaller --batch_size or --z_dim, or --no-cuda", self.run_cli()[2])
 
-    def test_the_hook_of_threads_is_restored(self):
+    def test_excepthook_of_threads_is_restored(self):
         before = threading.excepthook
 
         def look(args):
