@@ -1,12 +1,12 @@
 """The networks of an adversarial autoencoder for 28x28 images, and its losses.
 
 Makhzani et al., "Adversarial Autoencoders", arXiv:1511.05644. An encoder E and a decoder R are trained to reconstruct
-images, while a discriminator D learns to tell codes E(x) from samples of the prior N(0, I) and the encoder learns
-to deceive it. With V = E_x[log(1 - D(E(x)))] + E_z[log D(z)], the two play
+images, while a discriminator D learns to tell codes E(x) from samples of the prior N(0, I), and the encoder learns
+to fool it. With V = E_x[log(1 - D(E(x)))] + E_z[log D(z)], the objective is
 
     min over E, R of { (1 - lambda) max over D of V(D, E) + lambda E_x ||x - R(E(x))||^2 }.
 
-This file needs no other file of the project.
+This file imports no other file of the project.
 """
 
 import math
@@ -16,13 +16,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 
-REAL, FAKE = 1.0, 0.0  # the discriminator's labels: drawn from the prior, made by the encoder
-NETWORKS = ("residual", "base")  # encoder and decoder: ours, or as the assignment suggests them
-WIDTH, BLOCKS = 64, 3  # of the residual perceptron between convolutions and code
+REAL, FAKE = 1.0, 0.0  # the discriminator's labels: prior sample, encoder's code
+NETWORKS = ("residual", "base")  # encoder and decoder: our own, or as the assignment suggests them
+WIDTH, BLOCKS = 64, 3  # of the residual MLP between convolutions and code
 
 
 class ConvEncoder(nn.Module):
-    """Images [B, 1, 28, 28] in [-1, 1] to latent codes [B, z_dim], deterministically. `networks` is one of NETWORKS."""
+    """Maps images [B, 1, 28, 28] in [-1, 1] to latent codes [B, z_dim] without noise; `networks` is one of NETWORKS."""
 
     def __init__(self, z_dim, networks="residual"):
         super().__init__()
@@ -45,10 +45,10 @@ class ConvEncoder(nn.Module):
 
 
 class GaussianEncoder(ConvEncoder):
-    """Images to codes drawn from q(z|x) = N(mean(x), diag(exp(log_variance(x)))), which the network gives.
+    """Maps images to samples of q(z|x) = N(mean(x), diag(exp(log_variance(x)))), which the network outputs.
 
-    The draw is mean + exp(log_variance / 2) * noise, so that gradients pass through it (Kingma and Welling,
-    arXiv:1312.6114, section 2.4). Every call draws anew, also in evaluation mode.
+    A sample is mean + exp(log_variance / 2) * noise, so that gradients pass through it (reparameterization, Kingma and
+    Welling, arXiv:1312.6114, section 2.4). Every call samples anew, also in evaluation mode.
     """
 
     def __init__(self, z_dim, networks="residual"):
@@ -60,9 +60,10 @@ class GaussianEncoder(ConvEncoder):
 
 
 class UniversalEncoder(ConvEncoder):
-    """Images to codes drawn from q(z|x) of any form: noise from N(0, I) is an input too (Makhzani et al., section 2).
+    """Maps images to samples of a q(z|x) of any form, with noise from N(0, I) as an input (Makhzani et al., section 2).
 
-    It joins the image's HIDDEN features, and a hidden layer mixes the two. Every call draws anew, in any mode.
+    The noise is appended to HIDDEN features of the image, and a hidden layer mixes the two. Every call samples anew,
+    also in evaluation mode.
     """
 
     HIDDEN, NOISE = 128, 16
@@ -80,7 +81,7 @@ class UniversalEncoder(ConvEncoder):
 
 
 class ConvDecoder(nn.Module):
-    """Latent codes [B, z_dim] to images [B, 1, 28, 28] in [-1, 1]: the encoder mirrored."""
+    """Maps latent codes [B, z_dim] to images [B, 1, 28, 28] in [-1, 1]; its layers mirror the encoder's."""
 
     def __init__(self, z_dim, networks="residual"):
         super().__init__()
@@ -102,7 +103,7 @@ class ConvDecoder(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Latent codes [B, z_dim] to logits [B, 1]: above 0 for "from the prior", below 0 for "made by the encoder"."""
+    """Maps latent codes [B, z_dim] to logits [B, 1]: above 0 for "from the prior", below 0 for "from the encoder"."""
 
     def __init__(self, z_dim):
         super().__init__()
@@ -120,23 +121,23 @@ class Discriminator(nn.Module):
 
 
 def is_base(networks):
-    """Return whether a name in NETWORKS is that of the assignment's; raise ValueError for another name."""
+    """Return whether `networks` is "base"; raise ValueError if it is not in NETWORKS."""
     if networks not in NETWORKS:
-        raise ValueError(f"networks is {networks!r}, not one of {', '.join(NETWORKS)}")
+        raise ValueError(f"networks is {networks!r}, but must be one of {', '.join(NETWORKS)}")
     return networks == "base"
 
 
 def conv_block(layer, channels_in, channels_out, base, **settings):
-    """Return a 3x3 convolution, plain or transposed; then a ReLU in the base networks, else batch norm and SiLU."""
-    convolution = layer(channels_in, channels_out, 3, padding=1, bias=base, **settings)  # BatchNorm2d would undo a bias
+    """Return a 3x3 convolution, plain or transposed, with ReLU in the base networks, else batch norm and SiLU."""
+    convolution = layer(channels_in, channels_out, 3, padding=1, bias=base, **settings)  # BatchNorm2d cancels a bias
     return [convolution, nn.ReLU()] if base else [convolution, nn.BatchNorm2d(channels_out), nn.SiLU()]
 
 
 def fully_connected(inputs, outputs, base):
-    """Return the layers between convolutions and code: a linear one in the base networks, else a residual perceptron.
+    """Return the layers between convolutions and code: one linear layer in the base networks, else a residual MLP.
 
-    To match the prior, the encoder has to move the clusters of the ten digits until no gap is left between them, and
-    the decoder has to undo that. One linear layer cannot.
+    To match the prior, the encoder must merge the clusters of the ten digits into one Gaussian without gaps, and the
+    decoder must undo this. One linear layer cannot.
     """
     if base:
         return [nn.Linear(inputs, outputs)]
@@ -144,7 +145,7 @@ def fully_connected(inputs, outputs, base):
 
 
 class ResidualBlock(nn.Module):
-    """Features [B, WIDTH] plus a perceptron of them (He et al. 2016, "Identity mappings in deep residual networks")."""
+    """Adds to features [B, WIDTH] an MLP of them (He et al. 2016, "Identity mappings in deep residual networks")."""
 
     def __init__(self):
         super().__init__()
@@ -154,21 +155,21 @@ class ResidualBlock(nn.Module):
         return x + self.net(x)
 
 
-Encoder, Decoder = ConvEncoder, ConvDecoder  # the names that other completions of the assignment use
+Encoder, Decoder = ConvEncoder, ConvDecoder  # names that other solutions of the assignment use
 ENCODERS = {"deterministic": ConvEncoder, "gaussian": GaussianEncoder, "universal": UniversalEncoder}  # by their q(z|x)
 
 
 class AdversarialAE(nn.Module):
-    """An adversarial autoencoder with z_dim latent dimensions, its two losses, and samples from it.
+    """An adversarial autoencoder with z_dim latent dimensions, its two losses, and sampling.
 
-    `posterior` names the encoder's q(z|x), one of ENCODERS: a function of the image alone, Gaussian, or of any form.
-    `networks`, one of NETWORKS, says how encoder and decoder are built.
+    `posterior`, one of ENCODERS, selects the encoder's q(z|x): a function of the image alone, Gaussian, or of any form.
+    `networks`, one of NETWORKS, selects the architecture of encoder and decoder.
 
-    `sample` draws from `sample_stream`, a torch.Generator on the CPU. Its seed follows from torch's at construction;
-    later, sample_stream.manual_seed sets it.
+    `sample` has its own torch.Generator on the CPU, `sample_stream`. It is seeded from torch's seed at construction;
+    sample_stream.manual_seed sets another seed.
     """
 
-    capturable = True  # the losses copy nothing between host and device, so that a CUDA graph can hold them
+    capturable = True  # the losses copy nothing between host and device, so a CUDA graph can capture them
 
     def __init__(self, z_dim=8, posterior="deterministic", networks="residual"):
         super().__init__()
@@ -188,7 +189,7 @@ class AdversarialAE(nn.Module):
         return self.decoder(z), z
 
     def get_loss_autoencoder(self, x, recon_x, z_fake, lambda_=1):
-        """Return the loss of encoder and decoder, a scalar, and a dict of it and its two parts, scalar tensors.
+        """Return the loss of encoder and decoder, a scalar, and a dict of scalar tensors: the loss and its two parts.
 
         ae_loss = lambda_ * recon_loss + (1 - lambda_) * gen_loss. recon_loss is the mean squared error over pixels;
         gen_loss = -E_x[log D(E(x))], the non-saturating form of the encoder's adversarial term (Goodfellow et al.,
@@ -200,10 +201,11 @@ class AdversarialAE(nn.Module):
         return ae_loss, {"gen_loss": gen_loss, "recon_loss": recon_loss, "ae_loss": ae_loss}
 
     def get_loss_discriminator(self, z_fake):
-        """Return the discriminator's loss, a scalar, and a dict of it, its two halves and its accuracy, scalar tensors.
+        """Return the discriminator's loss, a scalar, and a dict of scalar tensors: loss, its two halves, accuracy.
 
-        disc_loss = -(E_z[log D(z)] + E_x[log(1 - D(E(x)))]) / 2, with as many codes z drawn from the prior as z_fake
-        [B, z_dim] has. accuracy in [0, 1] is over both halves, at logit 0. No gradient reaches the encoder.
+        disc_loss = -(E_z[log D(z)] + E_x[log(1 - D(E(x)))]) / 2, with as many prior samples z as there are codes z_fake
+        [B, z_dim]. accuracy is over both halves, in [0, 1], with the threshold at logit 0. No gradient reaches the
+        encoder.
         """
         z_fake = z_fake.detach()
         z_real = torch.randn_like(z_fake)
@@ -219,8 +221,8 @@ class AdversarialAE(nn.Module):
     def sample(self, batch_size):
         """Return images [batch_size, 1, 28, 28] in [-1, 1], decoded from prior samples, without gradients.
 
-        No weight, statistic or mode of the model changes, and torch's own random stream, which training draws from,
-        stays where it is. The codes are drawn on the CPU, so that they are the same on every device.
+        The model's weights, statistics and modes do not change, nor does the state of torch's global generator, which
+        training uses. The codes are drawn on the CPU, so they are the same on every device.
         """
         z = torch.randn(batch_size, self.z_dim, generator=self.sample_stream).to(next(self.decoder.parameters()))
         modes = [(module, module.training) for module in self.decoder.modules()]
@@ -237,5 +239,5 @@ class AdversarialAE(nn.Module):
 
 
 def cross_entropy(logits, label):
-    """Return the mean binary cross-entropy of logits [B, 1] against one label for all, a scalar."""
+    """Return the mean binary cross-entropy of logits [B, 1] with the same label for all, a scalar."""
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))

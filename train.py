@@ -1,11 +1,11 @@
 """Train an adversarial autoencoder on MNIST:  python train.py  (python train.py --help lists the flags).
 
-Every epoch alternates, batch by batch, one step of the autoencoder's optimizer with one of the discriminator's. A run
-leaves its TensorBoard events, settings, weights and pictures in <log_dir>/<YYYY_mm_dd_HH_MM_SS>/. With --resume it
-continues from its last checkpoint, to the same weights to the last bit as if it had never been stopped.
+Each batch takes one step of the autoencoder's optimizer, then one of the discriminator's. A run writes its TensorBoard
+events, settings, weights and pictures to <log_dir>/<YYYY_mm_dd_HH_MM_SS>/. With --resume, a stopped run continues from
+its last checkpoint and ends with the same weights, bit for bit, as an uninterrupted one.
 """
 
-import training.threads  # noqa: F401 (before torch, which reads there what it sets)
+import training.threads  # noqa: F401 (before torch, which reads the variables that it sets)
 
 # isort: split
 
@@ -33,7 +33,7 @@ from training.statistics import LossStatistics
 from utils import TensorBoardLogger
 
 SAMPLE_SEED = 0
-MAX_GRAD_NORM = 1.0  # of the discriminator; why: docs/ABLATION.md
+MAX_GRAD_NORM = 1.0  # gradient clipping of the discriminator; see docs/ABLATION.md
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
@@ -41,18 +41,18 @@ MAX_GRAD_NORM = 1.0  # of the discriminator; why: docs/ABLATION.md
 def generate_and_save(model, epoch, summary_writer, batch_size=64):
     """Save a grid of `batch_size` samples, 8 a row, to TensorBoard (`samples`) and as a PNG under the run's folder.
 
-    The codes are the same at each call, so that one sees the digits take shape from epoch to epoch.
+    Every call decodes the same codes, so the pictures show how the digits take shape over the epochs.
     """
     with evaluation_mode(model):
-        torch.manual_seed(SAMPLE_SEED)  # for a student's model, which draws from torch's stream; ours has its own
+        torch.manual_seed(SAMPLE_SEED)  # for models that sample from torch's global generator; ours has its own
         samples = model.sample(batch_size)
     save_grid(samples, 8, "samples", epoch, summary_writer, f"Prior_samples/samples_epoch_{epoch}.png")
 
 
 def save_reconstruction(model, epoch, summary_writer, data, count=8):
-    """Save the first `count` images of `data`, [N, 1, 28, 28] in [-1, 1], in a row over their reconstructions.
+    """Save a row of the first `count` images of `data`, [N, 1, 28, 28] in [-1, 1], above a row of reconstructions.
 
-    They go to TensorBoard (`reconstructions`) and into a PNG under the run's folder.
+    The picture goes to TensorBoard (`reconstructions`) and, as a PNG, to the run's folder.
     """
     with evaluation_mode(model):
         images = data[:count].to(model.device)
@@ -62,7 +62,7 @@ def save_reconstruction(model, epoch, summary_writer, data, count=8):
 
 
 def save_grid(images, columns, tag, epoch, summary_writer, name):
-    """Save images in [-1, 1] as one grid to TensorBoard at step `epoch`, and as <run>/results/<name>."""
+    """Save images in [-1, 1] as one grid, to TensorBoard at step `epoch` and as <run>/results/<name>."""
     grid = image_grid(images, columns)
     summary_writer.add_image(tag, grid, epoch)
     results = Path(summary_writer.log_dir) / "results"
@@ -77,15 +77,15 @@ def train_aae(epoch, model, train_loader, logger_ae, logger_disc, optimizer_ae, 
     """Train for one epoch and return the mean over its steps of every value that the two losses report.
 
     Args:
-        epoch: its number, from 1, for messages.
+        epoch: number of the epoch, from 1; used in messages.
         model, train_loader: see models.AdversarialAE and mnist.mnist, or anything with the same interface.
-        logger_ae, logger_disc: their `add_values` gets each step's values.
-        optimizer_ae: of the encoder's and decoder's parameters, and no other.
-        optimizer_disc: of the discriminator's parameters, and no other.
-        lambda_: the weight of the reconstruction loss; the adversarial loss has 1 - lambda_.
-        step: takes a batch on the device and returns its values, as `train_step` does, which it stands in for.
-        statistics: a LossStatistics in the place of the two loggers.
-    Raises UserError where the autoencoder's loss is NaN or infinite.
+        logger_ae, logger_disc: their `add_values` receives each step's values.
+        optimizer_ae: optimizes the parameters of encoder and decoder, and no others.
+        optimizer_disc: optimizes the parameters of the discriminator, and no others.
+        lambda_: weight of the reconstruction loss; the adversarial loss has weight 1 - lambda_.
+        step: replacement for `train_step` that takes only a batch, on the device.
+        statistics: LossStatistics to use instead of a new one for the two loggers.
+    Raises UserError if the autoencoder's loss is NaN or infinite.
     """
     model.train()
     step = step or partial(train_step, model, optimizer_ae, optimizer_disc, lambda_)
@@ -97,10 +97,9 @@ def train_aae(epoch, model, train_loader, logger_ae, logger_disc, optimizer_ae, 
 
 
 def train_step(model, optimizer_ae, optimizer_disc, lambda_, x, precision="fp32"):
-    """Take one step of each optimizer for images x [B, 1, 28, 28]; return the two dicts that the losses report.
+    """Take one step of each optimizer on images x [B, 1, 28, 28]; return the dicts of values of the two losses.
 
-    With `precision` "bf16", the layers of the networks compute in bfloat16; weights, codes, losses and optimizers stay
-    in float32.
+    With `precision` "bf16", the networks compute in bfloat16; weights, codes, losses and optimizers stay in float32.
     """
     with torch.autocast(x.device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext():
         recon_x, z_fake = (output.float() for output in model(x))
@@ -111,7 +110,7 @@ def train_step(model, optimizer_ae, optimizer_disc, lambda_, x, precision="fp32"
     ae_loss.backward()
     optimizer_ae.step()
 
-    optimizer_disc.zero_grad()  # after ae_loss.backward(), which may have left gradients on the discriminator
+    optimizer_disc.zero_grad()  # clears what ae_loss.backward() may have left on the discriminator
     disc_loss.backward()
     torch.nn.utils.clip_grad_norm_(model.discriminator.parameters(), MAX_GRAD_NORM)
     optimizer_disc.step()
@@ -120,9 +119,9 @@ def train_step(model, optimizer_ae, optimizer_disc, lambda_, x, precision="fp32"
 
 
 def build_step(model, optimizer_ae, optimizer_disc, args):
-    """Return the training step: on CUDA as a captured graph, if the model says that its losses allow it.
+    """Return the training step; on CUDA as a captured graph, if the model is marked `capturable`.
 
-    Not on AMD's GPUs, which torch calls CUDA too: nobody has tried graphs there.
+    AMD GPUs, which torch also calls CUDA, run the step without a graph: graphs are untested there.
     """
     step = partial(train_step, model, optimizer_ae, optimizer_disc, args.lambda_, precision=args.precision)
     nvidia = model.device.type == "cuda" and not torch.version.hip
@@ -132,30 +131,30 @@ def build_step(model, optimizer_ae, optimizer_disc, args):
 # The whole run -------------------------------------------------------------------------------------------------------
 
 def main(args):
-    """Train as the flags say and return the run's folder. Flags that `args` lacks have their defaults.
+    """Train as the flags specify and return the run's folder. Flags missing from `args` get their defaults.
 
-    Raises RunStopped after SIGINT, SIGTERM or SIGUSR1, with everything saved; UserError, mnist.DataError or OSError for
-    what the user can mend.
+    Raises RunStopped after SIGINT, SIGTERM or SIGUSR1, once everything is saved; UserError, mnist.DataError or OSError
+    for errors that the user can fix.
     """
-    with open_run(args) as run:  # a new run, or with --resume an old one: locked, its state read
+    with open_run(args) as run:  # a new run, or with --resume a stopped one: locked, its state loaded
         args = run.args
         torch.manual_seed(args.seed)
         device = setup_device(args)
         data = load_data(args, device, run.resumed and run.resumed["settings"])
-        run.start(data, device)  # makes the folder; from here on a signal stops the run between two steps
+        run.start(data, device)  # creates the folder; from here on a signal stops the run between two steps
 
         model = to_device(build_model(args.z_dim, args.posterior, args.networks), device, args.precision)
         optimizer_ae, optimizer_disc = build_optimizers(model, args)
-        ema = EMA(model, args.averaging)  # the weights that are shown, measured and saved
+        ema = EMA(model, args.averaging)  # the averaged weights are shown, evaluated and saved
         logger_ae, logger_disc = (TensorBoardLogger(None, name=name) for name in ("generator", "discriminator"))
         statistics = LossStatistics(logger_ae, logger_disc, progress=run.show_losses)
         options = accepted_options(train_aae, statistics=statistics,
                                    step=build_step(model, optimizer_ae, optimizer_disc, args))
         run.track(model=model, average=ema, statistics=statistics, logger_ae=logger_ae, logger_disc=logger_disc,
-                  optimizer_ae=optimizer_ae, optimizer_disc=optimizer_disc)  # what a checkpoint holds
+                  optimizer_ae=optimizer_ae, optimizer_disc=optimizer_disc)  # contents of a checkpoint
 
         with run.summary_writer(logger_ae, logger_disc) as writer:
-            for epoch in run.epochs():  # from 0, which is before training, or from where the run stopped
+            for epoch in run.epochs():  # from 0 (before training) or where the run stopped
                 if epoch > 0:
                     set_learning_rate(optimizer_ae, epoch, args)
                     train_aae(epoch, model, run.batches(after_step=ema.update), logger_ae, logger_disc,
@@ -164,20 +163,20 @@ def main(args):
                 if epoch == 1 or epoch % 5 == 0:
                     save_reconstruction(ema.model, epoch, writer, data.fixed_images, count=len(data.fixed_images))
                     save_measurements(ema.model, epoch, writer, data.test_images)
-                run.end_epoch(epoch)  # prints, saves a checkpoint, stops where a signal has come
+                run.end_epoch(epoch)  # prints losses, saves checkpoints, stops if a signal is pending
             save_summary(ema.model, args.epochs, writer, data, run.settings, run.state.means)
     return run.folder
 
 
 def accepted_options(function, **options):
-    """Return those of the options that a function takes: a student's own train_aae has the assignment's eight alone."""
+    """Return the options that a function accepts: a student's train_aae has only the assignment's eight parameters."""
     return {name: value for name, value in options.items() if name in inspect.signature(function).parameters}
 
 
 def cli(argv=None):
-    """Run `main` from the command line and return the exit status; what the user can mend is said in one sentence."""
+    """Run `main` from the command line and return the exit status; errors that the user can fix take one sentence."""
     return run_program("train.py", main, parse_args, argv, "try a smaller --batch_size or --z_dim",
-                       "make room or rights there, or choose another folder with --log_dir")
+                       "free disk space, check the permissions, or choose another folder with --log_dir")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Tests of the adversarial autoencoder, on the CPU and without a network:  python unittests.py
 
-Networks, Losses and Mistakes, the groups in this file, use nothing but the assignment's interface. Put this file beside
-your models.py, train.py, mnist.py and utils.py (or models.py alone):  python unittests.py Networks Losses Mistakes
-A test that fails says what is wrong, one that is skipped what was not looked at. TrainMistakes looks at the rest of
-train.py: put tests/train_mistakes.py into a folder tests/ there. The other groups in tests/ are about this project's
-own files; python unittests.py Resume runs one of them.
+The groups in this file use only the assignment's interface. To check your own solution, copy this file to the folder of
+your models.py, train.py, mnist.py and utils.py, or of models.py alone:  python unittests.py Networks Losses Mistakes
+Failure messages name the mistake, skip messages what could not be checked. The group TrainMistakes checks the rest of
+train.py: copy tests/train_mistakes.py to a folder tests/ there. The other groups in tests/ test this project's own
+files; python unittests.py Resume runs one of them.
 """
 
 import contextlib
@@ -21,42 +21,42 @@ from argparse import Namespace
 from pathlib import Path
 from unittest import mock
 
-if Path(__file__).resolve().with_name("training").joinpath("threads.py").is_file():  # not beside a student's files
-    import training.threads  # noqa: F401 (before torch, which reads there what it sets)
+if Path(__file__).resolve().with_name("training").joinpath("threads.py").is_file():  # missing in a student's folder
+    import training.threads  # noqa: F401 (before torch, which reads the variables that it sets)
 # isort: split
 import numpy as np
 import torch
 import torch.nn as nn
 from torch.utils.data import DataLoader, TensorDataset
 
-__unittest = True  # keeps the lines of this file out of what a failing test prints; those of the file under test stay
+__unittest = True  # hides the lines of this file in tracebacks, but not those of the code under test
 
 HERE = Path(__file__).resolve().parent
-LIMIT = 40  # seconds that a test of train.py may take
+LIMIT = 40  # time limit of a test of train.py, in seconds
 
 
 class Overrun(BaseException):
-    """Ends what does not end by itself; no `except Exception` on its way holds it up."""
+    """A test has exceeded its time limit. It is a BaseException, so `except Exception` does not catch it."""
 
-    first = None  # what was ended first
+    first = None  # name of the first one
 
 
 def limit(name, add_cleanup):
-    """End what comes before the cleanup after LIMIT seconds, by an Overrun; once that has been, fail at once."""
+    """Raise Overrun after LIMIT seconds, unless the cleanup comes first; after the first Overrun, fail at once."""
     def stop(*_):
         Overrun.first = Overrun.first or name
-        raise Overrun(f"{name} did not end within {LIMIT} s: does train.py have a loop that never ends?")
+        raise Overrun(f"{name} did not end within {LIMIT} s: does train.py have an infinite loop?")
 
     if Overrun.first:
-        raise AssertionError(f"not run, for {Overrun.first} did not end within {LIMIT} s")
+        raise AssertionError(f"not run, because {Overrun.first} did not end within {LIMIT} s")
     if hasattr(signal, "setitimer"):  # Windows has none
         signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, LIMIT, 1)  # again each second, should an `except:` hold it up
+        signal.setitimer(signal.ITIMER_REAL, LIMIT, 1)  # repeated every second, in case an `except:` catches it
         add_cleanup(signal.setitimer, signal.ITIMER_REAL, 0)
 
 
 class Group(unittest.TestCase):
-    """Tests that need the modules named in `needs`; where one cannot be imported, only this group fails."""
+    """Tests that need the modules named in `needs`; if one cannot be imported, only this group fails."""
 
     needs = ()
 
@@ -76,13 +76,13 @@ class Group(unittest.TestCase):
         torch.manual_seed(0)
 
     def check(self, condition, words):
-        """Fail with nothing but these words unless the condition holds."""
+        """Fail with only these words as message unless the condition holds."""
         if not condition:
             raise self.failureException(words)
 
     def check_close(self, value, expected, words, tolerance=1e-5):
         value, expected = (float(torch.as_tensor(number).detach()) for number in (value, expected))
-        self.check(math.isfinite(value) and math.isfinite(expected), f"{words}: it is infinite or NaN, as after log(0) "
+        self.check(math.isfinite(value) and math.isfinite(expected), f"{words}: it is infinite or NaN, as from log(0) "
                    "or exp of a large number; binary_cross_entropy_with_logits is finite for all logits")
         self.check(abs(value - expected) <= tolerance * max(1, abs(expected)),
                    f"{words} (it is {value:.6g}, and should be {expected:.6g})")
@@ -93,7 +93,7 @@ class Group(unittest.TestCase):
 
 
 class Recorder(nn.Module):
-    """Stands in for a network and keeps what goes in."""
+    """Wraps a network and records its inputs."""
 
     device = property(lambda self: next(self.parameters()).device)
 
@@ -126,13 +126,13 @@ def same(state, other):
 
 
 class ModelGroup(Group):
-    """What the groups on models.py share. Codes are marked, so that the prior's draws can be told from them."""
+    """Shared by the groups on models.py. The codes made here are marked, to tell them from prior samples."""
 
     needs = ("models",)
-    MARK = 1000.0  # second number of the codes made here; no draw of a prior comes near it
+    MARK = 1000.0  # second component of the codes made here, far from any prior sample
 
     def call(self, name, logits, *args, weight=1.0, images=()):
-        """Return a loss, its dict, and the prior's codes in it; a code's logit is its first number times `weight`."""
+        """Return a loss, its dict, and its prior samples; a code's logit is `weight` times its first component."""
         model, linear = self.models.AdversarialAE(z_dim=8), nn.Linear(8, 1, bias=False)
         linear.weight = nn.Parameter(weight * torch.eye(1, 8))
         model.discriminator = Recorder(linear)
@@ -141,7 +141,7 @@ class ModelGroup(Group):
             with torch.no_grad():
                 loss, values = getattr(model, name)(*images, z, *args)
         except (RuntimeError, ValueError) as error:
-            self.check("between 0 and 1" not in str(error), "Mistake 8: the loss takes the discriminator's output for "
+            self.check("between 0 and 1" not in str(error), "Mistake 8: the loss treats the discriminator's output as "
                        "a probability: return logits (no sigmoid), and use binary_cross_entropy_with_logits")
             raise
         codes = torch.cat([z, *model.discriminator.inputs])
@@ -170,13 +170,13 @@ class Networks(ModelGroup):
             output = self.network(part)(z_dim).eval()(given)
             expected = {"Encoder": (count, z_dim), "Decoder": (count, 1, 28, 28), "Discriminator": (count, 1)}[part]
             self.check(output.shape == expected, f"{part}({z_dim}) returns {tuple(output.shape)}, not {expected}")
-            self.check(part != "Decoder" or output.abs().max() <= 1, "the decoder leaves [-1, 1]: end it with tanh")
+            self.check(part != "Decoder" or output.abs().max() <= 1, "the decoder leaves [-1, 1]: end it in tanh")
 
     def test_decoder_ends_in_tanh(self):
         decoder = self.network("Decoder")(8).eval()
         for weight in decoder.parameters():
             nn.init.zeros_(weight)
-        self.check(not decoder(torch.randn(2, 8)).any(), "all weights 0 do not decode to 0: end in tanh, not a sigmoid")
+        self.check(not decoder(torch.randn(2, 8)).any(), "with zero weights the decoder is not 0: end it in tanh")
 
     def test_model_has_its_parts_and_device(self):
         self.assertEqual(self.models.AdversarialAE().z_dim, 8, "AdversarialAE() must have z_dim 8")
@@ -184,7 +184,7 @@ class Networks(ModelGroup):
         for part in ("", "encoder", "discriminator"):
             module = self.models.AdversarialAE(z_dim=3).get_submodule(part)
             for device in (torch.device("cpu"), torch.device("meta")):
-                self.assertEqual(torch.device(module.to(device).device), device, "`device` must be that of the weights")
+                self.assertEqual(torch.device(module.to(device).device), device, "`device` must be the weights' device")
 
     def test_forward_returns_reconstruction_then_code(self):
         model = self.models.AdversarialAE(z_dim=4).eval()
@@ -207,7 +207,7 @@ class Networks(ModelGroup):
 
 
 class Losses(ModelGroup):
-    """The two losses against their formulas, written out in float64."""
+    """The two losses, compared with their formulas in float64."""
 
     LOGITS = np.array([-100.0, -3.0, -0.3, 0.2, 1.5, 100.0])  # logaddexp(0, l): cross-entropy of l and the label 0
 
@@ -218,19 +218,19 @@ class Losses(ModelGroup):
             loss, values = self.autoencoder_loss(self.LOGITS, *given, images=(x, recon_x))
             lambda_, = given or [1.0]
             self.check_close(values["recon_loss"], recon_loss, "recon_loss is not the mean squared error over pixels")
-            self.check_close(values["gen_loss"], gen_loss, "gen_loss is not the codes' cross-entropy with the label 1")
+            self.check_close(values["gen_loss"], gen_loss, "gen_loss is not the codes' cross-entropy, label 1")
             self.check_close(loss, lambda_ * values["recon_loss"] + (1 - lambda_) * values["gen_loss"],
                              f"ae_loss is not lambda_ * recon_loss + (1 - lambda_) * gen_loss, lambda_ {lambda_}")
-            self.check_close(values["ae_loss"], loss, "the dict's ae_loss is not the loss")
+            self.check_close(values["ae_loss"], loss, "the dict's ae_loss is not the returned loss")
 
     def test_discriminator_is_cross_entropy_of_both_halves(self):
         loss, values, real = self.discriminator_loss(self.LOGITS)
         loss_real, loss_fake = np.logaddexp(0, -real[:, 0].double().numpy()).mean(), np.logaddexp(0, self.LOGITS).mean()
-        self.check_close(values["loss_real"], loss_real, "loss_real is not the prior's codes' cross-entropy with 1")
-        self.check_close(values["loss_fake"], loss_fake, "loss_fake is not the encoder's codes' cross-entropy with 0")
+        self.check_close(values["loss_real"], loss_real, "loss_real is not the prior samples' cross-entropy, label 1")
+        self.check_close(values["loss_fake"], loss_fake, "loss_fake is not the codes' cross-entropy, label 0")
         total = loss_real + loss_fake
         self.check_close(loss if loss > 0.75 * total else 2 * loss, total, "disc_loss is not its halves' sum or mean")
-        self.check_close(values["disc_loss"], loss, "the dict's disc_loss is not the loss")
+        self.check_close(values["disc_loss"], loss, "the dict's disc_loss is not the returned loss")
 
     def test_dicts_hold_scalar_tensors_under_the_agreed_names(self):
         for loss, names in ((self.autoencoder_loss, {"gen_loss", "recon_loss", "ae_loss"}),
@@ -238,7 +238,7 @@ class Losses(ModelGroup):
             values = loss(self.LOGITS)[1]
             self.assertEqual(set(values), names)
             for name, value in values.items():
-                self.check(torch.is_tensor(value) and value.numel() == 1, f"{name} is no scalar tensor")
+                self.check(torch.is_tensor(value) and value.numel() == 1, f"{name} is not a scalar tensor")
 
     def test_zero_weights(self):
         model, x = self.models.AdversarialAE(z_dim=5), torch.zeros(4, 1, 28, 28)
@@ -248,7 +248,7 @@ class Losses(ModelGroup):
         for lambda_, expected in ((0, math.log(2)), (1, 0)):
             self.check_close(model.get_loss_autoencoder(x, recon_x, z, lambda_)[0], expected, "ae_loss of zero weights")
         loss = model.get_loss_discriminator(z)[0].item()
-        self.check_close(loss, math.log(2 if loss < 1 else 4), "zero weights: disc_loss, the halves' mean or their sum")
+        self.check_close(loss, math.log(2 if loss < 1 else 4), "disc_loss of zero weights (mean or sum of the halves)")
 
     def test_gradients_are_those_of_the_formulas(self):
         model, x = self.models.AdversarialAE(z_dim=3).eval(), images_like_mnist(2)
@@ -260,13 +260,13 @@ class Losses(ModelGroup):
             gen_loss = nn.functional.softplus(-model.discriminator(z)).mean()
             formula = lambda_ * (model.decoder(z) - x).square().mean() + (1 - lambda_) * gen_loss
             self.check(torch.allclose(gradient(ae_loss, weights), gradient(formula, weights), rtol=1e-3, atol=1e-7),
-                       "ae_loss has not its formula's gradient: is z or recon_x detached somewhere, or made twice?")
+                       "the gradient of ae_loss is not its formula's: is z or recon_x detached, or computed twice?")
         model.get_loss_discriminator(z.detach())[0].backward()
         self.check(next(model.discriminator.parameters()).grad is not None, "disc_loss misses the discriminator")
 
 
 def gradient(loss, weights):
-    """Return the gradient of a loss along weights as one vector, 0 where it does not reach them."""
+    """Return the gradient of a loss with respect to weights as one vector; it is 0 for weights not in the graph."""
     if not loss.requires_grad or not all(weight.requires_grad for weight in weights):
         return torch.zeros(sum(weight.numel() for weight in weights), dtype=torch.float64)
     gradients = torch.autograd.grad(loss, weights, retain_graph=True, materialize_grads=True)
@@ -274,17 +274,17 @@ def gradient(loss, weights):
 
 
 def distance(step, gradients):
-    """Return how far a vector is from all combinations of others, relative to its length."""
+    """Return the distance of a vector from the span of others, relative to its norm."""
     columns = torch.stack(gradients, 1)
     return (step - columns @ torch.linalg.lstsq(columns, step[:, None]).solution[:, 0]).norm() / step.norm()
 
 
 @functools.lru_cache(4)
 def watch_training(train_aae, AdversarialAE, Logger, count):
-    """Let train_aae train a model, at first in evaluation mode, for two epochs of `count` images; return what was seen.
+    """Train a model, initially in evaluation mode, for two epochs of `count` images; return what was observed.
 
-    Losses and steps may come in any order. `mixed` names the players, "autoencoder" and "discriminator", of whom a step
-    was along a mixture of gradients: of the player's own loss, and of the other's or of earlier steps.
+    Losses and steps may come in any order. `mixed` names the players, "autoencoder" and "discriminator", of which a
+    step mixed gradients: that of the player's own loss with those of the other's loss or of earlier steps.
     """
     seen, writer = Namespace(error=None, sizes=[], stepped=set(), mixed=set(), points={}), mock.MagicMock()
     writer.add_scalar = lambda tag, scalar_value, global_step=None, *_, **__: \
@@ -292,7 +292,7 @@ def watch_training(train_aae, AdversarialAE, Logger, count):
     model = AdversarialAE(z_dim=4).eval()
     model.encoder.register_forward_hook(lambda module, args, z: seen.sizes.append(len(z)))
     weights = {"autoencoder": [*model.encoder.parameters()], "discriminator": [*model.discriminator.parameters()]}
-    gradients = {pair: [] for pair in itertools.product(weights, weights)}  # of whose loss, along whose weights
+    gradients = {pair: [] for pair in itertools.product(weights, weights)}  # (whose loss, whose weights): gradients
 
     def watched(player, loss, *args, **kwargs):
         result = loss(*args, **kwargs)
@@ -323,11 +323,11 @@ def watch_training(train_aae, AdversarialAE, Logger, count):
 
 
 class MistakesGroup(ModelGroup):
-    """What the groups on mistakes share; a test that needs what it cannot find in a train.py is skipped."""
+    """Shared by the groups on mistakes; a test is skipped if train.py lacks what it needs."""
 
     @contextlib.contextmanager
     def attempt(self, words):
-        """Run a train.py, silently and without a network; skip the test where it lacks something or fails."""
+        """Run code of train.py silently and without a network; if it fails, skip the test."""
         limit(self.id(), self.addCleanup)
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), \
@@ -337,10 +337,10 @@ class MistakesGroup(ModelGroup):
             self.skip(words, error)
 
     def skip(self, words, error):
-        self.skipTest(f"{words}: train.py was not looked at ({error if isinstance(error, str) else repr(error)})")
+        self.skipTest(f"{words}: train.py was not checked ({error if isinstance(error, str) else repr(error)})")
 
     def sample_leaves_the_mode_to_its_caller(self):
-        """Whether samples of a model in training mode depend on each other, or change it."""
+        """Whether sampling in training mode changes the model, or makes samples depend on each other."""
         model = self.models.AdversarialAE(z_dim=4).train()
         model.decoder = Recorder(model.decoder)
         state, images = snapshot(model)[0], model.sample(8)
@@ -349,10 +349,10 @@ class MistakesGroup(ModelGroup):
 
 
 class Mistakes(MistakesGroup):
-    """Mistakes that people made, by the numbers of README.md's list."""
+    """Common mistakes, numbered as in the documentation."""
 
     def training(self, words, count=66):
-        """Return what watch_training sees of the train.py beside this file, with batches of 64 and 2 images."""
+        """Return what watch_training observes of train.py, by default with batches of 64 and 2 images."""
         with self.attempt(words):
             train_aae = importlib.import_module("train").train_aae
             Logger = getattr(sys.modules.get("utils"), "TensorBoardLogger", mock.MagicMock)
@@ -363,29 +363,29 @@ class Mistakes(MistakesGroup):
         of_shared_graph = any(text in str(seen.error) for text in ("second time", "inplace operation"))
         self.check(player not in seen.mixed and not (of_shared_graph and player == "autoencoder"), words)
         if seen.error or player not in seen.stepped:
-            self.skip(skipped, seen.error or f"it takes no step of the {player}")
+            self.skip(skipped, seen.error or f"no optimizer step of the {player}")
 
     def test_01_encoder_is_trained_to_deceive(self):
         images = (images_like_mnist(8), torch.zeros(8, 1, 28, 28))
         fake, real = (float(self.autoencoder_loss([logit] * 8, images=images)[1]["gen_loss"]) for logit in (-20, 20))
-        self.check(fake >= real, f"Mistake 1: gen_loss is {fake:.4g} for codes taken for fake, {real:.4g} for codes "
-                   "taken for real: it helps the discriminator. Compute it with the label 1 (real)")
+        self.check(fake >= real, f"Mistake 1: gen_loss is {fake:.4g} for codes classified as fake and {real:.4g} for "
+                   "codes classified as real, which helps the discriminator: compute it with the label 1 (real)")
 
     def test_03_discriminator_steps_along_its_own_gradient(self):
-        self.check_steps("discriminator", "Mistake 3: the discriminator's step takes in gradients of other losses or "
+        self.check_steps("discriminator", "Mistake 3: the discriminator's step includes gradients of other losses or "
                          "steps: call optimizer_disc.zero_grad() before disc_loss.backward()", "Mistake 3")
 
     def test_04_discriminator_loss_does_not_reach_the_encoder(self):
         model = self.models.AdversarialAE(z_dim=4)
         disc_loss = model.get_loss_discriminator(model.encoder(images_like_mnist(3)))[0]
         if gradient(disc_loss, [*model.encoder.parameters()]).any():
-            self.check_steps("autoencoder", "Mistake 4: the encoder is trained along the discriminator's loss too: "
+            self.check_steps("autoencoder", "Mistake 4: the discriminator's loss also trains the encoder: "
                              "call get_loss_discriminator(z.detach()), and zero_grad() before each backward()",
-                             "Mistake 4: get_loss_discriminator does not detach the codes, so its caller has to")
+                             "Mistake 4: get_loss_discriminator does not detach the codes, so its caller must")
 
     def test_05_codes_are_standard_normal(self):
         real, again = (self.discriminator_loss(np.zeros(4096))[2] for _ in range(2))
-        self.check(not torch.equal(real, again), "Mistake 5: the real codes are the same each time: draw them anew")
+        self.check(not torch.equal(real, again), "Mistake 5: all calls use the same prior samples: draw new ones")
         model = self.models.AdversarialAE(z_dim=8)
         model.decoder = Recorder(model.decoder)
         model.sample(1024)
@@ -393,29 +393,29 @@ class Mistakes(MistakesGroup):
             values = codes.double().flatten().sort().values
             cdf, steps = torch.special.ndtr(values), torch.arange(len(values) + 1) / len(values)
             distance = max((steps[1:] - cdf).abs().max(), (steps[:-1] - cdf).abs().max())  # Kolmogorov-Smirnov
-            self.check(distance < 3.3 / math.sqrt(len(values)),  # chance for the right distribution: below one in 10^9
-                       f"Mistake 5: {source} are not drawn from N(0, I), as by torch.randn (mean {values.mean():.3f}, "
-                       f"standard deviation {values.std():.3f})")
+            self.check(distance < 3.3 / math.sqrt(len(values)),  # fails for N(0, I) with a probability below 1e-9
+                       f"Mistake 5: {source} are not samples of N(0, I) (mean {values.mean():.3f}, standard "
+                       f"deviation {values.std():.3f}): draw them with torch.randn")
 
     def test_06_losses_have_a_lower_bound(self):
-        for logit in (-60.0, 60.0):  # as a weight on the prior's codes: large logits of either sign
+        for logit in (-60.0, 60.0):  # as `weight`: large logits of either sign for prior samples
             values = {**self.autoencoder_loss([logit])[1], **self.discriminator_loss([logit])[1]}
             for name in ("gen_loss", "loss_fake"):
-                self.check(values[name] > -1e-6, f"Mistake 6: {name} is negative ({float(values[name]):.4g}), which no "
-                           "cross-entropy is: a label is neither 0 nor 1; the loss has no lower bound")
+                self.check(values[name] > -1e-6, f"Mistake 6: {name} is negative ({float(values[name]):.4g}), but a "
+                           "cross-entropy never is: use only the labels 0 and 1, or the loss has no lower bound")
             loss_real = self.discriminator_loss(np.zeros(64), weight=logit)[1]["loss_real"].item()
-            self.check(loss_real > 10, f"Mistake 6: loss_real is {loss_real:.4g} for a discriminator that takes many "
-                                       "of the prior's codes for fake: its label is not 1")
+            self.check(loss_real > 10, f"Mistake 6: loss_real is only {loss_real:.4g} for a discriminator that "
+                                       "classifies many prior samples as fake: use the label 1")
 
     def test_07_generator_loss_is_that_of_codes(self):
         x = images_like_mnist(3)
         gen = [float(self.autoencoder_loss([logit] * 3, images=(x, recon_x))[1]["gen_loss"])
                for logit, recon_x in ((1.0, x), (1.0, -x), (-1.0, x))]
         self.check(abs(gen[0] - gen[1]) < 1e-6 and abs(gen[0] - gen[2]) > 1e-3,
-                   "Mistake 7: gen_loss must depend on the discriminator's logits of the codes, not on recon_x")
+                   "Mistake 7: gen_loss must depend on the discriminator's logits for the codes, not on recon_x")
 
     def linear_calls(self, network):
-        """Return a list that gets the input and the output of each call of a linear layer, flat copies."""
+        """Return a list that collects flat copies of the input and output of each call of a linear layer."""
         calls = []
         for module in network.modules():
             if isinstance(module, nn.Linear):
@@ -430,24 +430,24 @@ class Mistakes(MistakesGroup):
             calls = self.linear_calls(discriminator)
             logits = discriminator(200 * torch.randn(256, 8)).detach().flatten()
             last = calls[-1][1] if calls else logits[:0]
-            if len(last) == 256 and (logits[last.argsort()].diff() >= 0).all():  # logits are a function of the last
-                self.check(torch.stack([last, logits]).double().corrcoef()[0, 1] > 0.99999, "Mistake 8: there is an "
-                           "activation after the discriminator's last linear layer, such as a sigmoid or LeakyReLU")
+            if len(last) == 256 and (logits[last.argsort()].diff() >= 0).all():  # the last layer determines the logits
+                self.check(torch.stack([last, logits]).double().corrcoef()[0, 1] > 0.99999, "Mistake 8: the "
+                           "discriminator has an activation after its last linear layer, such as a sigmoid: remove it")
             else:
                 self.check(logits.min() < 0 and logits.abs().max() > 1, "Mistake 8: the discriminator's output is "
-                           "never below 0, or never leaves [-1, 1]; a logit does: let it end in a linear layer alone")
+                           "never negative or never leaves [-1, 1], unlike logits: end it in a linear layer")
 
     def test_08_losses_grow_with_large_wrong_logits(self):
         for name, sign, loss in (("gen_loss", -1, self.autoencoder_loss), ("loss_fake", 1, self.discriminator_loss)):
             large, larger = (float(loss([sign * logit])[1][name]) for logit in (60.0, 90.0))
             self.check(math.isfinite(larger) and not (large > 1 and larger - large < 1),
-                       f"Mistake 8: {name} levels off ({large:.4g}, {larger:.4g} at wrong logits of 60, 90), as "
-                       "log(p + 1e-15) does: use binary_cross_entropy_with_logits, which keeps the gradient")
+                       f"Mistake 8: {name} saturates ({large:.4g}, {larger:.4g} at wrong logits of 60, 90), as "
+                       "log(p + 1e-15) does: use binary_cross_entropy_with_logits, whose gradient does not vanish")
 
     def test_09_lambda_weighs_the_reconstruction(self):
         loss, values = self.autoencoder_loss([-3.0, -3.0], 0.9)
         self.check(abs(float(loss) - (0.1 * float(values["recon_loss"]) + 0.9 * float(values["gen_loss"]))) > 1e-4,
-                   "Mistake 9: lambda_ weighs gen_loss; it must weigh recon_loss, and 1 - lambda_ gen_loss")
+                   "Mistake 9: lambda_ weights gen_loss: weight recon_loss by lambda_, and gen_loss by 1 - lambda_")
 
     def test_10_no_two_linear_layers_in_a_row(self):
         model = self.models.AdversarialAE(z_dim=4).eval()
@@ -460,20 +460,20 @@ class Mistakes(MistakesGroup):
 
     def test_11_sampling_uses_the_evaluation_mode(self):
         if self.sample_leaves_the_mode_to_its_caller():
-            self.skipTest("Mistake 11: sample() does not call eval(): callers must, and train() after (TrainMistakes)")
+            self.skipTest("Mistake 11: sample() does not call eval(), so callers must (checked by TrainMistakes)")
 
     def test_12_accuracy_is_over_both_halves_at_logit_0(self):
         for fake in ([-5.0] * 40, [5.0] * 40, [-5.0] * 10 + [5.0] * 30, [0.3] * 40, [-0.3] * 40):
             _, values, real = self.discriminator_loss(fake)
             right_real, right_fake = float((real[:, 0] > 0).float().mean()), float(np.mean(np.array(fake) < 0))
-            self.check_close(values["accuracy"], (right_real + right_fake) / 2, "Mistake 12: accuracy is not the share "
-                             "of logits above 0 for the prior's codes and below 0 for the encoder's, both together")
+            self.check_close(values["accuracy"], (right_real + right_fake) / 2, "Mistake 12: accuracy must be the "
+                             "share of right logits in both halves: above 0 for prior samples, below 0 for codes")
 
     def test_14_every_point_is_logged_at_a_step_of_its_own(self):
         seen = self.training("Mistake 14")
         for tag, steps in seen.points.items():
             self.check(len(set(steps)) == len(steps), f"Mistake 14: two epochs of two batches are logged at steps "
-                       f"{steps} of {tag}; each needs a step of its own, counted on over epochs")
+                       f"{steps} of {tag}: log each batch at its own step, counted across epochs")
         if not seen.points:
             self.skip("Mistake 14", seen.error or "nothing was logged")
 
@@ -487,32 +487,32 @@ class Mistakes(MistakesGroup):
                 model.get_loss_discriminator(z)
                 counts = [len(recon_x), len(model.sample(count)), len(self.discriminator_loss(np.zeros(count))[2])]
             except (RuntimeError, ValueError) as error:
-                self.check(False, f"Mistake 15: a batch of {count} fails, is a size written into the code? {error}")
-            self.check(counts == [count] * 3, f"Mistake 15: there are not {count} each, but {counts} reconstructions, "
-                       f"samples, and codes of the prior beside {count} of the encoder: make as many as asked for")
+                self.check(False, f"Mistake 15: a batch of {count} fails: is a batch size hard-coded? {error}")
+            self.check(counts == [count] * 3, f"Mistake 15: a batch of {count} gives {counts} reconstructions, samples "
+                       "and prior samples: return as many as requested, without a hard-coded batch size")
 
     def test_15_partial_batch_is_trained(self):
         seen = self.training("Mistake 15")
         if seen.error and (len(seen.sizes) == 0 or self.training("Mistake 15", 128).error):
             self.skip("Mistake 15", seen.error)
-        self.check(not seen.error and 2 in seen.sizes, f"Mistake 15: train_aae trains 64 images, but not a last 2: "
-                                                      f"{seen.error or 'it leaves them out'}")
+        self.check(not seen.error and 2 in seen.sizes, f"Mistake 15: train_aae trains a batch of 64, but not the last, "
+                                                      f"of 2: {seen.error or 'it is skipped'}")
 
 
 def load_groups():
-    """Add the groups in tests/ to those of this file; elsewhere than in this project, of files made for it alone."""
+    """Add the groups in tests/ to those of this file; outside this project, only of files that import this one."""
     files = sorted((HERE / "tests").glob("*.py"))
     if HERE / "tests" / "common.py" not in files:
         files = [file for file in files if b"from unittests import" in file.read_bytes()]
-    sys.modules["unittests"] = sys.modules[__name__]  # what tests/ import is of this module, not of a second one
+    sys.modules["unittests"] = sys.modules[__name__]  # tests/ import this module, not a second copy
     for file in files:
-        importlib.import_module("tests").__path__ = [str(HERE / "tests")]  # some installed package may be called tests
+        importlib.import_module("tests").__path__ = [str(HERE / "tests")]  # an installed package may be named tests
         globals().update({name: group for name, group in vars(importlib.import_module(f"tests.{file.stem}")).items()
                           if isinstance(group, type) and issubclass(group, Group)})
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs may ignore it
     load_groups()
     program = unittest.main(exit=False, testRunner=getattr(sys.modules.get("tests.parallel"), "Runner", None))
     for words in dict.fromkeys(words for _, words in program.result.skipped):

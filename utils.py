@@ -1,10 +1,10 @@
-"""Logging to TensorBoard. This file needs no other file of the project."""
+"""Logging to TensorBoard. This file imports no other file of the project."""
 
 import torch
 
 
 class TensorBoardLogger:
-    """Writes the mean of every value over windows of `avg_window` calls, at the number of the window's last call.
+    """Logs the mean of every value over windows of `avg_window` steps, at the last step of each window.
 
     Values are summed on their own device; the CPU waits for it only when a window is complete.
     """
@@ -15,10 +15,10 @@ class TensorBoardLogger:
         self.prefix = "" if name is None else f"{name}/"
         self.global_step = 0
         self._sums = {}    # name -> sum over the open window
-        self._counts = {}  # name -> how many values that sum has
+        self._counts = {}  # name -> number of values in that sum
 
     def add_values(self, values):
-        """Take one iteration's values, a dict of names to scalar tensors or plain numbers."""
+        """Add the values of one step, a dict of names to scalar tensors or numbers."""
         self.global_step += 1
         for name, value in values.items():
             value = value.detach().float() if torch.is_tensor(value) else value
@@ -28,23 +28,23 @@ class TensorBoardLogger:
             self.flush()
 
     def flush(self):
-        """Write the means of the window as far as it has come, and begin a new one. Without values, do nothing."""
+        """Log the means of the open window, complete or not, and start a new one. Without values, do nothing."""
         means = to_numbers({name: total / self._counts[name] for name, total in self._sums.items()})
         for name, mean in means.items():
             self.summary_writer.add_scalar(self.prefix + name, mean, self.global_step)
         self._sums, self._counts = {}, {}
 
     def state_dict(self):
-        """Return where the logger stands: its step and the open window."""
+        """Return the logger's step and open window."""
         return {"global_step": self.global_step, "sums": to_numbers(self._sums), "counts": dict(self._counts)}
 
     def load_state_dict(self, state):
-        """Continue from where another logger stood."""
+        """Restore what `state_dict` returned."""
         self.global_step, self._sums, self._counts = state["global_step"], dict(state["sums"]), dict(state["counts"])
 
 
 def to_numbers(values):
-    """Return a dict of scalar tensors or plain numbers as one of floats. The CPU waits for the device, once."""
+    """Convert a dict's values, scalar tensors or numbers, to floats. The CPU waits for the device once."""
     tensors = {name: value for name, value in values.items() if torch.is_tensor(value)}
     if tensors:
         device = next(iter(tensors.values())).device

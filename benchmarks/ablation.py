@@ -1,8 +1,8 @@
-"""Show what each change to the base networks and their training brings:  python benchmarks/ablation.py
+"""Measure the effect of each change to the base networks and their training:  python benchmarks/ablation.py
 
-Every variant is trained on the first 55,000 training images of MNIST and measured, as python -m evaluation measures,
-on the last 5,000: the test set takes no part in any choice. docs/ABLATION.md has the figures of all that was tried.
-What is finished is kept in --results and not repeated.
+Every variant is trained on the first 55,000 training images of MNIST and evaluated, with the metrics of python -m
+evaluation, on the last 5,000, so that the test set influences no choice. docs/ABLATION.md has the results of everything
+that was tried. Finished variants are kept in --results and not repeated.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-import training.threads  # noqa: F401 (before torch, which reads there what it sets)
+import training.threads  # noqa: F401 (before torch, which reads the variables that it sets)
 
 # isort: split
 
@@ -30,7 +30,6 @@ from runs.files import write_atomically
 from training.commandline import UserError
 from training.data import Batches
 from training.device import PrecisionError, choose_device, keep_freed_memory, set_precision
-from training.options import BASE
 from training.statistics import LossStatistics
 
 HELD_OUT = 5_000  # of the training images
@@ -39,7 +38,7 @@ HELD_OUT = 5_000  # of the training images
 # Variants ------------------------------------------------------------------------------------------------------------
 
 class Noise(nn.Module):
-    """Adds noise from N(0, scale^2), in training alone."""
+    """Adds noise from N(0, scale^2) in training mode."""
 
     def __init__(self, scale):
         super().__init__()
@@ -64,7 +63,7 @@ def with_layer_norm_in_discriminator(model):
 
 def without_perceptron(model):
     kept = [layer for layer in model.encoder.net if not on_vectors(layer)]
-    model.encoder.net = nn.Sequential(*kept[:-1], nn.Linear(1024, model.z_dim))  # the last one is the perceptron's SiLU
+    model.encoder.net = nn.Sequential(*kept[:-1], nn.Linear(1024, model.z_dim))  # the last one is the MLP's SiLU
     first = next(index for index, layer in enumerate(model.decoder.net) if isinstance(layer, nn.Unflatten))
     model.decoder.net = nn.Sequential(nn.Linear(model.z_dim, 1024), nn.SiLU(), *model.decoder.net[first:])
 
@@ -91,14 +90,14 @@ def with_noise_before_discriminator(model):
 
 
 def on_vectors(layer):
-    """Return whether a layer of encoder or decoder is part of what lies between convolutions and code."""
+    """Return whether a layer is one of those between convolutions and code."""
     return isinstance(layer, (nn.Linear, ResidualBlock))
 
 
-VARIANTS = {  # name: flags of train.py, change of the model
-    "base": (BASE, None),
-    "base, momentum": (("--networks", "base", "--drop_after", "0", "--averaging", "0"), None),
-    "base, momentum, averaging": (("--networks", "base", "--drop_after", "0"), None),
+VARIANTS = {  # name: flags of train.py, function that changes the model
+    "base": (("--base",), None),
+    "base, momentum": (("--base", "--d_momentum", "0.95"), None),
+    "base, momentum, averaging": (("--base", "--d_momentum", "0.95", "--averaging", "0.999"), None),
     "final": ((), None),
     "final without momentum": (("--d_momentum", "0"), None),
     "final without averaging": (("--averaging", "0"), None),
@@ -116,7 +115,7 @@ VARIANTS = {  # name: flags of train.py, change of the model
 # Training and measuring ----------------------------------------------------------------------------------------------
 
 def run_variant(name, args, seed, device):
-    """Train and measure a variant; return its figures, a dict of numbers."""
+    """Train and evaluate a variant; return its results, a dict of numbers."""
     flags, change = VARIANTS[name]
     flags = train.parse_args([*flags, "--epochs", str(args.epochs), "--seed", str(seed), "--precision", args.precision])
     torch.manual_seed(seed)
@@ -155,9 +154,9 @@ def main():
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
-    parser.add_argument("--data_dir", default=str(PROJECT.parent / "data"), help="folder where MNIST is")
+    parser.add_argument("--data_dir", default=str(PROJECT.parent / "data"), help="MNIST's folder")
     parser.add_argument("--results", type=Path, default=PROJECT / "AAE_logs" / "ablation.json",
-                        help="file of what is finished")
+                        help="file with the results of finished variants")
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA")
     args = parser.parse_args()
     device = choose_device(args.no_cuda, mps=False)
@@ -176,7 +175,7 @@ def main():
                 if key not in finished:
                     try:
                         finished[key] = run_variant(name, args, seed, device)
-                    except UserError as error:  # it has diverged
+                    except UserError as error:  # training has diverged
                         finished[key] = {"failed": str(error)}
                     args.results.parent.mkdir(parents=True, exist_ok=True)
                     write_atomically(args.results, (json.dumps(finished, indent=2) + "\n").encode())

@@ -1,6 +1,6 @@
-"""Feed train.py some hundreds of generated bad inputs:  python benchmarks/bad_input.py
+"""Run train.py with hundreds of generated bad inputs:  python benchmarks/bad_input.py
 
-Each must end in one sentence, or in a correct run. It prints a table; the exit status is 0 only if each did.
+Each must be rejected with one sentence or give a correct run. Prints a table; the exit status is 0 if all passed.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from unittest import mock
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-import training.threads  # noqa: F401 (before torch, which reads there what it sets)
+import training.threads  # noqa: F401 (before torch, which reads the variables that it sets)
 
 # isort: split
 
@@ -39,7 +39,7 @@ from training.device import device_name
 
 
 class BadInputs:
-    """Generated cases of bad input, run in this process: each must end in one sentence, or in a correct run."""
+    """Cases of bad input, run in this process: each must be rejected with one sentence or give a correct run."""
 
     VALUES = ["", " ", "nan", "-inf", "inf", "1e400", "-1", "-0.5", "0", "1", "0.5", "1.5", "abc", "0x10", "1e2", "1,5",
               "--", "-", "None", "True", "٣", "9" * 50, "-" + "9" * 50, "2147483648", "[]", "1 2", "../..", "%s", "\n"]
@@ -56,7 +56,7 @@ class BadInputs:
                         mock.patch("torchvision.datasets.MNIST.mirrors", [])]
 
     def case(self, kind, argv, run=None):
-        """Run one command line. A refused one must leave the folder `run`, if given, as it was, byte for byte."""
+        """Run a command line. If it is rejected, it must leave every byte in the folder `run`, if given, unchanged."""
         before = fingerprint(run) if run else None
         counts = self.counts.setdefault(kind, {"cases": 0, "refused": 0, "ran": 0, "tracebacks": 0, "damaged": 0})
         counts["cases"] += 1
@@ -69,7 +69,7 @@ class BadInputs:
             except BaseException as error:
                 status = f"{type(error).__name__}: {error}"
         text = err.getvalue()
-        for word in argv:  # a path may hold a line break, the sentence may not
+        for word in argv:  # a path may contain a line break, the sentence must not
             text = text.replace(str(word), "path") if "line\n" in str(word) else text
         sentence = re.fullmatch(r"\S+: error: [^\n]+\n", text)
         if status == 0:
@@ -100,7 +100,7 @@ class BadInputs:
                                                 "--checkpoint_every", "1", "--log_dir", str(log_dir)]))
 
     def flags(self):
-        """Every flag that takes a number or a choice with every value, and with none."""
+        """Every flag that takes a number or a choice, with each of VALUES and without a value."""
         names = ("z_dim", "batch_size", "lambda_", "ae_lr", "drop_after", "d_lr", "d_momentum", "averaging", "seed",
                  "num_workers", "checkpoint_every", "epochs", "dataset")
         always = ["--dataset", "digits", "--no-cuda", "--epochs", "1", "--log_dir", self.folder / "flags"]
@@ -109,7 +109,7 @@ class BadInputs:
                 self.case("values of flags", [*always, f"--{name}", *([] if value is None else [value])])
 
     def wrong_paths(self):
-        """Return paths of everything that is not what a path should be."""
+        """Return paths of every invalid kind."""
         place = Path(tempfile.mkdtemp(dir=self.folder))
         (place / "file").write_bytes(b"something")
         (place / "empty_file").write_bytes(b"")
@@ -121,7 +121,7 @@ class BadInputs:
                 Path("/dev/zero"), place / ("x" * 300), place / "new line\n"]
 
     def paths(self):
-        """Every wrong path wherever a path is taken, and in the place of every file of a run and of MNIST."""
+        """Every invalid path for each flag that takes a path, and instead of each file of a run and of MNIST."""
         others = {"--log_dir": ["--dataset", "digits"], "--resume": ["--log_dir", self.folder / "paths"],
                   "--data_dir": ["--dataset", "mnist", "--log_dir", self.folder / "paths"]}
         for flag, words in others.items():
@@ -157,7 +157,7 @@ class BadInputs:
         os.rename(other, path)
 
     def damaged(self, content):
-        """Return a content cut off, with a bit or a block of bytes changed, or with something behind it."""
+        """Return truncated content, content with a bit or a block of bytes changed, or with bytes appended."""
         content, place = bytearray(content), random.randrange(len(content))
         kind = random.randrange(4)
         if kind == 0:
@@ -171,7 +171,7 @@ class BadInputs:
         return bytes(content)
 
     def data(self):
-        """Damaged files of MNIST (small ones, made up) and of the bundled digits."""
+        """Damaged files of MNIST (small, made up) and of the bundled digits."""
         files = {name: random.randbytes(16 + 20 * 784 if "images" in name else 8 + 20)
                  for name in mnist.MNIST_FILES[True]}
         sums = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
@@ -197,7 +197,7 @@ class BadInputs:
                                              self.folder / "data"])
 
     def checkpoints(self):
-        """Damaged training states, and other things in their place; what still runs must run as if nothing had been."""
+        """Damaged or replaced training states; a run that still resumes must end like an undamaged one."""
         whole = self.small_run()
         reference = run_contents(whole)
         content = (whole / "checkpoints" / "training_state.pt").read_bytes()
@@ -222,8 +222,8 @@ def fingerprint(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Feed train.py generated bad inputs.")
-    parser.add_argument("--seed", type=int, default=0, help="of the damages")
+    parser = argparse.ArgumentParser(description="Run train.py with generated bad inputs.")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
     random.seed(parser.parse_args().seed)
     print(f"torch {torch.__version__}, {device_name(torch.device('cpu'))}")
     begin = time.monotonic()

@@ -1,12 +1,12 @@
-"""Show that two checkouts give the same results to the last bit:  python benchmarks/compare_checkouts.py OLD NEW
+"""Check that two checkouts give bitwise identical results:  python benchmarks/compare_checkouts.py OLD NEW
 
-For a change that should change no result, such as one that moves code. For each setting, train.py of both folders
-trains for 6 epochs on the bundled digits, on the CPU with one thread, and both runs are evaluated. Then all that they
-left is compared, but for times and paths: training states, weights, settings, what TensorBoard shows, pictures and
-measurements. Two settings stop a run within an epoch and resume it, one of them with the other folder's code.
+For changes that should not affect results, such as moving code. For each setting, train.py of both checkouts trains for
+6 epochs on the bundled digits, on the CPU with one thread, and both runs are evaluated. Then everything that they wrote
+is compared, except times and paths: training states, weights, settings, TensorBoard events, pictures and metrics. Two
+settings stop a run within an epoch and resume it, one of them with the other checkout's code.
 
-It prints a table; the exit status is 1 if anything differs. It took 16 minutes on two cores of an AMD EPYC (Zen 5)
-that other trainings shared; --only takes fewer settings. None of the project's modules is used: those may differ.
+Prints a table; the exit status is 1 if anything differs. It took 16 minutes on two cores of an AMD EPYC (Zen 5), shared
+with other runs; --only selects settings. It imports no module of the project, because these may differ.
 """
 
 import argparse
@@ -34,19 +34,19 @@ SETTINGS = {
     "gaussian": {"--posterior": "gaussian"}, "universal": {"--posterior": "universal"},
     "averaging 0": {"--averaging": "0"}, "z2": {"--z_dim": "2"}, "lambda 1": {"--lambda_": "1"},
     "bf16": {"--precision": "bf16"},
-    "stopped": {}, "old-to-new": {}}  # and resumed: by the same checkout, and OLD's run by NEW
+    "stopped": {}, "old-to-new": {}}  # and resumed: each run by its own checkout, and OLD's run by NEW
 VARYING = re.compile(r"checkpoints/training_state(\.previous)?\.pt/(seconds|saved|path|events(/.*)?|settings/log_dir)"
                      r"|hparams\.json/log_dir|evaluation/metrics\.json/(seconds|weights)")  # times and paths
 KINDS = {"scalars": "value", "images": "encoded_image_string", "histograms": "histogram_value",
-         "tensors": "tensor_proto"}  # TensorBoard's, and the field that has the value
+         "tensors": "tensor_proto"}  # TensorBoard's kinds of data, and the field of their values
 
 
 class RunFailed(Exception):
-    """A program of a checkout that ended otherwise than it should; the message says how."""
+    """A program of a checkout ended in an unexpected way; the message says how."""
 
 
 class Checkout:
-    """One of the two folders, and the runs that its programs have made below the folder `work`."""
+    """One of the two checkouts, and the runs that its programs have created in the folder `work`."""
 
     def __init__(self, name, path, work):
         self.name, self.path, self.work = name, path, work
@@ -54,19 +54,19 @@ class Checkout:
         self.runs = {}
 
     def start(self, *command):
-        """Start one of the checkout's programs, with no other checkout's modules in reach."""
+        """Start a program of the checkout, without access to another checkout's modules."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": ""}
         return subprocess.Popen([sys.executable, *command, "--no-cuda"], cwd=self.path, env=environment, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def begin(self, flags):
-        """Start a new run; return the process, and the folder that its folder will be made in."""
+        """Start a new run; return the process, and the parent folder of the run's folder."""
         log_dir = Path(tempfile.mkdtemp(dir=self.work))
         words = [word for pair in {**FLAGS, **flags, "--log_dir": str(log_dir)}.items() for word in pair]
         return self.start("train.py", *words), log_dir
 
     def end(self, process, *statuses):
-        """Wait for a program, and return its exit status; raise RunFailed if that is none of `statuses`."""
+        """Wait for a program and return its exit status; raise RunFailed if that is not in `statuses`."""
         output = process.communicate()[0].strip()
         if process.returncode not in statuses:
             program, last = "train.py" if "train.py" in process.args else "evaluation", output.rpartition("\n")[2]
@@ -74,7 +74,7 @@ class Checkout:
         return process.returncode
 
     def trained(self, flags):
-        """Return the folder of an evaluated run with these flags, or None where the precision is refused."""
+        """Return the folder of an evaluated run with these flags, or None if the precision is rejected."""
         key = tuple(flags.items())
         if key not in self.runs:
             process, log_dir = self.begin(flags)
@@ -83,20 +83,20 @@ class Checkout:
         return self.runs[key]
 
     def stopped(self):
-        """Return the folder of a default run that SIGTERM has stopped in its third epoch."""
+        """Return the folder of a default run that was stopped by SIGTERM in its third epoch."""
         process, log_dir = self.begin({})
-        any(line.startswith("epoch 2/6") for line in process.stdout)  # read as far as to that line
+        any(line.startswith("epoch 2/6") for line in process.stdout)  # reads up to that line
         while process.poll() is None and not any(log_dir.glob("*/checkpoints/training_state.previous.pt")):
-            time.sleep(0.001)  # a signal before the checkpoint after that epoch would stop the run there
+            time.sleep(0.001)  # until the checkpoint after that epoch, where an earlier signal would stop it
         process.send_signal(signal.SIGTERM)
         self.end(process, 128 + signal.SIGTERM)
         run, = log_dir.iterdir()
         if not read(run / "checkpoints" / "training_state.pt")["steps"]:
-            raise RunFailed(f"{self.name}'s run was stopped between two epochs, where within one was meant")
+            raise RunFailed(f"{self.name}'s run was stopped between two epochs instead of within one")
         return run
 
     def resumed(self, run):
-        """Return the folder of a stopped run after it has been resumed to its end, and evaluated."""
+        """Resume a stopped run to its end, evaluate it, and return its folder."""
         self.end(self.start("train.py", "--resume", str(run)), 0)
         return self.evaluated(run)
 
@@ -106,7 +106,7 @@ class Checkout:
 
 
 def pairs_of_runs(setting, old, new):
-    """Return what a setting compares: of each comparison the title, a run, and what it should equal."""
+    """Return a setting's comparisons: of each the title, a run, and the run that it should equal."""
     before, after = both(lambda checkout: checkout.trained(SETTINGS[setting]), old, new)
     if setting == "stopped":
         resumed = both(lambda checkout: checkout.resumed(checkout.stopped()), old, new)
@@ -117,13 +117,13 @@ def pairs_of_runs(setting, old, new):
 
 
 def both(call, old, new):
-    """Return what `call` gives for each of two checkouts, at the same time."""
+    """Return the results of `call` for two checkouts, run in parallel."""
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(call, (old, new)))
 
 
 def contents(run, ignored):
-    """Return all that a run has left by name, but times, paths, and what metrics.json has under a key in `ignored`."""
+    """Return everything in a run by name, except times, paths, and metrics whose key is in `ignored`."""
     values = dict(tensorboard_contents(run))
     for file in run.rglob("*"):
         if file.is_file() and ".tfevents." not in file.name:
@@ -133,26 +133,26 @@ def contents(run, ignored):
 
 
 def read(file):
-    """Return what is in a file: of PyTorch's and JSON the values, of all others the bytes."""
+    """Return the content of a file: values for PyTorch and JSON files, otherwise bytes."""
     if file.suffix == ".pt":
         return torch.load(file, map_location="cpu", weights_only=True)
     return json.loads(file.read_bytes()) if file.suffix == ".json" else file.read_bytes()
 
 
 def leaves(name, value):
-    """Yield the name and content of each value in nested dicts and lists; equal contents are equal in every bit."""
+    """Yield the name and content of each value in nested dicts and lists; contents are equal if all bits are."""
     if isinstance(value, (dict, list, tuple)) and value:
         for key, part in value.items() if isinstance(value, dict) else enumerate(value):
             yield from leaves(f"{name}/{key}", part)
     elif torch.is_tensor(value):
         yield name, (value.dtype, value.shape, value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     else:
-        yield name, repr(value)  # of a float all digits, and nan is nan
+        yield name, repr(value)  # all digits of a float; nan equals nan
 
 
 def tensorboard_contents(run):
-    """Yield the name and the content of everything under a tag in a run's event files, without the time of writing."""
-    events = EventAccumulator(str(run), size_guidance=dict.fromkeys(KINDS, 0)).Reload()  # 0: all of them
+    """Yield the name and content of everything with a tag in a run's event files, without times."""
+    events = EventAccumulator(str(run), size_guidance=dict.fromkeys(KINDS, 0)).Reload()  # 0: no limit
     for kind, field in KINDS.items():
         for tag in events.Tags()[kind]:
             tagged = getattr(events, kind.capitalize())(tag)
@@ -160,17 +160,17 @@ def tensorboard_contents(run):
     for tag, metadata in events.summary_metadata.items():
         if metadata.plugin_data.plugin_name == "hparams":
             text = str(HParamsPluginData.FromString(metadata.plugin_data.content))
-            yield f"events/hparams/{tag}", re.sub(r"\w*time\w*_secs: .*", "", text)  # start, end, of creation
+            yield f"events/hparams/{tag}", re.sub(r"\w*time\w*_secs: .*", "", text)  # of start, end and creation
 
 
 def md5(run):
-    """Return the checksum of the file of a run's weights."""
+    """Return the checksum of a run's weights file."""
     return hashlib.md5((run / "checkpoints" / "model_checkpoint.pt").read_bytes()).hexdigest()
 
 
 def compare(run, reference, ignored):
-    """Return how many files and values two runs have, and the names of those that differ or that one of them lacks."""
-    if md5(run) != md5(reference):  # files of other bytes may hold equal weights, which `contents` has one by one
+    """Return the number of files and values in two runs, and the names of those that differ or are missing in one."""
+    if md5(run) != md5(reference):  # different files may have equal weights, which `contents` compares
         ignored = ignored | {"weights_md5"}
     values, expected = contents(run, ignored), contents(reference, ignored)
     names = sorted(values.keys() | expected.keys())
@@ -184,9 +184,9 @@ def row(setting, old, new, ignored):
     try:
         for title, run, reference in pairs_of_runs(setting, old, new):
             if run is reference is None:
-                return [setting, "0", "not on this processor", ""], False
+                return [setting, "0", "not supported by this CPU", ""], False
             if None in (run, reference):
-                raise RunFailed("one checkout alone refuses the precision")
+                raise RunFailed("only one checkout rejects the precision")
             count, names = compare(run, reference, ignored)
             compared += count
             differing += [title + name for name in names]
@@ -198,7 +198,7 @@ def row(setting, old, new, ignored):
 
 
 def print_table(rows):
-    """Print rows of text with a line between the columns, under their titles."""
+    """Print a table with titles and separated columns."""
     rows = [["setting", "files and values compared", "differing", "md5 of the weights"], *rows]
     widths = [max(len(cells[column]) for cells in rows) for column in range(4)]
     for cells in rows:
@@ -206,10 +206,10 @@ def print_table(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Compare the results of two checkouts to the last bit.")
+    parser = argparse.ArgumentParser(description="Check that two checkouts give bitwise identical results.")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # without the usage
     parser.add_argument("old", metavar="OLD", type=Path, help="folder of a checkout")
-    parser.add_argument("new", metavar="NEW", type=Path, help="folder of the one that should give the same")
+    parser.add_argument("new", metavar="NEW", type=Path, help="folder of the checkout to compare with it")
     parser.add_argument("--only", metavar="SETTING", nargs="+", choices=SETTINGS, default=list(SETTINGS),
                         help=f"settings to compare: {', '.join(SETTINGS)}")
     parser.add_argument("--ignore", metavar="METRIC_KEY", nargs="+", default=[],
@@ -217,7 +217,7 @@ def main():
     args = parser.parse_args()
     for folder in (args.old, args.new):
         if not (folder / "train.py").is_file():
-            parser.error(f"{folder} is no checkout, for it has no train.py")
+            parser.error(f"{folder} is not a checkout: it has no train.py")
     begin, rows = time.monotonic(), []
     with tempfile.TemporaryDirectory() as work:
         old, new = Checkout("OLD", args.old, work), Checkout("NEW", args.new, work)

@@ -1,8 +1,8 @@
-"""Show whether the fast ways of training learn what the plain one learns:  python benchmarks/equivalence.py
+"""Check that faster training gives equivalent results:  python benchmarks/equivalence.py
 
-On CUDA, the captured step against the eager one: losses and weights after 200 steps from the same weights and random
-numbers. Then, on any device, whole runs of train.py in every precision that the hardware has, with several seeds: does
-a precision change the result more than a seed does? Finished runs in --runs are not repeated.
+On CUDA, compare the captured step with the eager one: losses and weights after 200 steps from the same weights and
+random numbers. Then, on any device, compare whole runs of train.py in every precision that the hardware supports, with
+several seeds: does the precision change the results more than the seed? Finished runs in --runs are not repeated.
 
 One core of an AMD EPYC (Zen 5), torch 2.15.0, 20 epochs, seeds 42, 1 and 2, mean (minimum..maximum):
 
@@ -13,7 +13,7 @@ One core of an AMD EPYC (Zen 5), torch 2.15.0, 20 epochs, seeds 42, 1 and 2, mea
     mean variance of the codes          0.957 (0.945..0.972)    0.953 (0.946..0.963)
     largest covariance of 2 dimensions  0.047 (0.039..0.053)    0.047 (0.042..0.053)
 
-Nobody has run it on CUDA yet.
+Not yet run on CUDA.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from statistics import mean
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-import training.threads  # noqa: F401 (before torch, which reads there what it sets)
+import training.threads  # noqa: F401 (before torch, which reads the variables that it sets)
 
 # isort: split
 
@@ -39,13 +39,13 @@ from evaluation.monitoring import reconstruct
 from runs.checkpoint import read_state
 from training.data import load_training_set
 from training.device import PrecisionError, choose_device, set_precision
-from training.options import BASE, HYPERPARAMETERS
+from training.options import HYPERPARAMETERS
 
 STEPS = 200
 
 
 def captured_and_eager(args, device):
-    """Return the largest differences of losses and of weights between captured and eager training of STEPS steps."""
+    """Return the largest differences in losses and in weights between STEPS captured and eager steps."""
     trainings = []
     for capturable in (True, False):
         torch.manual_seed(args.seeds[0])
@@ -55,7 +55,7 @@ def captured_and_eager(args, device):
         model.capturable = capturable
         optimizers, values = train.build_optimizers(model, flags), []
         step = train.build_step(model, *optimizers, flags)
-        for number, (x, _) in zip(range(STEPS), loader, strict=False):  # the loader has more
+        for number, (x, _) in zip(range(STEPS), loader, strict=False):  # the loader has more batches
             train.set_learning_rate(optimizers[0], flags.drop_after + 2 * number // STEPS, flags)  # drops halfway
             values.append(torch.stack([value.clone() for part in step(x) for value in part.values()]))
         trainings.append((torch.stack(values), torch.cat([weight.detach().flatten() for weight in model.parameters()])))
@@ -63,11 +63,11 @@ def captured_and_eager(args, device):
 
 
 def finished_run(args, device, precision, seed):
-    """Return the training state of a run of this precision and seed, which is trained unless it is in --runs."""
+    """Return the training state of a run with this precision and seed; train it unless it is in --runs."""
     folder = args.runs / f"{precision}-seed{seed}{'-base' * args.base}"
     flags = train.parse_args([
         "--precision", precision, "--seed", str(seed), "--epochs", str(args.epochs), "--data_dir", args.data_dir,
-        "--dataset", "mnist", "--log_dir", str(folder), *["--no-cuda"] * args.no_cuda, *(BASE if args.base else [])])
+        "--dataset", "mnist", "--log_dir", str(folder), *["--no-cuda"] * args.no_cuda, *["--base"] * args.base])
     wanted = {name: value for name, value in vars(flags).items() if name in HYPERPARAMETERS} | {"device": device.type}
     for file in folder.glob("*/checkpoints/training_state.pt"):
         state = read_state(file)
@@ -80,7 +80,7 @@ def finished_run(args, device, precision, seed):
 
 @torch.no_grad()
 def figures(state, images):
-    """Return what a run has learnt, measured on test images, as a dict of numbers."""
+    """Return a run's results, on test images and in its last epoch, as a dict of numbers."""
     model = train.build_model(state["settings"]["z_dim"], networks=state["settings"]["networks"])
     model.load_state_dict(state["average"]["weights"])
     recon, codes = reconstruct(model.eval(), images)
@@ -91,7 +91,7 @@ def figures(state, images):
 
 
 def print_table(results):
-    """Print each figure's mean and range over the seeds, and mark a range that does not overlap with that of fp32."""
+    """Print each result's mean and range over the seeds; mark ranges that do not overlap with that of fp32."""
     print(f"\n{'':<24}" + "".join(f"{precision:<30}" for precision in results))
     for name in next(iter(results["fp32"].values())):
         columns = {precision: [run[name] for run in runs.values()] for precision, runs in results.items()}
@@ -100,32 +100,32 @@ def print_table(results):
             apart = min(values) > max(columns["fp32"]) or max(values) < min(columns["fp32"])
             line += f"{f'{mean(values):.4f} ({min(values):.4f}..{max(values):.4f})' + '*' * apart:<30}"
         print(line)
-    print("mean (minimum..maximum) over the seeds; *: does not overlap with fp32's range, which is so for one figure "
-          "in ten where three seeds each are drawn alike")
+    print("mean (minimum..maximum) over the seeds; *: does not overlap with fp32's range, which happens by chance for "
+          "one result in ten with three seeds each")
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Compare captured with eager steps, and the precisions with fp32.")
+    parser = argparse.ArgumentParser(description="Compare captured steps with eager ones, and precisions with fp32.")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2])
-    parser.add_argument("--data_dir", default=str(PROJECT.parent / "data"), help="folder where MNIST is")
+    parser.add_argument("--data_dir", default=str(PROJECT.parent / "data"), help="MNIST's folder")
     parser.add_argument("--runs", type=Path, default=PROJECT / "AAE_logs" / "equivalence", help="folder of the runs")
-    parser.add_argument("--json", type=Path, help="file to keep the figures in")
+    parser.add_argument("--json", type=Path, help="save the results to this file")
     parser.add_argument("--base", action="store_true",
-                        help="compare the networks and training that the assignment suggests")
+                        help="pass --base to train.py: compare the networks and training that the assignment suggests")
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA")
     args = parser.parse_args()
     args.runs.mkdir(parents=True, exist_ok=True)
     device, results, steps = choose_device(args.no_cuda), {}, None
     if device.type == "cuda":
         set_precision("fp32", device)
-        choose_device(deterministic=True)  # else two eager trainings differ, too
+        choose_device(deterministic=True)  # otherwise even two eager trainings differ
         steps = captured_and_eager(args, device)
         torch.use_deterministic_algorithms(False)
-        print(f"captured against eager, {STEPS} steps: losses differ by at most {steps[0]:.2g}, weights by "
+        print(f"captured and eager, {STEPS} steps: losses differ by at most {steps[0]:.2g}, weights by "
               f"{steps[1]:.2g}")
     else:
-        print("captured against eager: not run, for there is no CUDA here")
+        print("captured and eager: not compared, because CUDA is not available")
     try:
         images, _ = mnist.load_mnist(args.data_dir, train=False)
     except mnist.DataError as error:

@@ -1,7 +1,7 @@
-"""Kill, stop and starve runs, resume them, and compare with an uninterrupted one:  python benchmarks/faults.py
+"""Kill and stop runs and fill their disk, resume them, compare with an uninterrupted run:  python benchmarks/faults.py
 
-The runs are the command line's own, on the bundled digits and the CPU, with files of the user's in their folders. It
-prints a table; the exit status is 0 only if nothing was lost.
+All runs use the command line, on the bundled digits and the CPU; some have the user's files in their folders. Prints a
+table; the exit status is 0 only if nothing was lost.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-import training.threads  # noqa: F401 (before torch, which reads there what it sets)
+import training.threads  # noqa: F401 (before torch, which reads the variables that it sets)
 
 # isort: split
 
@@ -65,10 +65,10 @@ def start(log_dir, run=None, program=TRAIN, **options):
 
 
 def until_done(log_dir, strike, tally, reference, enough):
-    """Strike runs until each is done, and begin new ones until there were enough strikes; compare all with `reference`.
+    """Inject faults into each run until it is done, and start new runs until there were enough faults; compare all.
 
-    `strike(process, run)` waits for its moment and returns "done" if the run was done before, else "well" or "badly":
-    how it took the strike. It has survived if it took it well and could then be resumed.
+    `strike(process, run)` injects a fault and returns "done" if the run was done before it, else "well" or "badly": how
+    the run handled it. The run has survived if it handled the fault well and could be resumed.
     """
     with tqdm(total=enough, desc=tally.name, disable=None) as bar:
         while tally.tried < enough:
@@ -80,13 +80,13 @@ def until_done(log_dir, strike, tally, reference, enough):
                 process.communicate()
                 tally.tried += taken != "done"
                 bar.update(taken != "done")
-                if not has_state(run):  # struck before there was anything to lose
+                if not has_state(run):  # there was no checkpoint yet, so nothing could be lost
                     run = None
             compare(run, reference, tally)
 
 
 def compare(run, reference, tally):
-    """Count a finished run, and whether all that it left is that of the reference, with no temporary file beside it."""
+    """Count a finished run, and whether it is identical to the reference, without temporary files."""
     tally.runs += 1
     contents = run_contents(run)
     differing = sorted(name for name in contents.keys() | reference.keys() if contents.get(name) != reference.get(name))
@@ -97,14 +97,14 @@ def compare(run, reference, tally):
 
 
 def kill_at_random(process, run):
-    """Kill at a random moment of the first second and a half."""
+    """Kill at a random moment in the first 1.5 seconds."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(random.uniform(0, 1.5))
     return kill(process)
 
 
 def kill_while_saving(process, run):
-    """Kill while one of the first checkpoints is being written."""
+    """Kill while one of the first three checkpoints is being written."""
     temporary = run / "checkpoints" / "training_state.pt.tmp"
     for _ in range(random.randint(1, 3)):
         while temporary.exists() and process.poll() is None:
@@ -126,7 +126,7 @@ def kill(process):
 
 
 def wait_for_its_death(process, run):
-    """Wait for a process that kills itself, see `die_at`."""
+    """Wait for a process that kills itself (see `die_at`)."""
     process.communicate()
     return {0: "done", -signal.SIGKILL: "well"}.get(process.returncode, "badly")
 
@@ -140,7 +140,7 @@ def stop(signum):
             return "done" if process.returncode == 0 else "badly"
         process.send_signal(signum)
         out, err = process.communicate(timeout=60)
-        if process.returncode == 0 or "done: " in out:  # it came after the last step, or as Python exited
+        if process.returncode == 0 or "done: " in out:  # the signal came after the last step, or while Python exited
             return "done"
         if process.returncode == 128 + signum and f"resume it with: python train.py --resume {run}\n" in err:
             return "well"
@@ -151,7 +151,7 @@ def stop(signum):
 
 
 def die_at(count, argv):
-    """Run the command line and die by SIGKILL before the count-th call that changes the disk."""
+    """Run the command line, and kill this process (SIGKILL) before the count-th call that changes the disk."""
     calls = iter(range(1, 10**9))
 
     def dying(function):
@@ -168,7 +168,7 @@ def die_at(count, argv):
 
 
 def starve(log_dir, reference, tally, tries):
-    """Let every write beyond a random size fail (RLIMIT_FSIZE), as on a full disk, and resume without the limit."""
+    """Make every write beyond a random size fail (RLIMIT_FSIZE), as on a full disk, and resume without the limit."""
     import resource
 
     for _ in tqdm(range(tries), desc=tally.name, disable=None):
@@ -181,7 +181,7 @@ def starve(log_dir, reference, tally, tries):
 
 
 def fill(log_dir, reference, tally, tries):
-    """Train on a file system of a few MB until it is full, enlarge it, and resume. Needs the right to mount one."""
+    """Train on a file system of a few MB until it is full, enlarge it, and resume. Needs permission to mount."""
     for _ in tqdm(range(tries), desc=tally.name, disable=None):
         place = Path(tempfile.mkdtemp(dir=log_dir))
         size = f"size={random.randint(200, 10000)}k"
@@ -197,7 +197,7 @@ def fill(log_dir, reference, tally, tries):
 
 
 def count_full(process, err, tally):
-    """Count a run on a full disk: it must end with one sentence that names a file."""
+    """Count a run on a full disk, which must end with one sentence that names a file."""
     tally.tried += 1
     sentence = re.fullmatch(r"train\.py: error: \S+ cannot be written: [^\n]+\n", err)
     tally.survived += process.returncode == 1 and bool(sentence)
@@ -206,14 +206,14 @@ def count_full(process, err, tally):
 
 
 def finish(log_dir, run, reference, tally):
-    """Resume a run, or begin it again where it had no checkpoint yet, and compare."""
+    """Resume a run, or restart it if it had no checkpoint yet, and compare it."""
     process, run = start(log_dir, run if has_state(run) else None)
     process.communicate()
     compare(run, reference, tally)
 
 
 def step_by_step(log_dir, reference, tally, counts):
-    """Kill a run before a certain call that changes the disk, for every count, and resume it."""
+    """For each count, kill a run before the count-th call that changes the disk, and resume it."""
     for count in tqdm(counts, desc=tally.name, disable=None):
         process, run = start(log_dir, program=[sys.executable, __file__, "--die_at", str(count)])
         tally.tried += 1
@@ -222,14 +222,14 @@ def step_by_step(log_dir, reference, tally, counts):
 
 
 def stop_beside_foreign_files(log_dir, reference, tally, tries):
-    """Put files of the user's into a run's folder, stop or kill it, and resume it to its end: none may be lost."""
+    """Put a user's files into a run's folder, stop or kill the run, and resume it to its end: none may be lost."""
     for number in tqdm(range(tries), desc=tally.name, disable=None):
         process, run = start(log_dir)
         put_foreign_files(run)
         time.sleep(random.uniform(1, 3))
         process.send_signal((signal.SIGTERM, signal.SIGKILL)[number % 2])
         process.communicate()
-        for _ in range(2):  # the second time there is nothing left to do
+        for _ in range(2):  # the second time, nothing is left to do
             process, run = start(log_dir, run if has_state(run) else None)
             process.communicate()
         tally.tried += 1
@@ -242,7 +242,7 @@ def stop_beside_foreign_files(log_dir, reference, tally, tries):
 
 
 def faults(folder):
-    """Return a row for each kind of fault."""
+    """Return a Tally for each kind of fault."""
     process, run = start(folder / "reference")
     process.communicate()
     reference = run_contents(run)
@@ -255,7 +255,7 @@ def faults(folder):
         until_done(folder / name.replace(" ", "_"), strike, tallies[-1], reference, enough)
     tallies.append(Tally("SIGKILL before the n-th fsync, rename, cut"))
     step_by_step(folder / "steps", reference, tallies[-1], range(12, 34, 2))  # the first checkpoints and pictures
-    tallies.append(Tally("files of the user's in the folder"))
+    tallies.append(Tally("user's files in the folder"))
     stop_beside_foreign_files(folder / "foreign", reference, tallies[-1], 6)
     tallies.append(Tally("every write fails beyond n bytes"))
     starve(folder / "starved", reference, tallies[-1], 4)
@@ -268,13 +268,13 @@ def faults(folder):
 # The table -----------------------------------------------------------------------------------------------------------
 
 def main():
-    parser = argparse.ArgumentParser(description="Kill, stop and starve runs, and resume them.")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and sizes")
-    parser.add_argument("--die_at", type=int, help=argparse.SUPPRESS)  # for the processes that this script starts
+    parser = argparse.ArgumentParser(description="Kill and stop runs, fill their disk, and resume them.")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--die_at", type=int, help=argparse.SUPPRESS)  # used by this script for its subprocesses
     args, argv = parser.parse_known_args()
     if args.die_at:
         die_at(args.die_at, argv)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it may be ignored, by children too
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs and their children may ignore it
     random.seed(args.seed)
     print(f"torch {torch.__version__}, {device_name(torch.device('cpu'))}")
     begin = time.monotonic()

@@ -1,13 +1,13 @@
-"""Time an epoch of train.py against the plain loop that most implementations have:  python benchmarks/speed.py
+"""Compare the time of an epoch of train.py with that of a plain training loop:  python benchmarks/speed.py
 
-All ways take turns for several rounds, each round in a process of its own; "base" is train.py's with the networks and
-training that the assignment suggests. The plain loop is written out in `plain_epoch`: the same networks and optimizers
-in fp32, torchvision's MNIST decoded image by image, a DataLoader, and every loss read with .item() at every step; once
-with no workers, and once with as many as are fastest here. A part of an epoch is timed and scaled up. With --profile, a
-table of the costliest operations of each way instead.
+The variants are timed in turn, for several rounds, each in its own process; "base" is train.py --base. The plain loop,
+in `plain_epoch`, is what most implementations have: the same networks and optimizers in fp32, torchvision's MNIST
+decoded image by image, a DataLoader, and .item() on every loss at every step; once without workers, and once with the
+fastest number of workers. Part of an epoch is timed and scaled up. With --profile, it prints the most expensive
+operations of each variant instead.
 
-Two cores of an AMD EPYC (Zen 5), torch 2.15.0, seconds an epoch, medians of three rounds of 200 steps: fp32 25.1, bf16
-18.2, base 20.7, plain 31.0 (no workers, the best there). Nobody has run it on CUDA yet.
+Two cores of an AMD EPYC (Zen 5), torch 2.15.0, seconds per epoch, medians of three rounds of 200 steps: fp32 25.1, bf16
+18.2, base 20.7, plain 31.0 (no workers, the fastest there). Not yet run on CUDA.
 """
 
 import argparse
@@ -26,18 +26,18 @@ from statistics import median
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-import training.threads  # noqa: F401 (before torch, which reads there what it sets)
+import training.threads  # noqa: F401 (before torch, which reads the variables that it sets)
 
 WAYS = {"fp32": [], "tf32": ["--precision", "tf32"], "bf16": ["--precision", "bf16"]}  # name -> flags of train.py
-SPINS = {"libgomp's own spin": {},  # how long a thread waits; the second is the program's
+SPINS = {"libgomp's own spin": {},  # how long a waiting thread spins; train.py uses the second
          **{f"spin {count:,}": {"GOMP_SPINCOUNT": str(count)} for count in (1000, 300, 2000, 10000)},
          "passive waiting": {"OMP_WAIT_POLICY": "PASSIVE"}}
-TIMEOUT = 120  # seconds for several processes that stand in each other's way
-CUDA_WAYS = {"eager": [], "deterministic": ["--deterministic"]}  # "eager": not captured
+TIMEOUT = 120  # seconds for several processes at once
+CUDA_WAYS = {"eager": [], "deterministic": ["--deterministic"]}  # "eager": without a CUDA graph
 
 
 def project_epoch(args, device, steps, way, writer):
-    """Return a function that trains for `steps` steps the project's way."""
+    """Return a function that trains for `steps` steps with train.py's code."""
 
     import mnist
     import train
@@ -58,7 +58,7 @@ def project_epoch(args, device, steps, way, writer):
 
 
 def plain_epoch(args, device, steps, workers, writer):
-    """Return a function that trains for `steps` steps the plain way."""
+    """Return a function that trains for `steps` steps with the plain loop."""
     import torch
     from torch.utils.data import DataLoader, Subset
 
@@ -93,7 +93,7 @@ def plain_epoch(args, device, steps, workers, writer):
 
 
 def plain_images(args):
-    """Return torchvision's MNIST, each image decoded, turned into a tensor and normalised whenever it is asked for."""
+    """Return torchvision's MNIST, which decodes, converts and normalises an image at each access."""
     from torchvision import datasets, transforms
 
     import mnist
@@ -115,7 +115,7 @@ def plain_images(args):
 
 
 def measure(args, folder):
-    """Time one way in this process; print seconds per step and peak memory in MB as JSON. Events go into `folder`."""
+    """Time a variant in this process; print seconds per step and peak memory in MB as JSON. Events go to `folder`."""
     if args.own_spin:
         del os.environ["GOMP_SPINCOUNT"]
     import torch
@@ -124,10 +124,10 @@ def measure(args, folder):
     from torch.utils.tensorboard import SummaryWriter
 
     from training.device import choose_device, device_name, set_precision
-    from training.options import BASE, parse_args
+    from training.options import parse_args
 
     flags = parse_args(["--dataset", args.dataset, "--data_dir", args.data_dir, *["--no-cuda"] * args.no_cuda,
-                        *{**WAYS, **CUDA_WAYS, "base": BASE}.get(args.way, [])])
+                        *{**WAYS, **CUDA_WAYS, "base": ["--base"]}.get(args.way, [])])
     device = choose_device(flags.no_cuda, flags.deterministic)
     torch.manual_seed(flags.seed)
     set_precision(flags.precision, device)
@@ -136,13 +136,13 @@ def measure(args, folder):
         epoch = plain_epoch(flags, device, args.steps, args.workers, writer)
     else:
         epoch = project_epoch(flags, device, args.steps, args.way, writer)
-    epoch()  # warms up
+    epoch()  # warm-up
     if args.profile:
         print(profiled(epoch, args.steps, device))
         writer.close()
         return
     wait(device)
-    if args.beside:  # until all processes have come as far as this
+    if args.beside:  # wait until all processes are ready
         print("ready", flush=True)
         sys.stdin.readline()
     start = time.perf_counter()
@@ -156,14 +156,14 @@ def measure(args, folder):
 
 
 def profiled(epoch, steps, device):
-    """Return a table of the operations that took most time in `epoch`, milliseconds per step and calls per step."""
+    """Return a table of the slowest operations in `epoch`, in milliseconds per step and calls per step."""
     import torch
 
     with torch.profiler.profile() as profile:
         epoch()
         wait(device)
     events, side = profile.key_averages(), "cpu"
-    if device.type == "cuda":  # a kernel's time is also that of the operation that launched it: count kernels alone
+    if device.type == "cuda":  # count kernels only: their time is also in the operations that launch them
         events = [event for event in events
                   if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation]
         side = "device"
@@ -182,29 +182,29 @@ def wait(device):
 
 
 def peak_memory():
-    """Return the most memory that this process has had resident, in MB."""
-    if sys.platform == "linux":  # where ru_maxrss begins with what the parent had
+    """Return the peak resident memory of this process in MB."""
+    if sys.platform == "linux":  # where ru_maxrss includes the parent's memory
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def in_own_process(args, way, workers=0):
-    """Return what `measure` prints in a new process."""
+    """Run `measure` in a new process and return its output."""
     output = subprocess.run(command_of(args, way, workers), check=True, stdout=subprocess.PIPE, text=True).stdout
     return output if args.profile else json.loads(output.splitlines()[-1])
 
 
 def command_of(args, way, workers=0):
-    """Return the command that times one way in a process of its own."""
+    """Return the command that times a variant in a new process."""
     return [sys.executable, __file__, "--way", way, "--workers", str(workers), "--steps", str(args.steps), "--dataset",
             args.dataset, "--data_dir", args.data_dir, *["--no-cuda"] * args.no_cuda, *["--profile"] * args.profile,
             *["--beside"] * args.beside]
 
 
 def beside(args):
-    """Print the time of a step alone, two and three at once, and beside a busy process, for various spins."""
-    print(f"ms a step, {args.steps} steps, median of {args.rounds} rounds; of several at once, the slowest")
-    print(f"{'':<32}{'alone':>9}{'two':>9}{'three':>9}{'beside busy':>13}")
+    """Print step times for various spins: alone, two and three at once, and next to a busy process."""
+    print(f"ms per step, {args.steps} steps, median of {args.rounds} rounds; of several processes, the slowest")
+    print(f"{'':<32}{'alone':>9}{'two':>9}{'three':>9}{'busy CPU':>13}")
     for way in ("fp32", "base", "bf16"):
         if way not in ways_here(args):
             continue
@@ -216,7 +216,7 @@ def beside(args):
 
 
 def together(args, way, settings, count, busy):
-    """Return the ms a step of `count` processes that train at once; inf for all if they take over TIMEOUT seconds."""
+    """Return the ms per step of `count` parallel processes; [inf] if they take more than TIMEOUT seconds."""
     environment = {name: value for name, value in os.environ.items()
                    if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     spinner = [subprocess.Popen([sys.executable, "-c", "while True: pass"])] if busy else []
@@ -241,7 +241,7 @@ def together(args, way, settings, count, busy):
 
 
 def ways_here(args):
-    """Return the ways of the project that this machine can go."""
+    """Return the variants of train.py that this machine supports."""
     from training.device import PrecisionError, choose_device, set_precision
 
     device, ways = choose_device(args.no_cuda), []
@@ -255,15 +255,15 @@ def ways_here(args):
 
 
 def worker_counts():
-    """Return the numbers of workers to try: none, powers of two, and as many as there are cores for this process."""
+    """Return the numbers of workers to try: 0, powers of two, and the number of cores for this process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return sorted({0, cores, *(2**power for power in range(cores.bit_length()))})
 
 
 def compare(args):
-    """Let all ways take turns, print the table, and return all figures."""
+    """Time all variants in turn, print the table, and return all results."""
     trials = {workers: in_own_process(args, "plain", workers)["step"] for workers in worker_counts()}
-    print("plain loop, ms a step with "
+    print("plain loop, ms per step with "
           + ", ".join(f"{count} workers: {1000 * step:.1f}" for count, step in trials.items()))
     best = min(trials, key=trials.get)
     plain = {f"plain, {workers} workers": workers for workers in sorted({0, best})}
@@ -273,7 +273,7 @@ def compare(args):
         timings = {way: in_own_process(args, way) for way in ways}
         timings |= {name: in_own_process(args, "plain", workers) for name, workers in plain.items()}
         rounds.append(timings)
-        print(f"round {number}, ms a step: "
+        print(f"round {number}, ms per step: "
               + ", ".join(f"{name} {1000 * timing['step']:.2f}" for name, timing in timings.items()))
     print_table(rounds, 938 if args.dataset == "mnist" else 24, args.steps)
     ratios = {f"{name} / {way}": [timings[name]["step"] / timings[way]["step"] for timings in rounds]
@@ -298,17 +298,17 @@ def print_table(rounds, steps, timed):
 def main():
     from training.commandline import number
 
-    parser = argparse.ArgumentParser(description="Time train.py's epoch against the plain loop's.")
-    parser.add_argument("--rounds", type=number(int, 1), default=3, help="rounds, each of all ways")
+    parser = argparse.ArgumentParser(description="Compare the time of train.py's epoch with that of a plain loop.")
+    parser.add_argument("--rounds", type=number(int, 1), default=3, help="number of rounds over all variants")
     parser.add_argument("--steps", type=number(int, 1, 937), default=200,
-                        help="steps that are timed, after as many to warm up")
-    parser.add_argument("--data_dir", default=str(PROJECT.parent / "data"), help="folder where MNIST is")
-    parser.add_argument("--json", type=Path, help="file to keep the figures in")
+                        help="timed steps, after as many warm-up steps")
+    parser.add_argument("--data_dir", default=str(PROJECT.parent / "data"), help="MNIST's folder")
+    parser.add_argument("--json", type=Path, help="save the results to this file")
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA")
-    parser.add_argument("--beside", action="store_true", help="time a step beside other work instead, on the CPU")
-    parser.add_argument("--profile", action="store_true", help="show where the time of a step goes instead")
+    parser.add_argument("--beside", action="store_true", help="instead, time steps next to other processes, on the CPU")
+    parser.add_argument("--profile", action="store_true", help="instead, show the slowest operations of a step")
     parser.add_argument("--own_spin", action="store_true", help=argparse.SUPPRESS)
-    for name in ("way", "workers", "dataset"):  # set by this script for the processes that it starts
+    for name in ("way", "workers", "dataset"):  # set by this script for its subprocesses
         parser.add_argument(f"--{name}", type=int if name == "workers" else str, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.way:
@@ -321,7 +321,7 @@ def main():
 
         load_mnist(args.data_dir)
     except MissingData as error:
-        print(f"timed on the bundled digits, not on MNIST: {error}")
+        print(f"using the bundled digits instead of MNIST: {error}")
         args.dataset, args.steps = "digits", min(args.steps, 23)
     if args.beside:
         args.no_cuda = True

@@ -1,1 +1,1 @@
-"""How good a model is:  python -m evaluation RUN"""
+"""The evaluation of trained models:  python -m evaluation RUN"""

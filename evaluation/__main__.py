@@ -1,12 +1,12 @@
-"""Measure how good a trained model is:  python -m evaluation RUN  (its folder, or a model_checkpoint.pt).
+"""Evaluate a trained model:  python -m evaluation RUN  (a run's folder, or a model_checkpoint.pt).
 
-It measures on the 10,000 test images of MNIST, or on the 299 held out of the bundled digits where the run was trained
-on those, prints a table, and writes <run>/evaluation/metrics.json and the pictures beside it; nothing else in the run
-changes. Of a model_checkpoint.pt without a run around it, the kind of model follows from the weights, MNIST is taken,
-and evaluation/ is made beside the file.
+Uses MNIST's 10,000 test images, or the 299 test images of the bundled digits for a run trained on those. Prints a table
+and writes metrics.json and pictures to <run>/evaluation/; nothing else in the run changes. For a model_checkpoint.pt
+outside a run, the architecture is inferred from the weights, the test images are MNIST's, and evaluation/ is created
+next to the file.
 """
 
-import training.threads  # noqa: F401 (before torch, which reads there what it sets)
+import training.threads  # noqa: F401 (before torch, which reads the variables that it sets)
 
 # isort: split
 
@@ -32,16 +32,16 @@ STAGES = ("reconstructions", "prior match", "samples", "log-likelihood", "digit 
 
 
 def main(args):
-    """Evaluate as the flags say; return what metrics.json has.
+    """Evaluate as the flags specify; return the content of metrics.json.
 
-    Raises UserError, mnist.DataError or OSError for what the user can mend.
+    Raises UserError, mnist.DataError or OSError for errors that the user can fix.
     """
     started = time.monotonic()
     folder, path, settings = find_run(args.run)
     weights, checksum = read_weights(path), hashlib.md5(path.read_bytes()).hexdigest()
     settings = settings or settings_from_weights(path, weights)
     model = load_model(path, weights, settings)
-    load_classifier()  # before all else: whether it is there should be known before a minute has passed
+    load_classifier()  # first, because a missing file should be reported before a minute of computing
     data = load_data(settings, args.data_dir)
     device = choose_device(args.no_cuda, mps=False)
     set_precision("fp32", device)
@@ -69,18 +69,18 @@ def main(args):
 
 def make_parser():
     """Return the parser of the command line."""
-    parser = OneLineParser(prog="python -m evaluation", description="Measure how good a trained model is.",
-                           allow_abbrev=False)
+    parser = OneLineParser("python -m evaluation", "Evaluate a trained model on test images.\n\nPrints a table, and "
+                           "writes metrics.json and pictures to the run's evaluation/.")
     parser.add_argument("run", metavar="RUN", help=f"folder of a run of train.py, or a {WEIGHTS}")
-    parser.add_argument("--data_dir",
-                        help="folder where MNIST is, or is downloaded to (default: the run's, or ../data/)")
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="random seed (default: 0)")
-    parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA where there is one")
+    parser.add_argument("--data_dir", metavar="DIR", help="MNIST's folder; the files are downloaded if missing "
+                                                          "(default: the run's, or ../data/)")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="random seed")
+    parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA, even if it is available")
     return parser
 
 
 def cli(argv=None):
-    """Run `main` from the command line and return the exit status; what the user can mend is said in one sentence."""
+    """Run `main` from the command line and return the exit status; errors that the user can fix take one sentence."""
     return run_program("python -m evaluation", main, make_parser().parse_args, argv,
                        "try --no-cuda, or end other programs")
 

@@ -1,15 +1,14 @@
-"""A small digit classifier, in whose features the evaluation compares digits:  python -m evaluation.classifier
+"""A small digit classifier, whose features the evaluation uses to compare images:  python -m evaluation.classifier
 
-Its weights are part of this repository: digit_classifier.pt, 0.6 MB in float16. Their accuracy is 99.66 % on MNIST's
-10,000 test images, and 90.4 % on the 1,797 bundled digits, which they were not trained on. Training them took 3 min
-46 s on two cores of an AMD EPYC (Zen 5) with torch 2.15.0.
+Its weights are part of this repository: digit_classifier.pt, 0.6 MB in float16. Its accuracy is 99.66 % on MNIST's
+10,000 test images, and 90.4 % on the 1,797 bundled digits, on which it was not trained. Training took 3 min 46 s on
+two cores of an AMD EPYC (Zen 5) with torch 2.15.0.
 """
 
-import training.threads  # noqa: F401 (before torch, which reads there what it sets)
+import training.threads  # noqa: F401 (before torch, which reads the variables that it sets)
 
 # isort: split
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -25,11 +24,11 @@ from training.commandline import OneLineParser, UserError, number, print_line, r
 from training.device import choose_device, keep_freed_memory, set_precision
 
 WEIGHTS = Path(__file__).resolve().parent / "digit_classifier.pt"
-BATCH = 250  # images that pass through a network at once where nothing is trained
+BATCH = 250  # images per forward pass outside training
 
 
 class DigitClassifier(nn.Module):
-    """Images [B, 1, 28, 28] in [-1, 1] to logits of the ten digits [B, 10]. `features` gives the last layer's input."""
+    """Maps images [B, 1, 28, 28] in [-1, 1] to digit logits [B, 10]; `features` returns the last layer's input."""
 
     def __init__(self):
         super().__init__()
@@ -47,30 +46,30 @@ class DigitClassifier(nn.Module):
 
 
 def convolution(channels_in, channels_out, padding=1):
-    """Return the layers of one 3x3 convolution, normalised over the batch."""
+    """Return the layers of a 3x3 convolution with batch normalisation and ReLU."""
     layer = nn.Conv2d(channels_in, channels_out, 3, padding=padding, bias=False)
     return layer, nn.BatchNorm2d(channels_out), nn.ReLU()
 
 
 def load_classifier(device="cpu"):
-    """Return the trained classifier in evaluation mode; raise UserError where its file is missing or damaged."""
+    """Return the trained classifier in evaluation mode; raise UserError if its file is missing or damaged."""
     classifier = DigitClassifier()
-    hint = (f"put it back, for example with: git checkout -- evaluation/{WEIGHTS.name}, or train it anew with: "
+    hint = (f"restore it, for example with: git checkout -- evaluation/{WEIGHTS.name}, or train it again with: "
             f"python -m evaluation.classifier")
     if not WEIGHTS.is_file():
         raise UserError(f"{WEIGHTS} is missing; {hint}")
     try:
         classifier.load_state_dict(load_checked(WEIGHTS))
     except (CheckpointError, RuntimeError, TypeError):
-        raise UserError(f"{WEIGHTS} is damaged, or of another version; {hint}") from None
+        raise UserError(f"{WEIGHTS} is damaged, or from another version; {hint}") from None
     return classifier.to(device).eval()
 
 
 @torch.no_grad()
 def features_and_probabilities(classifier, images):
-    """Return the features [N, 64], none below 0, and the probabilities of the digits [N, 10] of images in [-1, 1].
+    """Return the features [N, 64], all at least 0, and the digits' probabilities [N, 10] of images in [-1, 1].
 
-    The classifier has to be in evaluation mode, as the functions here return it.
+    The classifier must be in evaluation mode, in which the functions here return it.
     """
     device = classifier.last.weight.device
     features = torch.cat([classifier.features(batch.to(device)) for batch in images.split(BATCH)])
@@ -78,7 +77,7 @@ def features_and_probabilities(classifier, images):
 
 
 def accuracy(classifier, images, labels):
-    """Return the share of images in [0, 1] that the classifier gives their label."""
+    """Return the share of images, in [0, 1], that are classified correctly."""
     _, probabilities = features_and_probabilities(classifier, images)
     return (probabilities.argmax(1).cpu() == labels.cpu()).double().mean().item()
 
@@ -86,9 +85,9 @@ def accuracy(classifier, images, labels):
 # Training ------------------------------------------------------------------------------------------------------------
 
 def train_classifier(loader, epochs, seed=0, device="cpu"):
-    """Return a classifier trained for some epochs on the batches of a loader like mnist.mnist's, slightly distorted.
+    """Return a classifier trained on slightly distorted batches of a loader such as mnist.mnist's.
 
-    Adam with one cycle of learning rates up to 3e-3 (Smith and Topin, arXiv:1708.07120).
+    Uses Adam with a one-cycle learning rate of at most 3e-3 (Smith and Topin, arXiv:1708.07120).
     """
     torch.manual_seed(seed)
     classifier = DigitClassifier().to(device, memory_format=torch.channels_last)
@@ -108,14 +107,15 @@ def train_classifier(loader, epochs, seed=0, device="cpu"):
 
 
 def distorted(images):
-    """Return images [B, 1, 28, 28] in [-1, 1], each turned, sheared, scaled and shifted a little, at random.
+    """Return images [B, 1, 28, 28] in [-1, 1], each slightly rotated, sheared, scaled and shifted at random.
 
-    By up to 0.15 in each entry of the 2x2 matrix (0.15 rad, about 9 degrees, or 15 %) and 2 pixels in each direction.
+    Each entry of the 2x2 matrix changes by up to 0.15 (0.15 rad, about 9 degrees, or 15 %); the shift is at most 2
+    pixels in each direction.
     """
     matrix = torch.eye(2).repeat(len(images), 1, 1) + 0.15 * (2 * torch.rand(len(images), 2, 2) - 1)
-    shift = 2 / 14 * (2 * torch.rand(len(images), 2, 1) - 1)  # 14 pixels are a length of 1 for affine_grid
+    shift = 2 / 14 * (2 * torch.rand(len(images), 2, 1) - 1)  # affine_grid's unit is 14 pixels
     grid = F.affine_grid(torch.cat([matrix, shift], 2).to(images.device), images.shape, align_corners=False)
-    return F.grid_sample(images + 1, grid, align_corners=False) - 1  # what comes in from outside is 0, the background
+    return F.grid_sample(images + 1, grid, align_corners=False) - 1  # pads with 0, which is the background here
 
 
 def main(args):
@@ -126,29 +126,29 @@ def main(args):
     keep_freed_memory()
     test = mnist(args.data_dir, train=False).dataset.tensors
     classifier = train_classifier(mnist(args.data_dir, 128), args.epochs, args.seed, device)
-    classifier.half().float()  # rounds the weights to what is stored
+    classifier.half().float()  # rounds the weights to the stored precision
     print_line(f"accuracy on MNIST's test images: {accuracy(classifier, *test):.2%}")
     bundled = [torch.cat(parts) for parts in zip(load_digits(train=True), load_digits(train=False), strict=True)]
     print_line(f"accuracy on the bundled digits: {accuracy(classifier, *bundled):.2%}")
     weights = {name: tensor.cpu().contiguous() for name, tensor in classifier.half().state_dict().items()}
     write_atomically(WEIGHTS, serialize(weights))
-    print_line(f"its weights are in {WEIGHTS}")
+    print_line(f"weights saved in {WEIGHTS}")
 
 
 def make_parser():
     """Return the parser of the command line."""
-    parser = OneLineParser(prog="python -m evaluation.classifier", allow_abbrev=False,
-                           description="Train the digit classifier of the evaluation.",
-                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data_dir", default="../data/", help="folder where MNIST is, or is downloaded to")
-    parser.add_argument("--epochs", type=number(int, 1), default=12, help="passes through the training set")
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="random seed")
-    parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA where there is one")
+    parser = OneLineParser("python -m evaluation.classifier",
+                           f"Train the digit classifier that the evaluation uses, and replace {WEIGHTS.name}.")
+    parser.add_argument("--data_dir", default="../data/", metavar="DIR",
+                        help="MNIST's folder; the files are downloaded if missing")
+    parser.add_argument("--epochs", type=number(int, 1), default=12, metavar="N", help="passes over the training set")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="random seed")
+    parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA, even if it is available")
     return parser
 
 
 def cli(argv=None):
-    """Run `main` from the command line and return the exit status; what the user can mend is said in one sentence."""
+    """Run `main` from the command line and return the exit status; errors that the user can fix take one sentence."""
     return run_program("python -m evaluation.classifier", main, make_parser().parse_args, argv,
                        "try --no-cuda, or end other programs")
 

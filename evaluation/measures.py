@@ -1,4 +1,4 @@
-"""All that is measured of a trained model: reconstructions, codes against the prior, samples, log-likelihood."""
+"""The measures of a trained model: reconstructions, match of the prior, samples, log-likelihood."""
 
 import torch
 
@@ -8,23 +8,23 @@ from evaluation.monitoring import reconstruct
 from runs.random_state import evaluation_mode
 from training.commandline import UserError
 
-BATCH = 250            # samples drawn at once
-SAMPLES = 10_000       # drawn for the log-likelihood and for the classifier
-SIGMA_IMAGES = 1_000   # the last ones of the training set, to choose the Parzen window's sigma on
-SEEN_IMAGES = 10_000   # of the other training images, to compare with: what a model does with images it was trained on
-CONFIDENCE = 0.95      # of the classifier: the share of images that reach it is reported
+BATCH = 250            # samples per forward pass
+SAMPLES = 10_000       # drawn for the log-likelihood and the classifier
+SIGMA_IMAGES = 1_000   # the last training images, on which the Parzen window's sigma is chosen
+SEEN_IMAGES = 10_000   # of the other training images, as a comparison: images that the model has seen
+CONFIDENCE = 0.95      # of the classifier; the share of images that reach it is reported
 
 
 def evaluate(model, train_images, test_images, test_labels, seed=0, progress=lambda stage: None):
-    """Return all that is measured of a model, as a dict of dicts of numbers that json can write.
+    """Return all measures of a model, as nested dicts of numbers that json can write.
 
     Args:
-        model: see models.AdversarialAE. Its modes and random streams are put back after.
+        model: see models.AdversarialAE. Its modes and all random states are restored.
         train_images, test_images: [N, 1, 28, 28] in [-1, 1].
-        test_labels: [N], of the digits 0 to 9.
-        seed: of all random numbers.
-        progress: called with the name of each stage as it begins.
-    Raises UserError where the model gives NaN, or samples that no Parzen window fits.
+        test_labels: [N], digits from 0 to 9.
+        seed: random seed.
+        progress: called with the name of each stage when it begins.
+    Raises UserError if the model returns NaN, or samples that no Parzen window fits.
     """
     with evaluation_mode(model):
         torch.manual_seed(seed)
@@ -34,8 +34,8 @@ def evaluate(model, train_images, test_images, test_labels, seed=0, progress=lam
         reconstructions, codes = reconstruct(model, test_images)
         seen_reconstructions, seen_codes = reconstruct(model, seen)
         if not (codes.isfinite().all() and reconstructions.isfinite().all()):
-            raise UserError("the model's codes or reconstructions are NaN or infinite: its training has diverged; name "
-                            "another run")
+            raise UserError("the model's codes or reconstructions are NaN or infinite: its training has diverged; "
+                            "evaluate another run")
         reconstruction = reconstruction_errors(reconstructions, test_images, test_labels)
         progress("prior match")
         match = prior_match({"codes": codes, "training_codes": seen_codes}, seed)
@@ -53,10 +53,10 @@ def evaluate(model, train_images, test_images, test_labels, seed=0, progress=lam
 
 
 def split_training_images(images):
-    """Return SEEN_IMAGES of the training images, or fewer, in even steps from the first, and the SIGMA_IMAGES last.
+    """Return SEEN_IMAGES evenly spaced training images, or fewer if there are not enough, and the last SIGMA_IMAGES.
 
-    In MNIST the former are every fifth of 50,000: neither 10,000 in a row nor every second one are like the rest, as
-    docs/ABLATION.md shows.
+    Of MNIST, the former are every fifth of 50,000 images. Neither 10,000 in a row nor every second one would represent
+    the rest, see docs/ABLATION.md.
     """
     last = min(SIGMA_IMAGES, len(images) // 2)
     rest = images[:-last]
@@ -64,24 +64,24 @@ def split_training_images(images):
 
 
 def draw_samples(model, count, seed):
-    """Return `count` samples of a model, the same ones for the same seed."""
-    torch.manual_seed(seed)  # for a model that draws from torch's stream; ours has its own
+    """Return `count` samples of a model; equal seeds give equal samples."""
+    torch.manual_seed(seed)  # for models that sample from torch's global generator; ours has its own
     if hasattr(model, "sample_stream"):
         model.sample_stream.manual_seed(seed)
     return torch.cat([model.sample(min(BATCH, count - done)) for done in range(0, count, BATCH)])
 
 
 def reconstruction_errors(reconstructions, images, labels):
-    """Return the mean squared error over images and pixels in [-1, 1], of all images and of those of each label."""
+    """Return the mean squared error over images and pixels (in [-1, 1]), for all images and for each label."""
     errors = (reconstructions - images).square().flatten(1).mean(1).double().cpu()
     per_label = {str(label): errors[labels.cpu() == label].mean().item() for label in labels.unique().tolist()}
     return {"mse": errors.mean().item(), "mse_per_label": per_label}
 
 
 def prior_match(sets, seed):
-    """Return how far sets of codes [N, z_dim] are from the prior, by the name of each.
+    """Return how far each named set of codes [N, z_dim] is from the prior.
 
-    prior_draws are prior samples, as many as the first set has codes: what a perfect match would give.
+    prior_draws are prior samples, as many as the first set has codes: the result of a perfect match.
     """
     first = next(iter(sets.values()))
     generator = torch.Generator().manual_seed((seed + 1) % 2**63)  # not the seed of the directions in ks_distance
@@ -92,23 +92,23 @@ def prior_match(sets, seed):
 
 
 def log_likelihood(samples, held_out, images):
-    """Return the Parzen log-likelihood in nats of images with the sigma that is best for `held_out`, all in [-1, 1]."""
+    """Return the Parzen log-likelihood of images in nats, with the best sigma for `held_out`; all are in [-1, 1]."""
     samples, held_out, images = ((part + 1) / 2 for part in (samples, held_out, images))
     try:
         sigma = choose_sigma(samples, held_out)
     except ValueError as error:
-        raise UserError(f"no log-likelihood can be had of such samples ({error}): the model is not trained, or has "
-                        f"diverged; name another run") from None
+        raise UserError(f"the samples have no Parzen log-likelihood ({error}): the model is untrained or has "
+                        f"diverged; evaluate another run") from None
     values = parzen_log_likelihood(samples, images, sigma)
     return {"mean": values.mean().item(), "standard_error": values.std().item() / len(values)**0.5, "sigma": sigma,
             "samples": len(samples), "sigma_images": len(held_out)}
 
 
 def classifier_quality(sets):
-    """Return how sets of images, a dict with one named test_images, look to the digit classifier.
+    """Return the digit classifier's measures of named sets of images, one of them named test_images.
 
-    That is the squared Frechet distance of each set's features to those of the test images, the share of each label
-    among them, and the share of images on which the classifier's confidence is at least CONFIDENCE.
+    They are the squared Frechet distance of each set's features to those of the test images, the share of each
+    predicted label, and the share of images that are classified with a confidence of at least CONFIDENCE.
     """
     classifier = load_classifier(sets["test_images"].device)
     results = {name: features_and_probabilities(classifier, images) for name, images in sets.items()}
@@ -119,5 +119,5 @@ def classifier_quality(sets):
         quality[name] = {"images": len(features), "frechet_to_test_images": frechet(features, test_features),
                          "sure": (probabilities.amax(1) >= CONFIDENCE).double().mean().item(),
                          "labels": {str(label): share for label, share in enumerate(shares.tolist())}}
-    del quality["test_images"]["frechet_to_test_images"]  # of a set to itself
+    del quality["test_images"]["frechet_to_test_images"]  # a set's distance to itself
     return quality

@@ -1,14 +1,14 @@
-"""How far samples, codes and features are from what they should be: functions of tensors, on any device with float64.
+"""Distances of samples, codes and features from their targets: functions of tensors, on any device with float64.
 
-All of them are estimates from finitely many samples, so that even a perfect model does not get 0: compare with the same
-number for as many samples from the true distribution, as python -m evaluation does.
+All of them are estimates from finitely many samples, so even a perfect model does not reach 0. Compare with the value
+for as many samples from the true distribution, as python -m evaluation does.
 """
 
 import math
 
 import torch
 
-CHUNK = 250  # rows of a distance matrix that are in memory at once: 20 MB of float64 against 10,000 columns
+CHUNK = 250  # rows of a distance matrix in memory at once: 20 MB of float64 with 10,000 columns
 
 
 # Codes against the prior N(0, I) -------------------------------------------------------------------------------------
@@ -16,9 +16,9 @@ CHUNK = 250  # rows of a distance matrix that are in memory at once: 20 MB of fl
 def ks_distance(codes, projections=200, seed=0):
     """Return the mean Kolmogorov-Smirnov distance in [0, 1] between projections of codes [N, z_dim] and N(0, 1).
 
-    Each projection is onto a direction drawn uniformly from the unit sphere, the same ones for the same seed. The
-    distance is the largest difference between the projected codes' distribution function and the normal one. For N
-    prior samples it is 0.869 / sqrt(N) on average, the mean of Kolmogorov's distribution.
+    Each projection is onto a direction drawn uniformly from the unit sphere; equal seeds give equal directions. The
+    distance is the largest difference between the distribution function of the projected codes and the normal one. Its
+    mean for N prior samples is 0.869 / sqrt(N), the mean of Kolmogorov's distribution.
     """
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(codes.shape[1], projections, generator=generator, dtype=torch.float64)
@@ -48,8 +48,8 @@ def frechet(features_a, features_b):
     """Return the squared Frechet distance between Gaussians fitted to features [N, d] and [M, d].
 
     |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Dowson and Landau 1982; Heusel et al. 2017, arXiv:1706.08500,
-    equation 6). The trace of (S1 S2)^(1/2) is the sum of the singular values of S1^(1/2) S2^(1/2), which needs no root
-    of a matrix that is not symmetric and is exact for singular covariances too.
+    equation 6). The trace of (S1 S2)^(1/2) is the sum of the singular values of S1^(1/2) S2^(1/2), which needs no
+    root of a non-symmetric matrix and is exact for singular covariances too.
     """
     (mean_a, covariance_a), (mean_b, covariance_b) = moments(features_a), moments(features_b)
     overlap = torch.linalg.svdvals(symmetric_root(covariance_a) @ symmetric_root(covariance_b)).sum()
@@ -64,7 +64,7 @@ def moments(values):
 
 
 def symmetric_root(matrix):
-    """Return the square root of a symmetric matrix [d, d] whose eigenvalues are at least 0, but for rounding."""
+    """Return the square root of a symmetric matrix [d, d] whose eigenvalues, except for rounding, are at least 0."""
     values, vectors = torch.linalg.eigh(matrix)
     return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
@@ -85,9 +85,9 @@ def parzen_log_likelihood(samples, images, sigma):
 def choose_sigma(samples, images, low=0.01, high=10.0):
     """Return the sigma in (low, high) with the largest mean Parzen log-likelihood of images [N, ...] in [0, 1].
 
-    Each of three grids of 16 sigmas lies between the neighbours of the best one in the grid before; the last one's
-    steps are below 1 %. Half such a step from the optimum costs about 784 * 0.005^2 = 0.02 nats of an image's 784
-    pixels. The distances, N * M float32, are computed once. Raises ValueError where the optimum is not inside a grid.
+    Searches three grids of 16 sigmas, each between the neighbours of the best sigma of the previous grid. The last
+    grid's steps are below 1 %; half a step from the optimum costs an image of 784 pixels about 784 * 0.005^2 = 0.02
+    nats. The distances, N * M float32, are computed once. Raises ValueError if the optimum is at the edge of a grid.
     """
     samples, images = centered(samples, images)
     distances = [squared_distances(part, samples) for part in images.split(CHUNK)]
@@ -109,7 +109,7 @@ def log_density(distances, sigma, pixels):
 
 
 def centered(samples, images):
-    """Return samples [M, d] and images [N, d] less the samples' mean: smaller numbers, so smaller rounding errors."""
+    """Return samples [M, d] and images [N, d] minus the samples' mean, which reduces rounding errors."""
     samples, images = samples.flatten(1), images.flatten(1)
     mean = samples.mean(0)
     return samples - mean, images - mean

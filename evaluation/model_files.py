@@ -1,4 +1,4 @@
-"""The model of a run, or of a file of weights alone, and the data that it was trained on."""
+"""Loading of a model, from a run or from its weights alone, and of the data that it was trained on."""
 
 import contextlib
 import itertools
@@ -14,23 +14,23 @@ from training.commandline import UserError
 from training.optimizers import build_model
 
 DEFAULTS = {"posterior": "deterministic", "networks": "base", "trained_on": "mnist",
-            "data_dir": "../data/"}  # what older runs and weights alone do not say
+            "data_dir": "../data/"}  # for what older runs and weights alone do not record
 
 
 def find_run(path):
-    """Return the folder for evaluation/, the file of the weights, and the run's settings, None without a run."""
+    """Return the folder for evaluation/, the file of the weights, and the run's settings (None without a run)."""
     path = Path(path)
     if path.is_dir():
         weights = path / "checkpoints" / WEIGHTS
         if not (path / "hparams.json").is_file():
-            raise UserError(f"{path} is no run's folder, for it has no hparams.json; name a folder that train.py made, "
-                            f"or a {WEIGHTS}")
+            raise UserError(f"{path} is not a run's folder, because it has no hparams.json; name a folder that "
+                            f"train.py created, or a {WEIGHTS}")
         if not weights.is_file():
-            raise UserError(f"{path} has no checkpoints/{WEIGHTS} yet; train.py writes it at a run's beginning, so "
+            raise UserError(f"{path} has no checkpoints/{WEIGHTS} yet; train.py writes it at the start of a run, so "
                             f"name another run")
         return path, weights, read_settings(path / "hparams.json")
     if not path.is_file():
-        raise UserError(f"{path} is not there; name a run's folder, or a {WEIGHTS}")
+        raise UserError(f"{path} does not exist; name a run's folder, or a {WEIGHTS}")
     run = path.absolute().parent.parent
     if path.absolute().parent.name == "checkpoints" and (run / "hparams.json").is_file():
         return run, path, read_settings(run / "hparams.json")
@@ -38,7 +38,7 @@ def find_run(path):
 
 
 def read_settings(path):
-    """Return the settings in a run's hparams.json that matter here; raise UserError where they make no sense."""
+    """Return the settings in a run's hparams.json; raise UserError if those used here are invalid."""
     try:
         settings = json.loads(path.read_bytes())
         settings = {**DEFAULTS, **settings}
@@ -46,27 +46,27 @@ def read_settings(path):
                  and settings["networks"] in NETWORKS and settings["trained_on"] in ("mnist", "digits")
                  and isinstance(settings["data_dir"], str))
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}; check the file and its permissions") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         whole = False
     if not whole:
         raise UserError(f"{path} is damaged, or not from train.py; copy the run's checkpoints/{WEIGHTS} to another "
-                        f"folder and name the copy, whose settings follow from the weights")
+                        f"folder and name the copy, so that the settings are inferred from the weights")
     return settings
 
 
 def read_weights(path):
-    """Return the state_dict in a file, on the CPU; raise UserError if it is none, or has NaN in it."""
+    """Return the state_dict in a file, on the CPU; raise UserError if it is not one, or contains NaN."""
     weights = load_checked(path)
     if not isinstance(weights, dict) or not all(torch.is_tensor(tensor) for tensor in weights.values()):
-        raise UserError(f"{path} holds something else than a model's weights; name a {WEIGHTS}")
+        raise UserError(f"{path} does not contain a model's weights; name a {WEIGHTS}")
     if not all(tensor.isfinite().all() for tensor in weights.values()):
-        raise UserError(f"{path} has weights that are NaN or infinite: its training has diverged; name another run")
+        raise UserError(f"{path} has weights that are NaN or infinite: its training has diverged; evaluate another run")
     return weights
 
 
 def settings_from_weights(path, weights):
-    """Return the settings of a model without a run: its kind by the shapes of its weights, and MNIST."""
+    """Return the settings of a model without a run: inferred from its weights' shapes; the data set is MNIST."""
     shapes = {name: tensor.shape for name, tensor in weights.items()}
     for posterior, networks in itertools.product(ENCODERS, NETWORKS):
         with contextlib.suppress(KeyError, IndexError):
@@ -76,23 +76,23 @@ def settings_from_weights(path, weights):
                 model = build_model(settings["z_dim"], posterior, networks)
             if shapes == {name: tensor.shape for name, tensor in model.state_dict().items()}:
                 return settings
-    raise UserError(f"{path} has the weights of another model than models.AdversarialAE; name a {WEIGHTS} of train.py")
+    raise UserError(f"{path} has weights of another model than models.AdversarialAE; name a {WEIGHTS} of train.py")
 
 
 def load_model(path, weights, settings):
-    """Return the model that a run's settings and weights make; raise UserError where the two do not fit."""
+    """Return the model with a run's settings and weights; raise UserError if the weights do not fit the settings."""
     model = build_model(settings["z_dim"], settings["posterior"], settings["networks"])
     try:
         model.load_state_dict(weights)
     except RuntimeError:
         raise UserError(f"{path} does not fit a models.AdversarialAE with z_dim {settings['z_dim']}, "
-                        f"{settings['posterior']} encoder and {settings['networks']} networks: hparams.json is another "
-                        f"run's, or models.py has changed since; name another run") from None
+                        f"{settings['posterior']} encoder and {settings['networks']} networks: hparams.json is from "
+                        f"another run, or models.py has changed since; evaluate another run") from None
     return model
 
 
 def load_data(settings, data_dir=None):
-    """Return the training images, test images and test labels of what a run was trained on."""
+    """Return the training images, test images and test labels of the data set of a run."""
     if settings["trained_on"] == "digits":
         return load_digits(train=True)[0], *load_digits(train=False)
     root = data_dir or settings["data_dir"]

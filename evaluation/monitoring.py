@@ -1,4 +1,4 @@
-"""What is measured of a model while it trains, and shown in TensorBoard."""
+"""Measurements of a model during training, written to TensorBoard."""
 
 import torch
 from torch.utils.tensorboard.summary import hparams
@@ -11,7 +11,7 @@ from training.options import HYPERPARAMETERS
 def reconstruct(model, images):
     """Return reconstructions [N, 1, 28, 28] and codes [N, z_dim] of images, batch by batch.
 
-    The caller has to see to `evaluation_mode`.
+    Call it within `evaluation_mode`.
     """
     reconstructions, codes = zip(*(model(batch) for batch in images.split(500)), strict=True)
     return torch.cat(reconstructions), torch.cat(codes)
@@ -27,25 +27,25 @@ def measure(model, images):
 
 
 def save_measurements(model, epoch, summary_writer, images):
-    """Write what `measure` finds to TensorBoard, as curves (`test/`) and a histogram of each dimension (`codes/`).
+    """Write measurements on images to TensorBoard: curves (`test/`), and a histogram of each dimension (`codes/`).
 
-    Without `images`, which are None where there are no test files, do nothing.
+    Does nothing if `images` is None, which means that the test set is not available.
     """
     if images is None:
         return
     codes, values = measure(model, images)
     for name, value in values.items():
         summary_writer.add_scalar(f"test/{name}", value, epoch)
-    if epoch and codes.abs().max() < 1e20:  # before training all are one spike, beside which later ones look flat
+    if epoch and codes.abs().max() < 1e20:  # at epoch 0 all are one spike, next to which later histograms look flat
         for dimension, column in enumerate(codes.T):
             summary_writer.add_histogram(f"codes/{dimension}", column, epoch)  # fails for NaN and above 1e20
 
 
 def save_summary(model, epoch, summary_writer, data, settings, means):
-    """Write the end of a run to TensorBoard: 1,000 test codes for the projector, and its settings with their results.
+    """Write a finished run to TensorBoard: 1,000 test codes for the projector, and its settings with the final results.
 
-    `data` is a training.data.Data. `settings` and `means`, the last epoch's, are dicts; the results are curves of one
-    point each (`final/`): those of the training, and those of the test images where there are any.
+    `data` is a training.data.Data. `settings` and `means`, those of the last epoch, are dicts. Each result is a curve
+    of one point (`final/`): the training losses, and the measurements on test images if these are available.
     """
     results = {f"final/{name}": means[name] for name in ("recon_loss", "accuracy") if name in means}
     if data.test_images is not None:
@@ -54,7 +54,7 @@ def save_summary(model, epoch, summary_writer, data, settings, means):
                                      (data.test_images[:1000].cpu() + 1) / 2, epoch, "codes")
         results |= {f"final/test_{name}": value for name, value in values.items()}
     hyperparameters = {name: settings[name] for name in HYPERPARAMETERS}
-    for summary in hparams(hyperparameters, results):  # SummaryWriter.add_hparams would make a second run of them
+    for summary in hparams(hyperparameters, results):  # SummaryWriter.add_hparams would create a second run
         summary_writer.file_writer.add_summary(summary)
     for name, value in results.items():
         summary_writer.add_scalar(name, value, epoch)

@@ -1,4 +1,4 @@
-"""Pictures of a trained model: samples, reconstructions, interpolations, and in two dimensions the latent space."""
+"""Pictures of a trained model: samples, reconstructions, interpolations, and a two-dimensional latent space."""
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ COLORS = ("#1f5fbf", "#f28e1c", "#2f9e44", "#d62f2f", "#8250c4", "#8a5a3c", "#e8
 
 
 def draw_pictures(model, train_images, test_images, test_labels, seed=0):
-    """Return the pictures of a model, a dict of file names to PIL images."""
+    """Return the pictures of a model as a dict of file names to PIL images."""
     with evaluation_mode(model):
         torch.manual_seed(seed)
         samples = draw_samples(model, 64, seed)
@@ -31,7 +31,7 @@ def draw_pictures(model, train_images, test_images, test_labels, seed=0):
 
 
 def grid(images, columns):
-    """Return images [N, 1, 28, 28] in [-1, 1] as one picture, each at twice its size."""
+    """Return images [N, 1, 28, 28] in [-1, 1] as one picture, enlarged by a factor of two."""
     picture = to_pil_image(image_grid(images, columns))
     return picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST)
 
@@ -45,7 +45,7 @@ def nearest(samples, train_images):
 
 
 def draw_reconstructions(model, images, labels, rows=4):
-    """Return a picture with a column for each label: `rows` times an image over its reconstruction."""
+    """Return a picture with a column per label: `rows` images, each above its reconstruction."""
     chosen = torch.stack([first_of(labels, label, rows) for label in labels.unique()], 1)
     lines = []
     for row in chosen:
@@ -55,13 +55,13 @@ def draw_reconstructions(model, images, labels, rows=4):
 
 
 def first_of(labels, label, count):
-    """Return the indices [count] of the first images with a label; with fewer ones, the last is repeated."""
+    """Return the indices [count] of the first images with a label; if there are too few, repeat the last."""
     indices = (labels == label).nonzero()[:count, 0]
     return torch.cat([indices, indices[-1:].expand(count - len(indices))])
 
 
 def draw_interpolations(model, images, labels, steps=10):
-    """Return a picture with a row for each label: an image of it, `steps` decoded codes, an image of the next label."""
+    """Return a picture with a row per label: one of its images, `steps` decoded codes, an image of the next label."""
     starts = torch.cat([first_of(labels, label, 1) for label in labels.unique()])
     images = images[starts].to(model.device)
     codes = model(images)[1]
@@ -74,9 +74,9 @@ def draw_interpolations(model, images, labels, steps=10):
 
 
 def interpolate(start, end, fractions):
-    """Return codes [N, z_dim] at fractions [N] of the way from one code [z_dim] to another along the sphere.
+    """Return codes [N, z_dim] at fractions [N] of the way from one code [z_dim] to another (spherical interpolation).
 
-    The direction turns at constant speed (Shoemake 1985, "Animating rotation with quaternion curves") and the norm
+    The direction rotates at constant speed (Shoemake 1985, "Animating rotation with quaternion curves"), and the norm
     changes at constant speed. Samples of N(0, I) have norms near sqrt(z_dim); a straight line between two of them
     passes through norms that are rare.
     """
@@ -84,7 +84,7 @@ def interpolate(start, end, fractions):
     norms = start.norm(), end.norm()
     directions = F.normalize(start, dim=0), F.normalize(end, dim=0)
     angle = (directions[0] @ directions[1]).clamp(-1, 1).acos()
-    if angle.sin() < 1e-3:  # the same direction, or opposite ones, between which there is no one way
+    if angle.sin() < 1e-3:  # equal or opposite directions, for which the path is not unique
         return torch.lerp(start, end, fractions)
     shares = ((1 - fractions) * angle).sin(), (fractions * angle).sin()
     direction = (shares[0] * directions[0] + shares[1] * directions[1]) / angle.sin()
@@ -92,9 +92,9 @@ def interpolate(start, end, fractions):
 
 
 def draw_manifold(model, side=20):
-    """Return the decoded codes of a model of 2 dimensions, at the prior's quantiles (i + 1/2) / side in each.
+    """Return a picture of codes decoded by a 2-dimensional model, at the prior's quantiles (i + 1/2) / side.
 
-    The first dimension grows to the right and the second upwards, as in codes.png.
+    The first dimension increases to the right and the second upwards, as in codes.png.
     """
     quantiles = torch.special.ndtri((torch.arange(side) + 0.5) / side)
     second, first = torch.meshgrid(quantiles.flip(0), quantiles, indexing="ij")
@@ -103,9 +103,9 @@ def draw_manifold(model, side=20):
 
 
 def draw_codes(codes, labels, size=800, scale=2):
-    """Return a picture of codes [N, 2] coloured by their labels [N], with the prior's standard deviations as circles.
+    """Return a picture of codes [N, 2], coloured by label [N], with circles at the prior's standard deviations.
 
-    It is drawn `scale` times as large, then reduced, for smooth edges.
+    It is drawn `scale` times as large and then reduced, for smooth edges.
     """
     reach = max(4.0, 1.05 * codes.abs().max().item())
     pixels = size * scale

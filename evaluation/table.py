@@ -1,10 +1,10 @@
-"""What was measured, as a table for people."""
+"""The metrics as a table."""
 
 from evaluation.measures import CONFIDENCE
 
 
 def describe(metrics):
-    """Return what was measured as a table for people."""
+    """Format the metrics as a table."""
     match, likelihood, quality = metrics["prior_match"], metrics["log_likelihood"], metrics["digit_classifier"]
     code_sets = [match[name] for name in ("codes", "training_codes", "prior_draws")]
     windows = [likelihood, likelihood["training_reconstructions"], likelihood["training_images"]]
@@ -49,5 +49,5 @@ def span(values):
 
 
 def shares(images):
-    """Return the share of each label in a set of images as cells of a row."""
+    """Format the share of each label in a set of images as a row's cells."""
     return "".join(f"{images['labels'][str(label)]:>8.1%}" for label in range(10))

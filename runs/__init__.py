@@ -1,1 +1,1 @@
-"""The folder of a run and its life: made, locked, stopped, checkpointed, resumed."""
+"""A run's folder and life cycle: created, locked, checkpointed, stopped, resumed."""

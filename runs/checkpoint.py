@@ -1,7 +1,7 @@
-"""What a resume needs, in one file: <run>/checkpoints/training_state.pt.
+"""The training state, everything that a resume needs, in one file: <run>/checkpoints/training_state.pt.
 
-It is written whole or not at all, and the one before it stays as training_state.previous.pt. Beside it lies
-model_checkpoint.pt, the averaged weights alone, for everybody else.
+It is written atomically, and the previous one is kept as training_state.previous.pt. model_checkpoint.pt, in the same
+folder, has only the averaged weights, for other uses.
 """
 
 import io
@@ -18,7 +18,7 @@ from runs.files import sync, write_atomically
 from training.commandline import UserError
 
 FORMAT = "adversarial autoencoder, training state 2"
-OLD_FORMAT = "adversarial autoencoder, training state 1"  # without the average of the weights
+OLD_FORMAT = "adversarial autoencoder, training state 1"  # without averaged weights
 CURRENT, PREVIOUS, WEIGHTS = "training_state.pt", "training_state.previous.pt", "model_checkpoint.pt"
 PICTURES = {"results/Prior_samples": "samples_epoch_{}.png", "results/Reconstruction": "reconstruction_{}.png"}
 PROJECTOR_FILES = ("tensors.tsv", "metadata.tsv", "sprite.png")  # SummaryWriter.add_embedding's, in <step>/codes/
@@ -26,13 +26,13 @@ EVENT_FILE = re.compile(r"events\.out\.tfevents\.\d+\..+\.\d+\.\d+")  # of Summa
 
 
 class CheckpointError(UserError):
-    """A checkpoint or run that cannot be resumed or read."""
+    """A checkpoint that cannot be read, or a run that cannot be resumed."""
 
 
 def save_state(run, state, weights, keep=True):
-    """Write a dict of tensors, numbers, strings, lists and dicts as the run's training state, and beside it `weights`.
+    """Save the training state, a dict of tensors, numbers, strings, lists and dicts, and the averaged `weights`.
 
-    The state before it becomes the previous one if `keep`, else it is replaced.
+    If `keep`, the current state becomes the previous one; otherwise it is overwritten.
     """
     folder = Path(run) / "checkpoints"
     state = {"format": FORMAT, "events": sync_event_files(run), "saved": time.time(), **state}
@@ -41,9 +41,9 @@ def save_state(run, state, weights, keep=True):
 
 
 def load_state(resume):
-    """Return the training state for what --resume names, with its own path as `path`.
+    """Return the training state at `resume`, a run's folder or a file, with the file's path under "path".
 
-    Raises CheckpointError where it is damaged or something else.
+    Raises CheckpointError if it is damaged or not a training state.
     """
     if Path(resume).is_file():
         return read_state(resume)
@@ -55,53 +55,53 @@ def load_state(resume):
     except CheckpointError as error:
         with suppress(CheckpointError):
             read_state(previous)
-            error = CheckpointError(f"{error}; the one before it is whole: --resume {previous}")
+            error = CheckpointError(f"{error}; resume the previous one, which is intact: --resume {previous}")
         raise error from None
 
 
 def read_state(path):
-    """Return the training state in a file; raise CheckpointError if it is damaged or no training state."""
+    """Return the training state in a file; raise CheckpointError if it is damaged or not a training state."""
     state = load_checked(path)
     if isinstance(state, dict) and state.get("format") == OLD_FORMAT:
-        raise CheckpointError(f"{path} is of an older version of the program, which did not average the weights; "
-                              f"python -m evaluation takes the run, but it cannot be resumed: begin a new one")
+        raise CheckpointError(f"{path} is from an older version of the program, without averaged weights, and cannot "
+                              f"be resumed; start a new run (python -m evaluation still accepts this one)")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is no training state of this version of the program; {CURRENT} is one, "
-                              f"{WEIGHTS} is not")
+        raise CheckpointError(f"{path} is not a training state of this version of the program; name a {CURRENT}, not "
+                              f"a {WEIGHTS}")
     return {**state, "path": str(path)}
 
 
 def load_checked(path):
     """Return what torch.save wrote into a file, on the CPU; raise CheckpointError if it is missing or damaged."""
     if not Path(path).is_file():
-        raise CheckpointError(f"{path} is missing, or no file")
+        raise CheckpointError(f"{path} is missing, or not a file")
     try:
         content = Path(path).read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:  # what torch.save writes; torch.load checks no sums
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:  # the format of torch.save; torch.load ignores checksums
             damaged = archive.testzip()
         if not damaged:
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception:  # the two readers raise a dozen kinds for what is no archive of theirs
+    except Exception:  # both readers raise many kinds of errors for invalid files
         damaged = True
-    raise CheckpointError(f"{path} is damaged, or no checkpoint")
+    raise CheckpointError(f"{path} is damaged, or not a checkpoint")
 
 
 def serialize(value):
-    """Return what torch.save writes of a value, as bytes."""
+    """Return what torch.save writes for a value, as bytes."""
     content = io.BytesIO()
     torch.save(value, content)
     return content.getvalue()
 
 
-# What the program itself has written into a run's folder, known by its full name --------------------------------------
+# Files that the program has written to a run's folder, identified by their full names ---------------------------------
 
 def rewind(run, state):
-    """Take a run back to where it was when a training state was saved: remove what it logged and wrote since then.
+    """Rewind a run to the moment when a training state was saved: remove everything it has written since then.
 
-    Nothing else in the folder is touched.
+    Other files in the folder are not touched.
     """
     run = Path(run)
     current = run / "checkpoints" / CURRENT
@@ -117,7 +117,7 @@ def rewind(run, state):
 
 
 def remove_unstarted(run):
-    """Remove the folder of a new run that ended before its first checkpoint, if nobody else has put anything there."""
+    """Remove the folder of a new run that ended before its first checkpoint, unless it contains other files."""
     run = Path(run)
     remove_files([*temporary_files(run), *pictures_after(run, -1), *event_files(run)])
     remove_files([run / "hparams.json", run / ".lock"])
@@ -126,13 +126,13 @@ def remove_unstarted(run):
 
 
 def temporary_files(run):
-    """Return where `write_atomically` may have left a part of a file, when the run was killed."""
+    """Return the temporary files that `write_atomically` may have left behind when the run was killed."""
     files = [run / "hparams.json", *(run / "checkpoints" / name for name in (CURRENT, WEIGHTS))]
     return [*(file.with_name(file.name + ".tmp") for file in files), *pictures_after(run, -1, ".tmp")]
 
 
 def pictures_after(run, epoch, ending=""):
-    """Return the files of the run's pictures of epochs after this one."""
+    """Return the files of the run's pictures of later epochs."""
     files = []
     for folder, name in PICTURES.items():
         for file in (run / folder).glob(name.format("*") + ending):
@@ -163,12 +163,12 @@ def remove_files(files):
 
 
 def remove_if_empty(folder):
-    with suppress(OSError):  # it is not empty, or not there
+    with suppress(OSError):  # it is not empty, or does not exist
         folder.rmdir()
 
 
 def sync_event_files(run):
-    """Wait until the run's event files, as far as they are written, are on the disk; return their sizes in bytes."""
+    """Force the run's event files to disk and return their sizes in bytes."""
     files = event_files(run)
     for file in files:
         sync(file)

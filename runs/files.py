@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all, and images as files."""
+"""Atomic writing of files, and images as files."""
 
 import io
 import os
@@ -9,10 +9,10 @@ from torchvision.utils import make_grid
 
 
 def write_atomically(path, content, keep=None):
-    """Write bytes to a file so that whoever looks finds either all of them or what was there before.
+    """Write bytes to a file atomically: at any time, it has either all of them or its previous content.
 
-    What was there before is kept as the file `keep`, if that is given. The file's folder is made where it is missing,
-    but not the one around it: a run's folder that somebody removed does not come back with a part of its files.
+    The previous content is kept as the file `keep`, if given. The file's folder is created if it is missing, but not
+    the folder's parent: a run's folder that somebody has removed does not come back incomplete.
     Raises OSError with the path as its `filename`.
     """
     path = Path(path)
@@ -30,12 +30,12 @@ def write_atomically(path, content, keep=None):
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        with suppress(OSError):  # it is there only where something failed
+        with suppress(OSError):  # exists only if something failed
             temporary.unlink()
 
 
 def sync(path):
-    """Wait until a file, or the names in a folder, are on the disk; Windows cannot do that for folders."""
+    """Force a file, or the names in a folder, to disk (fsync). Does nothing on Windows, which cannot sync folders."""
     if os.name != "nt":
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -52,6 +52,6 @@ def png_bytes(picture):
 
 
 def image_grid(images, columns):
-    """Return images [N, 1, 28, 28] in [-1, 1] as one, with `columns` in a row, uint8 [3, height, width], on the CPU."""
+    """Return images [N, 1, 28, 28] in [-1, 1] as one picture with `columns` per row, uint8 [3, H, W], on the CPU."""
     grid = make_grid(images.float().cpu(), nrow=columns, normalize=True, value_range=(-1, 1))
     return (255 * grid).round().byte()

@@ -1,4 +1,4 @@
-"""The folder of a run: where it is, who uses it, and the command that resumes it."""
+"""A run's folder: creating, finding and locking it, and the command that resumes the run."""
 
 import os
 import shlex
@@ -19,7 +19,7 @@ TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
 def create_run_folder(log_dir):
-    """Make <log_dir>/<YYYY_mm_dd_HH_MM_SS>/ and return its path. Of runs in the same second, one waits for the next."""
+    """Create <log_dir>/<YYYY_mm_dd_HH_MM_SS>/ and return its path. If it exists, wait for the next second."""
     while True:
         run = Path(log_dir) / datetime.now().strftime("%Y_%m_%d_%H_%M_%S")
         try:
@@ -28,58 +28,59 @@ def create_run_folder(log_dir):
             return run
         except FileExistsError:
             if not run.is_dir():
-                raise UserError(f"{log_dir} is no folder; choose another one with --log_dir") from None
+                raise UserError(f"{log_dir} is not a folder; choose another one with --log_dir") from None
             time.sleep(0.1)
         except OSError as error:
-            raise UserError(f"no folder can be made in {log_dir}: {error.strerror}; choose another one with --log_dir, "
-                            f"or make room or rights there") from None
+            raise UserError(f"no folder can be created in {log_dir}: {error.strerror}; choose another one with "
+                            f"--log_dir, or free disk space or check the permissions there") from None
 
 
 def run_folder(resume):
-    """Return the run's folder for what --resume names: that folder, or one of the training states in it."""
+    """Return the run's folder, given that folder or one of its training states."""
     path = Path(resume)
     if path.is_dir():
         if not has_state(path):
-            raise CheckpointError(f"{path} cannot be resumed, for it has no checkpoints/{CURRENT}; name another run's "
-                                  f"folder, or begin a new run")
+            raise CheckpointError(f"{path} cannot be resumed, because it has no checkpoints/{CURRENT}; name another "
+                                  f"run's folder, or start a new run")
         return path
     folder = Path(os.path.abspath(path)).parent
     if path.is_file() and folder.name == "checkpoints" and path.name in (CURRENT, PREVIOUS):
         return folder.parent
-    raise CheckpointError(f"{path} is no run's folder, and no {CURRENT} or {PREVIOUS} in its checkpoints/")
+    raise CheckpointError(f"{path} is not a run; name a run's folder, or the {CURRENT} or {PREVIOUS} in its "
+                          f"checkpoints/")
 
 
 def has_state(run):
-    """Return whether a run has got as far as to its first training state."""
+    """Return whether a run has saved a training state."""
     return any((Path(run) / "checkpoints" / name).exists() for name in (CURRENT, PREVIOUS))
 
 
 def latest_run(log_dir):
-    """Return the folder of the run under `log_dir` that was saved last; raise CheckpointError without one."""
+    """Return the folder of the run in `log_dir` that was saved last; raise CheckpointError if there is none."""
     states = [state for name in (CURRENT, PREVIOUS) for state in Path(log_dir).glob(f"*/checkpoints/{name}")]
     if not states:
-        raise CheckpointError(f"no run in {log_dir} can be resumed; name its folder, or another place with --log_dir")
+        raise CheckpointError(f"{log_dir} has no run to resume; name the run's folder, or set --log_dir")
     return max(states, key=time_of_saving).parent.parent
 
 
 def time_of_saving(path):
-    """Return when a training state was saved, in seconds since 1970: as it says, or else as the file system does."""
+    """Return when a training state was saved, in seconds since 1970: as recorded in it, or its modification time."""
     try:
         return read_state(path)["saved"]
-    except (CheckpointError, KeyError):  # it is damaged, or of an older version of the program
+    except (CheckpointError, KeyError):  # damaged, or from an older version of the program
         return path.stat().st_mtime
 
 
 def resume_hint(run):
-    """Return what to do to resume a run."""
+    """Return a clause on how to resume a run."""
     if not has_state(run):
-        return "it had no checkpoint yet, so begin a new run"
+        return "it had no checkpoint yet, so start a new run"
     return f"resume it with: python {shlex.quote(os.path.relpath(TRAIN))} --resume {shlex.quote(str(run))}"
 
 
 @contextmanager
 def locked(run):
-    """Hold a run for this process alone; raise CheckpointError where another has it. The lock ends with the process."""
+    """Lock a run; raise CheckpointError if another process has locked it. The lock ends with the process."""
     if fcntl is None:
         yield
         return
@@ -89,5 +90,5 @@ def locked(run):
         except BlockingIOError:
             raise CheckpointError(f"{run} is in use by another process; wait until it ends, or stop it") from None
         except OSError as error:  # a file system without locks
-            warn(f"{run} cannot be locked ({error.strerror}): see to it that no other process resumes it")
+            warn(f"{run} cannot be locked ({error.strerror}); make sure that no other process resumes it")
         yield

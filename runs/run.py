@@ -1,4 +1,4 @@
-"""A run of train.py from its folder to its last checkpoint: `main` there trains, this is where all is kept."""
+"""A run of train.py, from its folder to its last checkpoint: everything in `main` that is not training."""
 
 import contextlib
 import json
@@ -26,9 +26,9 @@ from training.threads import QUOTA
 
 @contextlib.contextmanager
 def open_run(args):
-    """Give the Run that the flags ask for: a new one, or with --resume an old one, locked and its state read.
+    """Yield the Run that the flags specify: a new one, or with --resume a stopped one, locked and its state loaded.
 
-    In the end its lock is released. A new one that has got to no checkpoint leaves nothing.
+    At the end, the lock is released, and a new run without a checkpoint is removed.
     """
     args = with_defaults(args)
     with contextlib.ExitStack() as stack:
@@ -57,20 +57,20 @@ def open_run(args):
 
 
 class Run:
-    """A run as `main` sees it: epochs to train, batches that stop for a signal, and checkpoints.
+    """A run as `main` uses it: the epochs to train, batches that stop at a signal, and checkpoints.
 
-    Attributes: `args`, the flags; `folder`; `settings`, what hparams.json holds; `resumed`, the training state of the
-    run that is resumed, else None.
+    Attributes: `args`, the flags; `folder`; `settings`, the content of hparams.json; `resumed`, the training state if
+    the run is resumed, else None.
     """
 
     def __init__(self, args, stack, folder=None, state=None):
         self.args = args
         self.folder = folder
         self.resumed = state
-        self._stack = stack  # of what ends with the run
+        self._stack = stack  # contexts that end with the run
 
     def start(self, data, device):
-        """Make or take the folder, and print what is trained where. From here on a signal stops a run after a step."""
+        """Create the folder of a new run, and print device, data and folder. From now on, signals stop the run."""
         settings = {**vars(self.args), "trained_on": data.name, "fallback": data.warning, "device": device.type,
                     "device_name": device_name(device), "torch": torch.__version__}
         self.settings = {name: value for name, value in json.loads(json.dumps(settings, default=str)).items()
@@ -80,14 +80,14 @@ class Run:
         if not self.resumed:
             self.folder = create_run_folder(self.args.log_dir)
             self._stack.enter_context(locked(self.folder))
-        quota = f", for a quota of {QUOTA:g} CPUs" if QUOTA else ""
+        quota = f", quota of {QUOTA:g} CPUs" if QUOTA else ""
         print_line(f"device: {device.type} ({self.settings['device_name']}{quota}), torch {torch.__version__}")
         name = "MNIST" if data.name == "mnist" else "the bundled digits"
         print_line(f"data:   {len(self._loader.dataset):,} images of {name}")
         print_line(f"run:    {self.folder}")
 
     def track(self, **parts):
-        """Tell the run what a checkpoint holds, see TrainingState; of a resumed run, all of it takes over its state."""
+        """Set the contents of a checkpoint (see TrainingState); if the run is resumed, restore their states."""
         self.state = TrainingState(**parts)
         if self.resumed:
             try:
@@ -97,7 +97,7 @@ class Run:
 
     @contextlib.contextmanager
     def summary_writer(self, *loggers):
-        """Give the run's SummaryWriter, to the loggers too."""
+        """Yield the run's SummaryWriter, which the loggers use too."""
         if self.resumed:
             rewind(self.folder, self.resumed)
         write_atomically(self.folder / "hparams.json", (json.dumps(self.settings, indent=2) + "\n").encode())
@@ -107,23 +107,23 @@ class Run:
                 logger.summary_writer = writer
             try:
                 yield writer
-            finally:  # after the last checkpoint, for a resume continues the loggers' open windows
+            finally:  # after the last checkpoint, because a resume continues open windows
                 for logger in loggers:
                     logger.flush()
 
     def epochs(self):
-        """Give the numbers of the epochs that are left: from 0, before training, or from where the run stopped."""
+        """Yield the numbers of the remaining epochs: from 0 (before training) or where the run stopped."""
         if self.resumed:
-            self._save(keep=False)  # its settings may be new, its weights older than its state
+            self._save(keep=False)  # settings may be new, and the weights file older than the state
         steps = len(self._loader)
         with tqdm(total=self.args.epochs * steps, initial=self.state.epoch * steps + self.state.steps, disable=None,
                   bar_format="{desc}|{bar}|{remaining} left{postfix}", dynamic_ncols=True) as self._bar:
             yield from range(self.state.epoch + 1 if self.resumed else 0, self.args.epochs + 1)
 
     def batches(self, after_step):
-        """Return what is left of the next epoch's batches. `after_step` is called after each batch's step.
+        """Return the remaining batches of the next epoch; call `after_step` after each batch's step.
 
-        Where a signal is pending then, the run saves everything and raises RunStopped, unless that was the last step.
+        If a signal is then pending, save everything and raise RunStopped, except after the epoch's last step.
         """
         epoch = self.state.epoch + 1
         self._loader.epoch, self._loader.skip = self.state.epoch, self.state.steps
@@ -142,17 +142,17 @@ class Run:
         return Batches(self._loader, step_done)
 
     def show_losses(self, means):
-        """Show the means of some steps beside the progress bar."""
+        """Show the means of the latest steps next to the progress bar."""
         self._bar.set_postfix_str(describe(means), refresh=False)
 
     def end_epoch(self, epoch):
-        """Print the epoch's losses and save a checkpoint where one is due; stop where a signal is pending."""
+        """Print the epoch's losses, and save a checkpoint if one is due; stop if a signal is pending."""
         if epoch:
             self.state.end_epoch(epoch)
             if self._bar.disable or not sys.stdout.isatty():
                 print_line(f"epoch {epoch}/{self.args.epochs}: {describe(self.state.means)}, "
                            f"{time.monotonic() - self._epoch_started:.1f} s")
-        signals = tuple(self._pending_signals)  # a later one is seen after the next step
+        signals = tuple(self._pending_signals)  # a later signal is handled after the next step
         last = epoch == self.args.epochs
         if signals or last or epoch % self.args.checkpoint_every == 0:
             self._save(keep=epoch > 0)
@@ -160,20 +160,20 @@ class Run:
             self._stop()
 
     def print_end(self):
-        """Say how the run has ended, and where its results are."""
+        """Print how the run ended and where its results are."""
         epochs = self.args.epochs
         print_line(f"done:   {epochs} epoch{'s' * (epochs > 1)} in {duration(self.state.seconds)}; last epoch: "
                    f"{describe(self.state.means)}")
         print_line(f"see:    pictures in {self.folder / 'results'}, curves with: tensorboard --logdir "
                    f"{shlex.quote(str(self.folder))}")
         for warning in (self.settings["fallback"], unused_gpu_warning(self.args.no_cuda)):
-            if warning:  # again, for who looks at the end alone
+            if warning:  # repeated for those who read only the end
                 warn(warning)
 
     def _save(self, keep=True):
-        """Save everything that a resume needs, and the weights; `keep` the state before."""
+        """Save the training state and the averaged weights; `keep` the previous state."""
         state = self.state.state_dict(self.settings)
-        self._writer.flush()  # what is logged so far belongs to this state, what comes later does not
+        self._writer.flush()  # events logged so far belong to this state, later ones do not
         save_state(self.folder, state, weights_on_cpu(self.state.parts["average"].model), keep)
 
     def _stop(self):
@@ -183,7 +183,7 @@ class Run:
 
 
 def describe(means):
-    """Return the losses and the accuracy, as far as they are known, as text for people."""
+    """Format those of the losses and the accuracy that are known."""
     texts = [f"{name} {means[name]:.4f}" for name in ("recon_loss", "gen_loss", "disc_loss") if name in means]
     texts += [f"accuracy {means['accuracy']:.1%}"] if "accuracy" in means else []
     return ", ".join(texts) or "no losses reported"

@@ -4,12 +4,12 @@ import contextlib
 import signal
 import threading
 
-NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")  # Ctrl-C; kill and batch queues; a batch queue's warning before the end
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")  # Ctrl-C; kill and batch queues; a batch queue's warning before the time limit
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """Give a list that pending signals put their number in; a second SIGINT raises KeyboardInterrupt."""
+    """Yield a list that collects the numbers of received signals; a second SIGINT raises KeyboardInterrupt."""
     pending_signals = []
 
     def handle(signum, frame):
@@ -17,7 +17,7 @@ def stop_signals():
             raise KeyboardInterrupt
         pending_signals.append(signum)
 
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+    if threading.current_thread() is not threading.main_thread():  # handlers can only be set there
         yield pending_signals
         return
     numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]

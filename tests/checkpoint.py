@@ -1,4 +1,4 @@
-"""Training states: what they refuse, and what becomes of damaged ones."""
+"""Training states: damaged ones, and what cannot be resumed."""
 
 import os
 from unittest import mock
@@ -25,7 +25,7 @@ class Checkpoint(ResumeGroup):
             run, _ = self.train_quietly("--epochs", "1")
             run.rename(log_dir / name)
         (log_dir / "2999_01_01_00_00_00").mkdir()  # has no checkpoint
-        os.utime(log_dir / "z20" / "checkpoints" / "training_state.pt")  # as a copy or a backup would
+        os.utime(log_dir / "z20" / "checkpoints" / "training_state.pt")  # as copying would
 
         def latest():
             return self.resume("latest", "--log_dir", log_dir)
@@ -43,7 +43,7 @@ class Checkpoint(ResumeGroup):
         with self.assertRaisesRegex(self.commandline.FlagError, "--precision bf16 contradicts the run, which has fp32"):
             self.options.resumed_args(self.train.parse_args(["--precision", "bf16"]), settings)
 
-    def test_contradicting_flags_are_refused_by_name(self):
+    def test_contradicting_flags_are_rejected_by_name(self):
         run, _ = self.train_quietly("--epochs", "2", "--z_dim", "3")
         before = run_contents(run)
         for flag, value in (("--z_dim", 8), ("--batch_size", 32), ("--lambda_", 1), ("--ae_lr", 0.1), ("--d_lr", 0.1),
@@ -60,14 +60,14 @@ class Checkpoint(ResumeGroup):
             named = empty if wrong == "latest" else wrong
             self.assert_refused(self.run_cli("--resume", wrong, "--log_dir", empty), 1, named)
 
-    def test_run_of_an_older_version_is_refused_by_name(self):
+    def test_run_of_an_older_version_is_rejected_by_name(self):
         run, _ = self.train_quietly("--epochs", "1")
         file = run / "checkpoints" / "training_state.pt"
         state = torch.load(file, weights_only=True)
         torch.save({**state, "format": "adversarial autoencoder, training state 1"}, file)
         self.assert_refused(self.resume(run), 1, file, "older version")
 
-    def test_damaged_checkpoint_is_refused_and_the_one_before_offered(self):
+    def test_damaged_checkpoint_is_rejected_and_the_previous_one_offered(self):
         run, _ = self.train_quietly("--epochs", "2", "--checkpoint_every", "1")
         whole, current = run_contents(run), run / "checkpoints" / "training_state.pt"
         previous, content = current.with_name("training_state.previous.pt"), current.read_bytes()
@@ -88,7 +88,7 @@ class Checkpoint(ResumeGroup):
         return self.checkpoint.serialize(self.models.AdversarialAE().state_dict())
 
     def flipped(self, content, random):
-        """Return the content with one bit of some tensor's data the other way."""
+        """Return the content with one bit of a tensor's data flipped."""
         content, place = bytearray(content), int(random.integers(len(content) // 4, len(content) // 2))
         content[place] ^= 1 << int(random.integers(8))
         return bytes(content)
@@ -129,7 +129,7 @@ class Checkpoint(ResumeGroup):
         del state["path"]
         for moments in state["optimizer_ae"]["state"].values():
             for name in ("exp_avg", "exp_avg_sq"):
-                moments[name] = moments[name].contiguous()  # as CUDA has them
+                moments[name] = moments[name].contiguous()  # the layout on CUDA
         (run / "checkpoints" / "training_state.pt").write_bytes(self.checkpoint.serialize(state))
         self.assertEqual(self.resume(run, "--epochs", 2)[0], 0)
         self.assert_same_run(run, self.train_quietly("--epochs", "2")[0])
@@ -157,7 +157,7 @@ class Checkpoint(ResumeGroup):
         self.assertEqual(status, 0)
         self.assertIn("cannot be locked", err)
 
-    def test_a_run_in_use_is_refused(self):
+    def test_a_run_in_use_is_rejected(self):
         run, _ = self.train_quietly("--epochs", "1")
         if runs.folder.fcntl is None:
             self.skipTest("runs are not locked here")
@@ -182,7 +182,7 @@ class Checkpoint(ResumeGroup):
         self.assertEqual(self.resume(run)[0], 0)
         self.assert_same_run(run, self.train_quietly("--epochs", "2")[0])
 
-    def test_removed_run_folder_is_said_and_does_not_come_back(self):
+    def test_removed_run_folder_is_reported_and_not_created_again(self):
         log_dir = self.folder()
         generate_and_save = self.train.generate_and_save
 

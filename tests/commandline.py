@@ -1,5 +1,6 @@
-"""Flags, and what a user can do wrong."""
+"""Flags and user errors."""
 
+import json
 import os
 import threading
 import unittest
@@ -15,7 +16,7 @@ __unittest = True
 
 
 class Flags(TrainGroup):
-    """The command line: defaults, help, and what is refused before anything is made."""
+    """The command line: defaults, help, --base, and flags that are rejected before a run is created."""
 
     needs = (*TrainGroup.needs, "training.options")
 
@@ -34,8 +35,10 @@ class Flags(TrainGroup):
         for action in actions:
             self.assertRegex(action.help, r"\A[^\n]{10,}\Z", action.option_strings)
             self.assertIn(action.option_strings[-1], out)
+        self.assertIn("(default: 0.995)", out)
+        self.assertNotRegex(out, r"default:\s+(None|False)")
 
-    def test_wrong_flags_are_refused_in_one_sentence(self):
+    def test_invalid_flags_are_rejected_in_one_sentence(self):
         log_dir = self.folder() / "none"
         for flags in ("--lambda_ 1.01", "--lambda_ -0.1", "--lambda_ nan", "--lambda_ half", "--z_dim 0", "--z_dim 2.5",
                       "--batch_size 0", "--batch_size -64", "--epochs 0", "--ae_lr -1e-3", "--ae_lr nan", "--ae_lr inf",
@@ -51,9 +54,33 @@ class Flags(TrainGroup):
     def test_explicit_flags_are_known(self):
         self.assertEqual(self.train.parse_args(["--z_dim", "8", "--no-cuda"]).explicit_flags, ["z_dim", "no_cuda"])
 
+    def test_base_is_short_for_its_four_flags(self):
+        short, spelled_out = (vars(self.train.parse_args(argv)) for argv in (["--base"], self.options.BASE))
+        self.assertEqual(short, spelled_out)
+        self.assertEqual(set(short["explicit_flags"]), {"networks", "drop_after", "d_momentum", "averaging"})
+
+    def test_explicit_flags_take_precedence_over_base_in_any_order(self):
+        for argv in (["--base", "--d_momentum", "0.9"], ["--d_momentum", "0.9", "--base"]):
+            args = self.train.parse_args(argv)
+            self.assertEqual((args.networks, args.drop_after, args.d_momentum, args.averaging), ("base", 0, 0.9, 0))
+
+    def test_resume_with_base_is_checked_like_its_four_flags(self):
+        base, default = (vars(self.train.parse_args(argv)) for argv in (["--base"], []))
+        self.assertEqual(self.options.resumed_args(self.train.parse_args(["--base"]), base).networks, "base")
+        for argv, settings in ((["--base"], default), (["--base", "--d_momentum", "0.9"], base)):
+            with self.assertRaisesRegex(self.commandline.FlagError, "contradicts the run"):
+                self.options.resumed_args(self.train.parse_args(argv), settings)
+
+    def test_a_run_with_base_records_the_four_settings_alone(self):
+        run, _ = self.train_quietly("--epochs", "1", "--base")
+        settings = json.loads((run / "hparams.json").read_text())
+        self.assertNotIn("base", settings)
+        self.assertEqual([settings[name] for name in ("networks", "drop_after", "d_momentum", "averaging")],
+                         ["base", 0, 0, 0])
+
 
 class BadInput(TrainGroup):
-    """What the user can mend ends a run with status 1 and one sentence."""
+    """Errors that the user can fix end a run with status 1 and one sentence."""
 
     def assert_refused(self, result, *fragments):
         status, _, err = result
@@ -81,7 +108,7 @@ class BadInput(TrainGroup):
                                              folder / "logs"), folder / "file", "--data_dir")
         self.assertFalse((folder / "logs").exists())
 
-    @unittest.skipIf(not hasattr(os, "geteuid") or os.geteuid() == 0, "root may write everywhere")
+    @unittest.skipIf(not hasattr(os, "geteuid") or os.geteuid() == 0, "root can write to every folder")
     def test_folders_that_cannot_be_written(self):
         folder = self.folder()
         folder.chmod(0o500)
@@ -108,9 +135,9 @@ class BadInput(TrainGroup):
     def test_not_enough_memory(self):
         log_dir = self.folder()
         self.assert_refused(self.run_digits("--log_dir", log_dir, "--z_dim", 2**31 - 1), "not enough memory")
-        self.assertEqual(list(log_dir.iterdir()), [], "a run that never trained leaves something")
+        self.assertEqual(list(log_dir.iterdir()), [], "a run that never trained leaves files behind")
 
-    def test_a_run_that_ends_before_its_first_checkpoint_leaves_nothing_but_what_others_put_there(self):
+    def test_a_run_without_a_checkpoint_is_removed_except_for_foreign_files(self):
         log_dir = self.folder()
         for place in ("generate_and_save", "save_reconstruction", "save_measurements"):
             with mock.patch.object(self.train, place, side_effect=OSError(28, "No space left on device")) as failing:
@@ -127,7 +154,7 @@ class BadInput(TrainGroup):
         self.assertEqual([file.name for file in log_dir.rglob("*") if file.is_file()], ["mine.png"])
 
     def test_gpu_that_is_full_or_busy(self):
-        full = ("the GPU's memory is full, or another program has it for itself; end the other programs there, "
+        full = ("the GPU is full, or another program has exclusive use of it; end other programs on the GPU, "
                 "or use --no-cuda")
         for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total ..."),
                       RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
@@ -144,7 +171,7 @@ class BadInput(TrainGroup):
                 mock.patch.object(self.train, "main", side_effect=torch.OutOfMemoryError("CUDA out of memory.")):
             self.assertIn("try a smaller --batch_size or --z_dim, or --no-cuda", self.run_cli()[2])
 
-    def test_the_hook_of_threads_is_restored(self):
+    def test_excepthook_of_threads_is_restored(self):
         before = threading.excepthook
 
         def look(args):

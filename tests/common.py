@@ -1,4 +1,4 @@
-"""What several groups of tests share: a tiny model, readers of what a run has written, and runs on a hundred digits."""
+"""Shared by several groups of tests: a tiny model, readers of a run's files, and runs on 100 digits."""
 
 import contextlib
 import io
@@ -15,10 +15,10 @@ __unittest = True
 
 
 class TinyAAE(nn.Module):
-    """The interface with one number for every network: small enough to follow, and careless about gradients.
+    """A model whose networks have one weight each, small enough to compute by hand, and careless about gradients.
 
-    It neither detaches the codes for the discriminator's loss nor spares the discriminator in the autoencoder's, so
-    that train_aae must keep the two players apart. Its codes from the prior are always the same.
+    It does not detach the codes for the discriminator's loss or freeze the discriminator in the autoencoder's loss, so
+    train_aae must keep the gradients of the two players apart. Its prior samples are always the same.
     """
 
     def __init__(self):
@@ -55,7 +55,7 @@ class TinyAAE(nn.Module):
 
 
 class Scale(nn.Module):
-    """Multiplies by one number, which it learns."""
+    """Multiplies by one learned number."""
 
     def __init__(self, start):
         super().__init__()
@@ -66,7 +66,7 @@ class Scale(nn.Module):
 
 
 class ValueList:
-    """Stands in for a logger and keeps what it is given."""
+    """A logger that keeps all values."""
 
     def __init__(self):
         self.values = []
@@ -76,18 +76,18 @@ class ValueList:
 
 
 class Stop(Exception):
-    """Ends a run from within, where a test has seen enough."""
+    """Raised within a run to end it."""
 
 
 def read_events(folder):
-    """Return TensorBoard's own reader of the event files in a folder, with everything loaded."""
+    """Return TensorBoard's reader of the event files in a folder, with everything loaded."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "histograms": 0}).Reload()
 
 
 def run_contents(run):
-    """Return all that a run has left, by name, in a form in which two runs can be compared to the last bit."""
+    """Return the content of a run's files by name, in a form that can be compared bit for bit."""
     from runs.checkpoint import load_state
 
     contents = {}
@@ -104,11 +104,11 @@ def run_contents(run):
     events = read_events(run)
     for tag in events.Tags()["scalars"]:
         contents[tag] = sorted((event.step, event.value) for event in events.Scalars(tag))
-    for tag in events.Tags()["images"]:  # sorted: files of one second and one process may be read in another order
+    for tag in events.Tags()["images"]:  # sorted, because event files of the same second may be read in any order
         contents[tag] = sorted((event.step, event.encoded_image_string) for event in events.Images(tag))
     for tag in events.Tags()["histograms"]:
         contents[tag] = sorted((event.step, tuple(event.histogram_value.bucket)) for event in events.Histograms(tag))
-    for file in (*run.glob("[0-9]*/*/*"), *run.glob("*.pbtxt")):  # the projector's
+    for file in (*run.glob("[0-9]*/*/*"), *run.glob("*.pbtxt")):  # of the projector
         contents[str(file.relative_to(run))] = file.read_bytes()
     weights = torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)
     flatten("model_checkpoint.pt", dict(weights))
@@ -122,7 +122,7 @@ class TrainGroup(Group):
 
     def setUp(self):
         super().setUp()
-        no_mps = mock.patch("torch.backends.mps.is_available", return_value=False)  # --no-cuda would leave it
+        no_mps = mock.patch("torch.backends.mps.is_available", return_value=False)  # --no-cuda does not exclude it
         no_mps.start()
         self.addCleanup(no_mps.stop)
         few = [tensor[:100] for tensor in self.mnist.load_digits()]
@@ -140,7 +140,7 @@ class TrainGroup(Group):
         return status, out.getvalue(), err.getvalue()
 
     def train_quietly(self, *flags):
-        """Run `main` on a hundred of the bundled digits; return the run's folder and the weights that it saved."""
+        """Run `main` on 100 of the bundled digits; return the run's folder and saved weights."""
         with self.few_digits, contextlib.redirect_stdout(io.StringIO()):
             run = self.train.main(self.train.parse_args(["--dataset", "digits", "--no-cuda", "--log_dir",
                                                          str(self.folder()), *flags]))
@@ -165,7 +165,7 @@ FOREIGN = [
 
 
 def put_foreign_files(run):
-    """Put files and folders into a run's folder as its user might."""
+    """Put files and folders into a run's folder, as a user might."""
     for name in FOREIGN:
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_bytes(f"mine: {name}".encode())
@@ -173,7 +173,7 @@ def put_foreign_files(run):
 
 
 def foreign_files_lost(run):
-    """Return which of those files are not as they were put there."""
+    """Return which of those files are missing or changed."""
     return [name for name in FOREIGN
             if not (run / name).is_file() or (run / name).read_bytes() != f"mine: {name}".encode()]
 

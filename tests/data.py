@@ -25,7 +25,7 @@ __unittest = True
 
 
 class RawAnswer(socketserver.BaseRequestHandler):
-    """Sends its server's `answer`, whatever the request."""
+    """Sends its server's `answer` to every request."""
 
     def handle(self):
         self.request.recv(1000)
@@ -33,7 +33,7 @@ class RawAnswer(socketserver.BaseRequestHandler):
 
 
 class Data(Group):
-    """The loader, MNIST's files (small made-up ones), their download (from this machine), and the bundled digits."""
+    """The loader, MNIST's files (small, made up), their download (from localhost), and the bundled digits."""
 
     needs = ("mnist",)
 
@@ -63,7 +63,7 @@ class Data(Group):
             (self.raw / (name + ending)).write_bytes(gzip.compress(content) if ending == ".gz" else content)
 
     def serve(self, answer):
-        """Serve the files as a mirror would; `answer` makes of a file's packed content what is sent."""
+        """Serve the files like a mirror; `answer` maps a file's compressed content to the bytes that are sent."""
         test = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -120,10 +120,10 @@ class Data(Group):
 
         expected = pairs(*loader.dataset.tensors)
         self.assertTrue(all(pairs(*batch) <= expected for batch in epochs[0]),
-                        "images and labels are no longer together")
+                        "images and labels no longer match")
         self.assertFalse(torch.equal(epochs[0][0][0], epochs[1][0][0]), "both epochs have the same order")
         self.assertEqual(len({y.untyped_storage().data_ptr() for _, y in epochs[0]}), 1,
-                         "labels are gathered for each batch, a kernel of a GPU's step for nothing")
+                         "labels are gathered for each batch, which costs a GPU kernel per step")
 
     def test_order_follows_the_seed(self):
         self.put()
@@ -132,7 +132,7 @@ class Data(Group):
             torch.manual_seed(seed)
             loader, stream = self.mnist.mnist(self.root, 130), torch.get_rng_state()
             orders.append([next(iter(loader))[0] for _ in range(2)])
-            self.assertTrue(torch.equal(stream, torch.get_rng_state()), "shuffling draws from torch's own stream")
+            self.assertTrue(torch.equal(stream, torch.get_rng_state()), "shuffling uses torch's global generator")
         self.assertTrue(all(torch.equal(a, b) for a, b in zip(orders[0], orders[1], strict=True)))
         self.assertFalse(torch.equal(orders[0][0], orders[2][0]))
 
@@ -141,7 +141,7 @@ class Data(Group):
         labels = torch.cat([y for _, y in self.mnist.mnist(self.root, train=False, batch_size=7)])
         self.assertEqual(labels.tolist(), [i % 10 for i in range(20)])
 
-    def test_packed_files(self):
+    def test_compressed_files(self):
         self.put()
         expected = self.mnist.load_mnist(self.root)[0]
         for file in self.raw.iterdir():
@@ -161,7 +161,7 @@ class Data(Group):
                     self.mnist.load_mnist(self.root)
                 path.unlink()
 
-    def test_damaged_file_with_a_whole_packed_one_beside_it(self):
+    def test_damaged_file_next_to_an_intact_compressed_one(self):
         self.put(".gz")
         (self.raw / self.mnist.MNIST_FILES[True][0]).write_bytes(b"half")
         with contextlib.redirect_stderr(io.StringIO()) as err:
@@ -186,13 +186,13 @@ class Data(Group):
     def test_damaged_downloads_are_not_kept(self):
         self.mirrors(self.serve(lambda content: content[:-9]), self.serve(lambda content: gzip.compress(b"other")),
                      self.serve(lambda content: b"<html>log in</html>"))
-        with self.assertRaisesRegex(self.mnist.MissingData, "something else"):
+        with self.assertRaisesRegex(self.mnist.MissingData, "something other"):
             self.mnist.load_mnist(self.root)
         self.assertEqual(list(self.raw.iterdir()), [])
 
-    def test_answers_that_are_no_http(self):
+    def test_answers_that_are_not_http(self):
         self.enterContext(warnings.catch_warnings(action="ignore", category=ResourceWarning))
-        self.addCleanup(gc.collect)  # before the line above ends: urllib leaves the socket of a broken redirect open
+        self.addCleanup(gc.collect)  # within the filter above: urllib leaves the socket of a broken redirect open
         for answer in (b"nonsense\r\n\r\n", b"HTTP/1.0 200 OK\r\nContent-Length: xyz\r\n\r\n",
                        b"HTTP/1.0 302 Found\r\nLocation: http://[\r\n\r\n",
                        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nhalf"):
@@ -203,14 +203,14 @@ class Data(Group):
                 with self.assertRaises(self.mnist.MissingData):
                     self.mnist.load_mnist(self.root)
 
-    def test_silent_network_is_given_up(self):
-        with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection and never answers
+    def test_silent_network_times_out(self):
+        with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts the connection and never answers
             self.mirrors(f"http://127.0.0.1:{silent.getsockname()[1]}/")
             with mock.patch.object(self.mnist, "TIMEOUT", 1), \
                     self.assertRaisesRegex(self.mnist.MissingData, "no answer|timed out"):
                 self.mnist.load_mnist(self.root)
 
-    def test_silent_name_service_is_given_up(self):
+    def test_silent_name_service_times_out(self):
         self.mirrors("http://nowhere.invalid/")
         ended = threading.Event()
         self.addCleanup(ended.set)
@@ -219,7 +219,7 @@ class Data(Group):
                 self.assertRaisesRegex(self.mnist.MissingData, "no answer"):
             self.mnist.load_mnist(self.root)
 
-    def test_trickling_network_is_given_up(self):
+    def test_slow_network_times_out(self):
         def trickle(content):
             time.sleep(0.4)
             return content
@@ -233,7 +233,7 @@ class Data(Group):
         self.assertLess(self.mnist.TIMEOUT, 20)
 
     def test_missing_files_without_download(self):
-        with self.assertRaisesRegex(self.mnist.MissingData, "switched off"):
+        with self.assertRaisesRegex(self.mnist.MissingData, "downloading is disabled"):
             self.mnist.mnist(self.root, download=False)
 
     def test_folder_that_is_a_file(self):
@@ -264,7 +264,7 @@ class Data(Group):
 
 
 class RealMnist(Group):
-    """The real files, where they are in ../data."""
+    """The real files, if they are in ../data."""
 
     needs = ("mnist",)
 

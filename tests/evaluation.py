@@ -18,7 +18,7 @@ __unittest = True
 
 
 class Evaluation(TrainGroup):
-    """python -m evaluation on a model of the bundled digits, and the digit classifier."""
+    """python -m evaluation on models of the bundled digits, and the digit classifier."""
 
     needs = (*TrainGroup.needs, "evaluation.__main__", "evaluation.classifier", "evaluation.measures",
              "evaluation.metrics", "evaluation.model_files", "evaluation.pictures", "runs.checkpoint")
@@ -112,7 +112,7 @@ class Evaluation(TrainGroup):
         shown = read_png(run / "evaluation" / "reconstructions.png")[4:60:2, 4 + 3 * 60:60 * 4:2]
         third = images[labels == 3][0, 0]
         self.assertTrue(np.array_equal(shown, ((third + 1) * 127.5).round()),
-                        "the fourth column does not begin with a 3")
+                        "the first image of the fourth column is not the first 3")
 
     def test_training_images_are_split_evenly(self):
         images = torch.arange(60_000)
@@ -139,11 +139,11 @@ class Evaluation(TrainGroup):
         samples, held_out, test = images[:300], images[300:500], images[500:600]
         result = self.measures.log_likelihood(samples, held_out, test)
         values = self.metrics.parzen_log_likelihood((samples + 1) / 2, (test + 1) / 2, result["sigma"])
-        self.assertTrue(0.06 < result["sigma"] < 0.15, result)  # it would be twice as much for images in [-1, 1]
+        self.assertTrue(0.06 < result["sigma"] < 0.15, result)  # twice as much for images in [-1, 1]
         self.check_close(result["mean"], values.mean(), "the mean log-likelihood is wrong")
         self.check_close(result["standard_error"], values.std() / 10, "the standard error is wrong")
 
-    def test_classifier_quality_knows_good_samples_from_bad_ones(self):
+    def test_classifier_quality_tells_good_samples_from_bad_ones(self):
         images, labels = self.mnist.load_digits()
         quality = self.measures.classifier_quality({
             "good": images[:500], "threes": images[labels == 3], "noise": images_like_mnist(300),
@@ -168,7 +168,7 @@ class Evaluation(TrainGroup):
         self.assertEqual(results[0], results[1])
         self.assertNotEqual(results[0]["log_likelihood"], results[2]["log_likelihood"])
 
-    def test_model_is_left_as_it_was(self):
+    def test_model_and_random_states_do_not_change(self):
         model = self.models.AdversarialAE(z_dim=2).train()
         images, labels = self.mnist.load_digits(train=False)
         before, streams = snapshot(model), random_states(model)
@@ -177,18 +177,18 @@ class Evaluation(TrainGroup):
         self.assertTrue(same(before[0], snapshot(model)[0]))
         self.assertEqual(before[1], snapshot(model)[1])
         for name, stream in random_states(model).items():
-            self.assertTrue(torch.equal(stream, streams[name]), f"the random stream {name} was moved")
+            self.assertTrue(torch.equal(stream, streams[name]), f"the random state {name} has changed")
 
-    def test_interpolation_goes_along_the_sphere(self):
+    def test_interpolation_is_spherical(self):
         start, end = torch.randn(8), 2 * torch.randn(8)
         path = self.pictures.interpolate(start, end, torch.linspace(0, 1, 5))
         for code, expected in ((path[0], start), (path[4], end)):
-            self.assertTrue(torch.allclose(code, expected, atol=1e-5), "the path does not lead from code to code")
+            self.assertTrue(torch.allclose(code, expected, atol=1e-5), "the path does not connect the two codes")
         norms = path.norm(dim=1)
         self.assertTrue(torch.allclose(norms.diff(), norms.diff().mean().expand(4), atol=1e-5),
                         "the norm changes unevenly")
         turns = nn.functional.cosine_similarity(path[1:], path[:-1]).acos()
-        self.assertTrue(torch.allclose(turns, turns.mean().expand(4), atol=1e-3), "the direction turns unevenly")
+        self.assertTrue(torch.allclose(turns, turns.mean().expand(4), atol=1e-3), "the direction rotates unevenly")
         for end in (-start, start, torch.zeros(8)):
             self.assertTrue(self.pictures.interpolate(start, end, torch.linspace(0, 1, 5)).isfinite().all())
 
@@ -205,9 +205,9 @@ class Evaluation(TrainGroup):
         codes, = model.decoder.inputs
         quantiles = torch.erf(codes / math.sqrt(2)) / 2 + 0.5
         self.assertTrue(torch.allclose(quantiles[:5, 0], torch.tensor([1, 3, 5, 7, 1]) / 8),
-                        "the first dimension does not grow to the right, over the quantiles")
+                        "the first dimension does not increase to the right, by quantiles")
         self.assertTrue(torch.allclose(quantiles[::4, 1], torch.tensor([7, 5, 3, 1]) / 8),
-                        "the second dimension does not grow upwards, over the quantiles")
+                        "the second dimension does not increase upwards, by quantiles")
 
     def test_weights_without_a_run(self):
         folder = self.folder()
@@ -243,16 +243,16 @@ class Evaluation(TrainGroup):
         self.assertEqual(self.evaluate_cli(run / "checkpoints" / "model_checkpoint.pt")[0], 0)
         self.assertTrue((run / "evaluation" / "metrics.json").is_file())
 
-    def test_what_is_no_run(self):
+    def test_paths_that_are_not_runs(self):
         folder = self.folder()
-        self.assert_refused(folder / "none", "is not there", flags=[folder / "none"])
+        self.assert_refused(folder / "none", "does not exist", flags=[folder / "none"])
         self.assert_refused(folder, "no hparams.json", flags=[folder])
         (folder / "hparams.json").write_text('{"z_dim": 8}')
         self.assert_refused(folder, "model_checkpoint.pt yet", flags=[folder])
         self.assertEqual(self.evaluate_cli()[0], 2)
         self.assertEqual(self.evaluate_cli(folder, "--seed", -1)[0], 2)
 
-    def test_diverged_model_is_refused(self):
+    def test_diverged_model_is_rejected(self):
         run = self.a_run()
         file = run / "checkpoints" / "model_checkpoint.pt"
         weights = torch.load(file, weights_only=True)
@@ -276,7 +276,7 @@ class Evaluation(TrainGroup):
         for content in (b"", b"nonsense", whole[:-100], whole[:5000] + bytes(64) + whole[5064:]):
             weights.write_bytes(content)
             self.assert_refused(weights, "is damaged", flags=[run])
-        for content, words in (([1, 2], "something else"), ({"encoder": {}}, "something else"), ({}, "does not fit"),
+        for content, words in (([1, 2], "not contain"), ({"encoder": {}}, "not contain"), ({}, "does not fit"),
                                (self.models.AdversarialAE(4).state_dict(), "does not fit"),
                                ({"weight": torch.tensor([math.nan])}, "diverged")):
             torch.save(content, weights)
@@ -291,7 +291,7 @@ class Evaluation(TrainGroup):
 
     def test_folder_that_cannot_be_written(self):
         run = self.a_run()
-        (run / "evaluation").write_text("a file in its place")
+        (run / "evaluation").write_text("a file")
         self.assert_refused(run / "evaluation", "cannot be written", flags=[run])
 
     def test_full_disk(self):
@@ -308,9 +308,9 @@ class Evaluation(TrainGroup):
     def test_missing_or_damaged_classifier(self):
         run, weights = self.a_run(), self.folder() / "digit_classifier.pt"
         with mock.patch.object(self.classifier, "WEIGHTS", weights):
-            self.assert_refused(weights, "is missing; put it back", flags=[run])
+            self.assert_refused(weights, "is missing; restore it", flags=[run])
             whole = bytearray(self.checkpoint.serialize(self.classifier.DigitClassifier().half().state_dict()))
-            whole[len(whole) // 2] ^= 64  # one bit, which torch.load alone does not notice
+            whole[len(whole) // 2] ^= 64  # one bit, which torch.load does not notice
             for content in (b"half", bytes(whole), self.checkpoint.serialize([1])):
                 weights.write_bytes(content)
                 self.assert_refused(weights, "is damaged", flags=[run])
@@ -341,7 +341,7 @@ class Evaluation(TrainGroup):
         image = self.mnist.load_digits()[0][:1].expand(200, 1, 28, 28)
         distorted = self.classifier.distorted(image)
         self.assertLessEqual(float(distorted.abs().max()), 1 + 1e-6)
-        self.assertTrue((distorted[:, :, 0, 0] == -1).all(), "what comes in from outside is not the background")
+        self.assertTrue((distorted[:, :, 0, 0] == -1).all(), "padding is not the background")
         ink = [(images + 1).sum((1, 2, 3)).mean() for images in (distorted, image)]
-        self.check_close(ink[0] / ink[1], 1, "the digits lose or gain ink", 0.05)
+        self.check_close(ink[0] / ink[1], 1, "the digits become thinner or thicker", 0.05)
         self.assertLess(float((distorted.mean(0) - image[0]).abs().mean()), 0.3)

@@ -1,4 +1,4 @@
-"""GPUs that cannot be used, with stand-ins for torch.cuda: what the user gets, and when."""
+"""GPUs that cannot be used, with mocks of torch.cuda: what the user is told, and when."""
 
 import contextlib
 import warnings
@@ -38,24 +38,24 @@ class Gpu(TrainGroup):
             self.assertIs(self.device.has_kernels(capability, architectures), expected, (capability, architectures))
 
     def on_gpu(self, capability=(9, 0), architectures=TORCH_2_15, **stand_ins):
-        """Let torch see a GPU of this capability."""
+        """Make torch see a GPU of this capability."""
         return mock.patch.multiple("torch.cuda", **{
             "is_available": lambda: True, "get_device_capability": lambda *_: capability,
             "get_arch_list": lambda: architectures, "get_device_name": lambda *_: "NVIDIA Something", **stand_ins})
 
     def refused(self, *flags):
-        """Return the sentence with which a run is refused before a folder is made."""
+        """Return the sentence with which a run is rejected before a folder is created."""
         log_dir = self.folder()
         status, out, err = self.run_cli("--dataset", "digits", "--epochs", 1, "--log_dir", log_dir, *flags)
         self.assertEqual((status, out, err.count("\n"), list(log_dir.iterdir())), (1, "", 1, []), err)
         return err
 
-    def test_a_gpu_without_kernels_is_named_with_the_command_that_helps(self):
+    def test_a_gpu_without_kernels_is_reported_with_a_remedy(self):
         pip = 'pip install "torch==2.7.1" "torchvision==0.22.1"'
         for capability, words in (
-                ((6, 1), f"is too old for torch {torch.__version__}, which has kernels from 7.5 on; install the last "
-                         f"torch for it: {pip}, or train on the CPU with --no-cuda"),
-                ((3, 5), f"is too old for torch {torch.__version__}, which has kernels from 7.5 on; train on the CPU "
+                ((6, 1), f"is too old for torch {torch.__version__}, which needs 7.5 or higher; install the last "
+                         f"version that supports it: {pip}, or train on the CPU with --no-cuda"),
+                ((3, 5), f"is too old for torch {torch.__version__}, which needs 7.5 or higher; train on the CPU "
                          f"with --no-cuda"),
                 ((13, 0), f"is too new for torch {torch.__version__}, which has no kernels for it; upgrade: pip "
                           f"install --upgrade torch torchvision, or train on the CPU with --no-cuda")):
@@ -63,19 +63,19 @@ class Gpu(TrainGroup):
                 name = f"NVIDIA Something (compute capability {capability[0]}.{capability[1]})"
                 self.assertEqual(self.refused(), f"train.py: error: {name} {words}\n")
 
-    def test_the_convolution_has_the_last_word(self):
+    def test_errors_of_the_first_convolution_are_explained(self):
         no_kernel = RuntimeError("CUDA error: no kernel image is available for execution on the device")
         full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
         busy = RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
-        for error, words in ((no_kernel, "has no kernels for it"), (full, "memory is full"),
-                             (busy, "another program has it")):
+        for error, words in ((no_kernel, "has no kernels for it"), (full, "the GPU is full"),
+                             (busy, "another program has exclusive use")):
             with self.on_gpu(), mock.patch("torch.ones", side_effect=error) as ones:
                 self.assertIn(words, self.refused())
             self.assertTrue(ones.called)
         with self.on_gpu(), mock.patch("torch.ones", side_effect=RuntimeError("a bug")):
             self.assertRaises(RuntimeError, self.device.choose_device)
 
-    def test_torch_keeps_its_own_warnings_to_itself(self):
+    def test_warnings_of_torch_are_hidden(self):
         def capability(*_):
             warnings.warn("Found GPU0 which is of cuda capability 6.1.", stacklevel=1)
             return 9, 0
@@ -92,12 +92,12 @@ class Gpu(TrainGroup):
         with mock.patch.multiple("torch.cuda", **dict.fromkeys(names, touched)), \
                 mock.patch.object(self.device, "has_nvidia_driver", touched):
             self.train_quietly("--epochs", "1")
-            with mock.patch("torch.cuda.is_available", touched):  # torch's optimizers ask that for themselves
+            with mock.patch("torch.cuda.is_available", touched):  # torch's optimizers call it
                 self.device.setup_device(self.train.parse_args(["--no-cuda"]))
         self.assertFalse(touched.called)
 
     def warned(self, words, *patches):
-        """Check that a run is warned of its GPU at the start and at the end, and trains on the CPU."""
+        """Check that a run warns about its GPU at the start and at the end, and trains on the CPU."""
         with contextlib.ExitStack() as stack, self.few_digits:
             for patch in patches:
                 stack.enter_context(patch)
@@ -106,7 +106,7 @@ class Gpu(TrainGroup):
         self.assertIn("device: cpu", out)
 
     def test_a_driver_that_is_too_old(self):
-        for version, words in ((11040, "its driver is for CUDA 11.4"), (12080, "its driver is for CUDA 12.8")):
+        for version, words in ((11040, "its driver supports CUDA 11.4"), (12080, "its driver supports CUDA 12.8")):
             def is_available(version=version):
                 warnings.warn(TOO_OLD.format(version), stacklevel=1)
                 return False
@@ -121,7 +121,7 @@ class Gpu(TrainGroup):
         self.assertRegex(message, r"CUDA unknown error .* changing env variable\Z")
         self.assertIsNone(self.device.driver_message("", "13.2"))
 
-    def test_a_torch_without_cuda_beside_an_nvidia_gpu(self):
+    def test_torch_without_cuda_on_a_machine_with_an_nvidia_gpu(self):
         no_cuda = (mock.patch("torch.cuda.is_available", return_value=False),
                    mock.patch("torch.backends.cuda.is_built", return_value=False))
         driver = mock.patch.object(self.device, "has_nvidia_driver", lambda: True)
@@ -133,7 +133,7 @@ class Gpu(TrainGroup):
                 self.assertIsNone(self.device.unused_gpu_warning(True))
 
     def test_tf32_before_torch_2_9(self):
-        class Matmul:  # as before 2.9: without fp32_precision
+        class Matmul:  # before 2.9, without fp32_precision
             allow_tf32 = None
 
         cudnn = mock.Mock(spec=["allow_tf32"])

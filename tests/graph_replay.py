@@ -1,4 +1,4 @@
-"""The training step as a CUDA graph holds it, on the CPU: recorded once, and replayed."""
+"""The training step recorded once and replayed like a CUDA graph, on the CPU."""
 
 import contextlib
 import copy
@@ -14,30 +14,30 @@ from unittests import images_like_mnist
 
 __unittest = True
 
-SIZES = (4, 4, 3)  # of the batches in turn, the last a partial one
-REPLAYS = 30       # steps that graphs take, of both sizes together
+SIZES = (4, 4, 3)  # batch sizes in turn, the last one partial
+REPLAYS = 30       # replayed steps of both batch sizes together
 
 
 class RecordedGraph(TorchDispatchMode):
-    """Stands for torch.cuda.CUDAGraph: records every operation of torch, and runs them again on the same memory.
+    """Replaces torch.cuda.CUDAGraph: records all operations of torch and repeats them on the same memory.
 
-    As a CUDA graph does, it knows addresses and no Python: a replay reads and writes the storages of the recording, and
-    no number that Python has computed since, and no tensor that has taken another's place, reaches it. Random draws are
-    new at each replay. Views are addresses and not run again. Recording leaves no trace in tensors, as capturing runs
-    nothing: what was there before gets its values back, and everything else is filled with NaN. An operation for whose
-    result the CPU waits, or that copies between host and device, is refused with a RuntimeError.
+    Like a CUDA graph, it knows addresses and no Python: a replay reads and writes the storages of the recording, and
+    ignores numbers that Python has computed since and tensors that have replaced recorded ones. Random numbers are new
+    at each replay. Views are addresses and not repeated. Like a capture, recording runs nothing: afterwards, existing
+    tensors have their old values, and new ones are filled with NaN. An operation that makes the CPU wait, or that
+    copies between host and device, raises RuntimeError.
 
-    It shows that a graph can hold a step's operations. It cannot show what is below them, in CUDA: kernels that wait
-    for the host or race with others, streams, and memory pools, as it keeps all tensors of the recording alive. Nor
-    does it see what reads the CPU's memory without an operation: `tolist` of a vector, or `numpy`.
+    It shows that a graph can capture a step's operations. It does not show what happens below them, in CUDA: kernels
+    that wait for the host or race with others, streams, and memory pools, because it keeps all recorded tensors alive.
+    Nor does it notice reads of the CPU's memory without an operation: `tolist` of a vector, or `numpy`.
     """
 
     def __init__(self):
         super().__init__()
         self.calls = []    # operation, arguments, results
         self.replays = 0
-        self._before = {}  # storages that the recording found: the storage and a copy of what it held
-        self._made = {}    # those that it has made
+        self._before = {}  # existing storages: the storage and a copy of its content
+        self._made = {}    # storages created by the recording
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -48,13 +48,13 @@ class RecordedGraph(TorchDispatchMode):
         refuse(operation, (args, kwargs, results))
         self._made.update((storage._cdata, storage) for storage in storages(results)
                           if storage._cdata not in self._before)
-        if tensors((args, kwargs, results)):  # not a mark for the profiler
+        if tensors((args, kwargs, results)):  # not a marker for the profiler
             self.calls.append((operation, args, kwargs, results))
         return results
 
     @contextlib.contextmanager
     def record(self):
-        """Record what is run in this block, without a trace."""
+        """Record the operations in this block; then undo their effects."""
         random = torch.get_rng_state()
         try:
             with self:
@@ -72,7 +72,7 @@ class RecordedGraph(TorchDispatchMode):
         for operation, args, kwargs, results in self.calls:
             if not is_view(operation):
                 for old, new in zip(tensors(results), tensors(operation(*args, **kwargs)), strict=True):
-                    if old.data_ptr() != new.data_ptr():  # it is the same where the operation has worked in place
+                    if old.data_ptr() != new.data_ptr():  # equal for in-place operations
                         old.copy_(new)
 
 
@@ -85,13 +85,13 @@ def storages(tree):
 
 
 def is_view(operation):
-    """Whether an operation returns another view of its argument's memory, and does no more."""
+    """Whether an operation only returns a view of its argument's memory."""
     aliases = [result.alias_info for result in operation._schema.returns]
     return any(alias and not alias.is_write for alias in aliases)
 
 
 def refuse(operation, tree):
-    """Raise RuntimeError for what CUDA refuses while it captures."""
+    """Raise RuntimeError for an operation that CUDA rejects during a capture."""
     if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(operation.tags):
         raise RuntimeError(f"{operation}: the CPU would have to wait for the device")
     if operation is torch.ops.aten.lift_fresh.default or len({tensor.device for tensor in tensors(tree)}) > 1:
@@ -100,9 +100,9 @@ def refuse(operation, tree):
 
 @contextlib.contextmanager
 def cuda_on_the_cpu(model):
-    """Let a model on the CPU pass for one on CUDA, whose graphs are RecordedGraphs; give the list of them.
+    """Make a model on the CPU look like one on CUDA, with RecordedGraphs as graphs; yield their list.
 
-    What is made on its device is made on the CPU.
+    Tensors for its device are created on the CPU.
     """
     graphs, tensor = [], torch.tensor
 
@@ -119,14 +119,14 @@ def cuda_on_the_cpu(model):
 
 
 class GraphReplay(TrainGroup):
-    """Steps replayed from what was captured once, against the same steps run one by one, to the last bit."""
+    """Steps replayed from one capture, compared bit for bit with the same steps run eagerly."""
 
     needs = (*TrainGroup.needs, "training.cuda_graph", "training.optimizers")
 
     def trained(self, captured, *flags, before=None, between=None):
-        """Return everything that 36 steps leave, tensors by name.
+        """Return all tensors after 36 steps, by name.
 
-        Captured, 30 of them are replays, and the first three of either batch size are not. The learning rate drops
+        If captured, 30 steps are replays; the first three of each batch size are eager. The learning rate drops
         halfway. `before(model, *optimizers)` is called once, `between(number, model, *optimizers)` before each step.
         """
         torch.manual_seed(1)
@@ -159,23 +159,23 @@ class GraphReplay(TrainGroup):
         return contents
 
     def differences(self, *flags, **mistake):
-        """Return the names of all that replayed steps leave otherwise than the same steps run one by one."""
+        """Return the names of the tensors that differ between replayed and eager steps."""
         run, replayed = (self.trained(captured, *flags, **mistake) for captured in (False, True))
         self.assertEqual(run.keys(), replayed.keys())
         self.assertTrue(all(tensor.isfinite().all() for tensor in run.values()))
         return [name for name, tensor in run.items() if not torch.equal(tensor, replayed[name])]
 
     def first_difference(self, **mistake):
-        """Return the number of the first step whose values a mistake makes others in a graph."""
+        """Return the number of the first step whose values differ in a graph because of a mistake."""
         return int(self.differences("--networks", "base", **mistake)[0].partition(" of step ")[2])
 
-    def test_replayed_step_is_the_step(self):
+    def test_replayed_steps_equal_eager_steps(self):
         for flags in ("", "--networks base", "--posterior gaussian", "--posterior universal --z_dim 20",
                       "--precision bf16", "--networks base --posterior gaussian --precision bf16"):
             with self.subTest(flags=flags):
                 self.assertEqual(self.differences(*flags.split()), [])
 
-    def test_what_is_loaded_before_the_capture_counts(self):
+    def test_state_loaded_before_the_capture_is_used(self):
         file = io.BytesIO()
 
         def save(number, *parts):
@@ -193,15 +193,15 @@ class GraphReplay(TrainGroup):
         self.trained(False, between=save)
         self.assertEqual(self.differences(before=load), [])
 
-    # What a graph cannot hold, each once -----------------------------------------------------------------------------
+    # What a graph cannot capture, one test each ----------------------------------------------------------------------
 
     def test_float_learning_rate_is_frozen(self):
         def before(model, optimizer_ae, optimizer_disc):
             optimizer_ae.param_groups[0]["lr"] = 1e-3
 
-        self.assertEqual(self.first_difference(before=before), 19)  # it drops for step 18, which later values show
+        self.assertEqual(self.first_difference(before=before), 19)  # it drops at step 18; the next values show it
 
-    def test_python_counter_stands_still(self):
+    def test_python_counter_is_frozen(self):
         def before(model, *optimizers):
             loss, calls = model.get_loss_autoencoder, []
 
@@ -217,7 +217,7 @@ class GraphReplay(TrainGroup):
         def between(number, model, *optimizers):
             for optimizer in optimizers:
                 optimizer.zero_grad = lambda: None
-                if number != 4:  # captured with gradients there, to which each replay adds; zeroing makes new ones
+                if number != 4:  # then the capture has gradients, to which each replay adds
                     type(optimizer).zero_grad(optimizer)
 
         self.assertEqual(self.first_difference(between=between), 7)
@@ -238,7 +238,7 @@ class GraphReplay(TrainGroup):
         with mock.patch.object(self.cuda_graph, "WARM_UP", 0):
             self.assertEqual(self.first_difference(), 2)
 
-    def test_number_from_the_device_is_refused(self):
+    def test_number_read_from_the_device_is_rejected(self):
         def before(model, *optimizers):
             loss = model.get_loss_autoencoder
 
@@ -252,7 +252,7 @@ class GraphReplay(TrainGroup):
         with self.assertRaisesRegex(self.commandline.UserError, r"cannot be captured .*_local_scalar_dense"):
             self.trained(True, before=before)
 
-    def test_what_cuda_refuses_is_refused(self):
+    def test_operations_that_cuda_rejects_are_rejected(self):
         x, mask = torch.zeros(3), torch.ones(3, dtype=torch.bool)
         for name, call in {"item": x[0].item, "nonzero": x.nonzero, "unique": x.unique,
                            "if": lambda: bool(x[0]), "mask": lambda: x[mask], "equal": lambda: torch.equal(x, x),

@@ -1,4 +1,4 @@
-"""Precisions, CUDA graphs, and what only a GPU can show."""
+"""Precisions, CUDA graphs, and tests that need a GPU."""
 
 import contextlib
 import functools
@@ -18,12 +18,12 @@ __unittest = True
 
 
 class Hardware(TrainGroup):
-    """Precisions and CUDA graphs, as far as they can be tried without the hardware."""
+    """Precisions and CUDA graphs, as far as they can be tested without the hardware."""
 
     needs = (*TrainGroup.needs, "training.device", "training.cuda_graph")
 
     def processor(self, text):
-        """Let the processor say this of itself."""
+        """Replace /proc/cpuinfo by this text."""
         file = self.folder() / "cpuinfo"
         file.write_text(text)
         patch = mock.patch.object(self.device, "CPUINFO", file)
@@ -37,7 +37,7 @@ class Hardware(TrainGroup):
         self.assertEqual((status, err.count("\n"), list(log_dir.iterdir())), (2, 1, []))
         self.assertIn(words, err)
 
-    def test_what_the_hardware_cannot_do_well_is_refused(self):
+    def test_unsupported_precisions_are_rejected(self):
         self.assert_refused("tf32", "needs an NVIDIA GPU")
         self.processor("model name\t: Old\nflags\t\t: fpu avx2 avx512f avx512_bf16x\n")
         self.assertEqual(self.device.device_name(torch.device("cpu")), f"Old, {torch.get_num_threads()} threads")
@@ -60,9 +60,9 @@ class Hardware(TrainGroup):
         with self.few_digits:
             self.assertEqual(self.run_cli("--resume", stopped, "--epochs", 2)[0], 0)
         resumed = torch.load(stopped / "checkpoints" / "model_checkpoint.pt", weights_only=True)
-        self.check(same(resumed, weights), "a resumed bf16 run has other weights than one in one go")
+        self.check(same(resumed, weights), "a resumed bf16 run has other weights than an uninterrupted one")
 
-    @unittest.skipUnless(hasattr(torch.backends.cudnn, "conv"), "torch before 2.9 has other flags: see group Gpu")
+    @unittest.skipUnless(hasattr(torch.backends.cudnn, "conv"), "torch before 2.9 has other flags (see group Gpu)")
     def test_tf32_is_set_for_tf32_alone(self):
         cuda, before = torch.device("cuda"), torch.backends.cudnn.conv.fp32_precision
         self.addCleanup(setattr, torch.backends.cudnn.conv, "fp32_precision", before)
@@ -77,11 +77,11 @@ class Hardware(TrainGroup):
             for precision in ("tf32", "bf16"):
                 self.assertRaises(self.device.PrecisionError, self.device.set_precision, precision, cuda)
 
-    def test_every_batch_is_trained_once_whether_run_or_replayed(self):
+    def test_every_batch_is_trained_once_eagerly_or_replayed(self):
         capturing, trained = [], []
 
         class Graph:
-            """Records what is run while it captures, and runs it again on what its input holds by then."""
+            """Records the step during the capture, and repeats it on the current content of its input."""
 
             def replay(self):
                 self.recorded()
@@ -118,7 +118,7 @@ class Hardware(TrainGroup):
         self.assertEqual(sums, [float(batch.sum()) for batch in batches])
 
     def captured(self, step):
-        """Call a step until it is captured; return the mock of torch.cuda. A failed capture fails at its end too."""
+        """Call a step until it is captured; return the mock of torch.cuda. A failed capture raises again at its end."""
 
         class Graph:
             def __init__(self, graph, **_):
@@ -187,15 +187,15 @@ class Hardware(TrainGroup):
                 self.assertTrue(not name.endswith("tracked") or counter == 1, name)
 
 
-@unittest.skipUnless(torch.cuda.is_available(), "there is no CUDA here")
+@unittest.skipUnless(torch.cuda.is_available(), "CUDA is not available")
 class Cuda(TrainGroup):
-    """What only a GPU can show."""
+    """Tests that need a GPU."""
 
     needs = (*TrainGroup.needs, "training.device", "training.cuda_graph")
 
     def setUp(self):
         super().setUp()
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when a test first multiplies matrices
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matrix product
         self.device.set_precision("fp32", torch.device("cuda"))
 
     def train_on_cuda(self, *flags):
@@ -214,7 +214,7 @@ class Cuda(TrainGroup):
         self.addCleanup(torch.use_deterministic_algorithms, False)
         self.assertTrue(same(*(self.train_on_cuda("--deterministic") for _ in range(2))))
 
-    def test_pictures_leave_the_streams_alone(self):
+    def test_pictures_do_not_change_random_states(self):
         model, writer = self.models.AdversarialAE().cuda(), self.writer()
         before = torch.get_rng_state(), torch.cuda.get_rng_state()
         self.train.generate_and_save(model, 0, writer)
@@ -230,7 +230,7 @@ class Cuda(TrainGroup):
             model, x = model.to(device), x.to(device)
             recon_x, z = model(x)
             losses.append(model.get_loss_autoencoder(x, recon_x, z, 0.5)[0].item())
-        self.check_close(losses[1], losses[0], "the autoencoder's loss on CUDA is not that on the CPU", 1e-3)
+        self.check_close(losses[1], losses[0], "the autoencoder's loss on CUDA differs from that on the CPU", 1e-3)
 
     def test_evaluation_agrees_with_the_cpu(self):
         measures, pictures = (importlib.import_module(f"evaluation.{name}") for name in ("measures", "pictures"))
@@ -243,10 +243,10 @@ class Cuda(TrainGroup):
         for names in (("reconstruction", "mse"), ("prior_match", "codes", "ks"),
                       ("log_likelihood", "mean"), ("digit_classifier", "samples", "frechet_to_test_images")):
             values = [functools.reduce(dict.get, names, result) for result in results]
-            self.check_close(values[1], values[0], f"{'/'.join(names)} on CUDA is not that on the CPU", 1e-3)
+            self.check_close(values[1], values[0], f"{'/'.join(names)} on CUDA differs from that on the CPU", 1e-3)
 
     def trained_for_200_steps(self, capturable):
-        """Return weights and values after 200 steps, captured or not; batches of two sizes, the same random numbers."""
+        """Return weights and values after 200 steps, captured or not, with two batch sizes and a fixed seed."""
         torch.manual_seed(0)
         model, images = self.models.AdversarialAE().cuda(), images_like_mnist(64).cuda()
         model.capturable = capturable

@@ -1,4 +1,4 @@
-"""TensorBoardLogger, read back with TensorBoard's own reader."""
+"""TensorBoardLogger and atomic files."""
 
 import json
 from unittest import mock
@@ -14,7 +14,7 @@ __unittest = True
 
 
 class Logging(Group):
-    """TensorBoardLogger, read back with TensorBoard's own reader, and files written whole."""
+    """TensorBoardLogger, read back with TensorBoard's own reader, and files written atomically."""
 
     needs = ("utils",)
 
@@ -57,7 +57,7 @@ class Logging(Group):
         self.assert_points("part/tensor", [(4, values[:4].mean()), (8, values[4:8].mean()), (10, values[8:].mean())])
         self.assert_points("part/count", [(4, 1.5), (8, 5.5), (10, 8.5)])
 
-    def test_values_that_are_not_always_there(self):
+    def test_values_that_are_sometimes_missing(self):
         logger = self.utils.TensorBoardLogger(self.writer, avg_window=4)
         for i in range(4):
             logger.add_values({"always": i} if i % 2 else {"always": i, "seldom": 10 * i})
@@ -70,7 +70,7 @@ class Logging(Group):
             logger.add_values({"i": i})
         self.assert_points("i", [(50, 24.5), (100, 74.5)])
 
-    def test_values_are_read_once_a_window(self):
+    def test_values_are_read_once_per_window(self):
         logger = self.utils.TensorBoardLogger(self.writer)
         with mock.patch.object(self.utils, "to_numbers", wraps=self.utils.to_numbers) as to_numbers:
             for _ in range(120):
@@ -87,7 +87,7 @@ class Logging(Group):
 
     def test_values_wait_on_their_device(self):
         logger = self.utils.TensorBoardLogger(self.writer)
-        logger.add_values({"loss": torch.ones((), device="meta")})  # a device from which nothing can be read
+        logger.add_values({"loss": torch.ones((), device="meta")})  # a device whose tensors cannot be read
 
     def test_writing_is_all_or_nothing(self):
         path = self.folder() / "new" / "file"

@@ -1,6 +1,6 @@
-"""The groups for students, tried on complete solutions of the assignment, right and wrong ones: tests/solutions/.
+"""Tests of the groups for students, on correct and incorrect solutions of the assignment in tests/solutions/.
 
-Each file there is somebody's models.py and train.py in one. python -m tests.marking prints what the groups say of each.
+Each file there combines a models.py and a train.py. python -m tests.marking prints which tests fail for each.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ SOLUTIONS = {file.stem: file for file in sorted((HERE / "tests" / "solutions").g
 
 
 def planted(solution, old="", new=""):
-    """Return a solution as a module, with one text, which must occur once, replaced by another."""
+    """Return a solution as a module, with the text `old`, which must occur once, replaced by `new`."""
     text = SOLUTIONS[solution].read_text()
     if old and text.count(old) != 1:
         raise ValueError(f"{old!r} occurs {text.count(old)} times in {solution}")
@@ -37,7 +37,7 @@ def planted(solution, old="", new=""):
 
 
 def mark(module, tests="test"):
-    """Return {name: message} of the tests of GROUPS that fail for models.py and train.py in one, and of the skipped."""
+    """Run GROUPS on a module as models.py and train.py; return {name: message} of failed and of skipped tests."""
     loader = unittest.TestLoader()
     loader.testMethodPrefix = tests
     suite = unittest.TestSuite(loader.loadTestsFromTestCase(group) for group in GROUPS)
@@ -48,7 +48,7 @@ def mark(module, tests="test"):
 
 
 class Solutions(Group):
-    """Right solutions pass whatever their style, and each mistake is called by its number."""
+    """Correct solutions pass whatever their style, and the message of each mistake has its number."""
 
     needs = ("mnist", "utils")
 
@@ -85,10 +85,10 @@ class Solutions(Group):
 
 
 class TimeLimit(Group):
-    """What does not end is ended, and what comes after it fails at once."""
+    """Code that does not end is stopped, and later tests fail at once."""
 
     @unittest.skipUnless(hasattr(signal, "setitimer"), "this system has no interval timers")
-    def test_a_loop_without_an_end_is_ended_even_if_it_catches_exceptions(self):
+    def test_an_infinite_loop_is_stopped_even_if_it_catches_exceptions(self):
         def loop():
             while True:
                 with contextlib.suppress(Exception):
@@ -98,14 +98,15 @@ class TimeLimit(Group):
         with mock.patch.object(unittests, "LIMIT", 0.2):
             unittests.limit("one", self.addCleanup)
             self.assertRaisesRegex(unittests.Overrun, "one did not end", loop)
-            with self.assertRaisesRegex(AssertionError, "not run, for one did not end"):
+            with self.assertRaisesRegex(AssertionError, "not run, because one did not end"):
                 unittests.limit("two", self.addCleanup)
         failures, _ = mark(planted("plain"), "test_14")
-        self.check("not run, for one" in "".join(failures.values()), f"Mistakes continues after an Overrun: {failures}")
+        self.check("not run, because one" in "".join(failures.values()),
+                   f"Mistakes continues after an Overrun: {failures}")
 
 
 def print_table():
-    """Print what the groups say of every solution, and of every mistake planted in one."""
+    """Print which tests fail for each solution, and for each mistake planted in one."""
     print("| solution | style | fails |\n|---|---|---|")
     for solution in SOLUTIONS:
         module = planted(solution)

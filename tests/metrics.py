@@ -11,7 +11,7 @@ __unittest = True
 
 
 class Metrics(Group):
-    """The functions of metrics.py, each against the same number computed in another way."""
+    """The functions of metrics.py, compared with the same values computed in another way."""
 
     needs = ("evaluation.metrics",)
 
@@ -40,9 +40,9 @@ class Metrics(Group):
 
     def test_ks_distance_of_the_prior_and_of_a_point(self):
         self.check_close(self.metrics.ks_distance(torch.randn(10_000, 8)), 0.8687 / 100,
-                         "the KS distance of 10,000 prior samples is not what Kolmogorov's distribution says", 1e-3)
+                         "the KS distance of 10,000 prior samples is not the mean of Kolmogorov's distribution", 1e-3)
         self.check_close(self.metrics.ks_distance(torch.zeros(50, 8)), 0.5,
-                         "a point in the middle has a distance of 1/2")
+                         "the KS distance of a point at 0 is not 1/2")
 
     def test_frechet_to_prior(self):
         codes = self.codes().double().numpy()
@@ -51,7 +51,7 @@ class Metrics(Group):
         self.check_close(self.metrics.frechet_to_prior(torch.from_numpy(codes)), expected,
                          "the Frechet distance to the prior is wrong")
         shifted = torch.tensor([[-2.0], [2.0], [-2.0], [2.0]]) * math.sqrt(3) / 2 + 5  # mean 5, standard deviation 2
-        self.check_close(self.metrics.frechet_to_prior(shifted), 5**2 + (2 - 1)**2, "the distance to N(5, 4) is 25 + 1")
+        self.check_close(self.metrics.frechet_to_prior(shifted), 5**2 + (2 - 1)**2, "N(5, 4) is not at 25 + 1")
 
     def test_frechet_distance_of_two_sets(self):
         first, second = self.codes(50, 5).double().numpy(), self.codes(60, 5).double().numpy()
@@ -69,7 +69,7 @@ class Metrics(Group):
         second = torch.tensor([2.0, 0.5, 3, 1]).double()
         self.check_close(self.metrics.frechet(points * first @ axes, points * second @ axes + 1),
                          (first - second).square().sum() + 4,
-                         "the Frechet distance of Gaussians with the same axes is the sum over them")
+                         "the Frechet distance of Gaussians with the same axes is not the sum over them")
 
     def test_frechet_distance_of_a_set_to_itself(self):
         features = torch.randn(20, 64) @ torch.randn(64, 64)  # fewer than dimensions: a singular covariance
@@ -97,17 +97,18 @@ class Metrics(Group):
     def test_sigma_is_the_best_one(self):
         samples = torch.rand(1, 784).expand(20, 784)
         images = samples[:1] + 0.37 * torch.randn(600, 784)
-        best = (images - samples[:1]).square().mean().sqrt()  # the likeliest sigma of a Gaussian around a known mean
-        self.check_close(self.metrics.choose_sigma(samples, images), best, "sigma is not the likeliest one", 0.005)
+        best = (images - samples[:1]).square().mean().sqrt()  # the maximum likelihood estimate for a known mean
+        self.check_close(self.metrics.choose_sigma(samples, images), best,
+                         "sigma is not the maximum likelihood estimate", 0.005)
 
-    def test_sigma_at_the_edge_of_the_grid_is_refused(self):
+    def test_sigma_at_the_edge_of_the_grid_is_rejected(self):
         samples = torch.rand(20, 784)
         for edges in ({"low": 0.5}, {"high": 0.1}):
             with self.assertRaises(ValueError):
                 self.metrics.choose_sigma(samples, samples[:1] + 0.2 * torch.randn(30, 784), **edges)
 
-    def test_near_images_do_not_suffer_from_cancellation(self):
+    def test_distances_of_similar_images_do_not_suffer_from_cancellation(self):
         samples = torch.ones(3, 784)
         images = samples + 1e-3
         distances = self.metrics.squared_distances(*self.metrics.centered(samples, images))
-        self.check_close(distances.mean() / 784e-6, 1, "squared distances of like images are lost in rounding", 1e-3)
+        self.check_close(distances.mean() / 784e-6, 1, "squared distances of similar images are lost in rounding", 1e-3)

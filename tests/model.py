@@ -1,4 +1,4 @@
-"""What models.py does beyond the assignment's interface."""
+"""Features of models.py beyond the assignment's interface."""
 
 import itertools
 import math
@@ -13,12 +13,12 @@ __unittest = True
 
 
 class Promises(ModelGroup):
-    """What this project's models.py does beyond the interface; skipped for a models.py that does not."""
+    """Features of this project's models.py beyond the interface; skipped for other models."""
 
     def setUp(self):
         super().setUp()
         if not hasattr(self.models.AdversarialAE(), "sample_stream"):
-            self.skipTest("this models.py's model has no sample_stream: it promises the interface alone")
+            self.skipTest("this model has no sample_stream, so it is not this project's")
 
     def test_autoencoder_phase_leaves_the_discriminator_alone(self):
         model, x = self.models.AdversarialAE(), images_like_mnist(3)
@@ -26,9 +26,9 @@ class Promises(ModelGroup):
         model.get_loss_autoencoder(x, recon_x, z, 0.5)[0].backward()
         self.check(all(weight.grad is None for weight in model.discriminator.parameters()),
                    "the autoencoder's loss computes gradients for the discriminator's weights")
-        self.check(all(weight.requires_grad for weight in model.parameters()), "a weight was left frozen")
+        self.check(all(weight.requires_grad for weight in model.parameters()), "a weight is still frozen")
 
-    def test_sampling_takes_nothing_from_the_training_stream(self):
+    def test_sampling_does_not_use_the_global_generator(self):
         model, before = self.models.AdversarialAE(), torch.get_rng_state()
         model.sample(4)
         self.assertTrue(torch.equal(before, torch.get_rng_state()))
@@ -48,7 +48,7 @@ class Promises(ModelGroup):
     def test_sampling_with_batch_norm(self):
         model = self.models.AdversarialAE(z_dim=4).train()
         model.decoder = nn.Sequential(model.decoder, nn.BatchNorm2d(1), nn.Dropout(0.5))
-        model.decoder[2].eval()  # a mixed state, to be put back as it was
+        model.decoder[2].eval()  # mixed modes, which must be restored
         before = snapshot(model)
         model.sample_stream.manual_seed(5)
         images = model.sample(8)
@@ -91,7 +91,7 @@ class Promises(ModelGroup):
         self.assertRaises(KeyError, self.models.AdversarialAE, posterior="normal")
         self.assertRaises(ValueError, self.models.AdversarialAE, networks="other")
 
-    def test_gaussian_codes_have_the_mean_and_variance_that_the_network_gives(self):
+    def test_gaussian_codes_have_the_networks_mean_and_variance(self):
         encoder = self.models.ENCODERS["gaussian"](2)
         outputs = torch.tensor([3.0, -1.0, math.log(4), math.log(0.25)]).expand(100_000, 4)
         with mock.patch.object(encoder.net, "forward", return_value=outputs):
@@ -112,4 +112,4 @@ class Promises(ModelGroup):
             shift = encoder(x[:1]) - first
             torch.manual_seed(2)
             self.check(not torch.allclose(encoder(x[1:]) - other, shift, atol=1e-6),
-                       "noise is added to the code, whatever the image")
+                       "the noise only shifts the code, by the same amount for every image")

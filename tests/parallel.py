@@ -1,4 +1,4 @@
-"""Groups of tests in as many processes as there are CPUs: what python unittests.py without names does on Linux."""
+"""Groups of tests in parallel, one process per CPU, on Linux."""
 
 import multiprocessing
 import os
@@ -9,17 +9,17 @@ from types import SimpleNamespace
 
 import torch
 
-GROUPS = {}  # name -> its tests, for the processes that are forked
+GROUPS = {}  # name -> tests, for the forked processes
 
 
 class Runner(unittest.TextTestRunner):
-    """Runs groups side by side, each process with one thread: two that wait for each other are slower."""
+    """Runs groups in parallel, each process with one thread, which is faster than threads that compete for cores."""
 
     def run(self, suite):
         GROUPS.clear()
         for test in tests_in(suite):
             GROUPS.setdefault(type(test).__name__, unittest.TestSuite()).addTest(test)
-        if len(GROUPS) < 2 or sys.platform != "linux":  # elsewhere no process may be forked from one with threads
+        if len(GROUPS) < 2 or sys.platform != "linux":  # elsewhere a process with threads cannot be forked safely
             return super().run(suite)
         start = time.monotonic()
         with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
@@ -33,7 +33,7 @@ class Runner(unittest.TextTestRunner):
 
 
 def tests_in(suite):
-    """Give the tests of a suite of suites."""
+    """Yield the tests of nested suites."""
     for part in suite:
         if isinstance(part, unittest.TestSuite):
             yield from tests_in(part)
@@ -42,19 +42,19 @@ def tests_in(suite):
 
 
 def run_group(name):
-    """Run a group in this process; return its name, the number of tests, what failed, what was skipped, and seconds."""
+    """Run a group; return its name, the number of tests, the failed and the skipped ones, and the time in seconds."""
     torch.set_num_threads(1)
     start = time.monotonic()
     with open(os.devnull, "w") as nowhere:
         result = unittest.TextTestRunner(nowhere).run(GROUPS[name])
     failed = [(str(test), text) for test, text in [*result.errors, *result.failures]]
-    failed += [(str(test), "it succeeds, which was not expected") for test in result.unexpectedSuccesses]
+    failed += [(str(test), "unexpected success") for test in result.unexpectedSuccesses]
     skipped = [(str(test), words) for test, words in result.skipped]
     return name, result.testsRun, failed, skipped, time.monotonic() - start
 
 
 def report(name, ran, failed, skipped, seconds):
-    """Print how a group went; return the number of its tests, those that failed, and those that were skipped."""
+    """Print a group's results; return the number of its tests, the failed ones and the skipped ones."""
     print(f"{name}: {ran} tests, {len(failed)} failed, {len(skipped)} skipped, {seconds:.1f} s", file=sys.stderr)
     for test, text in failed:
         print(f"\nFAIL: {test}\n{text}", file=sys.stderr)

@@ -15,7 +15,7 @@ __unittest = True
 
 
 class Pictures(TrainGroup):
-    """generate_and_save and save_reconstruction: what is written, and that nothing else changes."""
+    """generate_and_save and save_reconstruction: their files, and that nothing else changes."""
 
     def picture_model(self):
         """Return an AdversarialAE with BatchNorm and Dropout in its decoder, in training mode."""
@@ -32,13 +32,13 @@ class Pictures(TrainGroup):
         pixels = read_png(Path(writer.log_dir) / "results" / "Prior_samples" / "samples_epoch_7.png")
         self.assertTrue(np.array_equal(read_png(io.BytesIO(event.encoded_image_string)), pixels))
 
-    def test_samples_are_8_a_row_and_of_the_same_codes_each_time(self):
+    def test_samples_are_8_per_row_with_the_same_codes_each_time(self):
         writer, model = self.writer(), self.models.AdversarialAE()
         pictures = []
         for epoch in range(2):
             self.train.generate_and_save(model, epoch, writer)
             pictures.append(read_png(Path(writer.log_dir) / f"results/Prior_samples/samples_epoch_{epoch}.png"))
-            torch.rand(1)  # what training would draw in between
+            torch.rand(1)  # as training would
         self.assertEqual(pictures[0].shape, (8 * 30 + 2, 8 * 30 + 2))
         self.assertTrue(np.array_equal(*pictures))
 
@@ -68,10 +68,10 @@ class Pictures(TrainGroup):
         self.train.save_reconstruction(model, 0, writer, x)
         after = snapshot(model)
         self.check(same(before[0], after[0]), "Mistake 11: saving pictures changes the model's weights or statistics")
-        self.check(before[1] == after[1], "Mistake 11: saving pictures leaves the model in another mode")
-        self.check(same(streams, random_states(model)), "saving pictures leaves a random stream moved on")
+        self.check(before[1] == after[1], "Mistake 11: saving pictures changes the model's modes")
+        self.check(same(streams, random_states(model)), "saving pictures changes a random state")
 
-    def test_careless_sample_takes_nothing_from_the_training_stream(self):
+    def test_careless_sample_does_not_change_the_global_generator(self):
         model, stream = TinyAAE(), torch.get_rng_state()
         self.train.generate_and_save(model, 0, self.writer())
         self.assertTrue(torch.equal(stream, torch.get_rng_state()))

@@ -1,4 +1,4 @@
-"""Runs that are stopped and resumed."""
+"""Stopped and resumed runs."""
 
 import contextlib
 import copy
@@ -19,13 +19,13 @@ __unittest = True
 
 
 class ResumeGroup(TrainGroup):
-    """What the groups on stopped runs share."""
+    """Shared by the groups on stopped runs."""
 
     needs = (*TrainGroup.needs, "runs.checkpoint", "runs.signals", "training.options", "training.optimizers")
-    STEPS = 2  # of an epoch of a hundred digits in batches of 64
+    STEPS = 2  # per epoch: 100 digits in batches of 64
 
     def stop_after(self, steps, *flags, signum=signal.SIGTERM):
-        """Train until a signal comes right after so many steps; return the run's folder and what was raised."""
+        """Train until a signal arrives after a number of steps; return the run's folder and the exception."""
         log_dir = self.folder()
         add, count = self.statistics.LossStatistics.add, iter(range(1, 1000))
 
@@ -61,16 +61,16 @@ class ResumeGroup(TrainGroup):
 
 
 class Resume(ResumeGroup):
-    """Runs that are stopped, and continue as if they had not been."""
+    """A stopped and resumed run equals an uninterrupted one."""
 
-    def test_resumed_run_is_the_uninterrupted_one(self):
-        windows = (3, None)  # of 3 steps, so that one is open at every stop
+    def test_resumed_run_equals_the_uninterrupted_one(self):
+        windows = (3, None)  # of 3 steps, so that one is incomplete at every stop
         with mock.patch.object(self.train.TensorBoardLogger.__init__, "__defaults__", windows):
             whole, _ = self.train_quietly("--epochs", "4", "--drop_after", "1")
-            for steps in (1, 2, 5):  # within an epoch, at its end, and within a later one
+            for steps in (1, 2, 5):  # within an epoch, at its end, within a later epoch
                 run, stopped = self.stop_after(steps, "--epochs", "4", "--drop_after", "1")
                 self.assertIn(f"after {steps // self.STEPS} epochs and {steps % self.STEPS} steps", str(stopped))
-                for _ in range(2):  # the second time there is nothing left to do
+                for _ in range(2):  # the second time, nothing is left to do
                     self.assertEqual(self.resume(run)[0], 0)
                     self.assert_same_run(run, whole)
 
@@ -101,7 +101,7 @@ class Resume(ResumeGroup):
             self.assert_same_run(run, whole)
             self.assertEqual(json.loads((run / "hparams.json").read_text())["posterior"], posterior)
 
-    def test_saved_weights_are_the_average_and_training_continues_with_the_others(self):
+    def test_saved_weights_are_averaged_and_training_uses_the_others(self):
         runs = {decay: self.train_quietly("--epochs", "3", "--averaging", decay) for decay in ("0", "0.9")}
         (last, last_saved), (averaged, averaged_saved) = runs.values()
         states = [self.checkpoint.load_state(run) for run in (last, averaged)]
@@ -124,9 +124,9 @@ class Resume(ResumeGroup):
                 stack.enter_context(mock.patch.object(self.train, name, side_effect=partial(record, name)))
             _, saved = self.train_quietly("--epochs", "5", "--averaging", "0.9")
         for name in names:
-            self.assertTrue(same(seen[name], saved), f"{name} gets other weights than the averaged ones")
+            self.assertTrue(same(seen[name], saved), f"{name} does not get the averaged weights")
 
-    def test_more_epochs_are_the_longer_run(self):
+    def test_extended_run_equals_a_longer_one(self):
         with mock.patch.object(self.train.TensorBoardLogger.__init__, "__defaults__", (3, None)):
             whole, _ = self.train_quietly("--epochs", "4")
             run, _ = self.train_quietly("--epochs", "2")
@@ -134,7 +134,7 @@ class Resume(ResumeGroup):
             self.assert_same_run(run, whole)
             self.assertEqual(json.loads((run / "hparams.json").read_text())["epochs"], 4)
 
-    def test_finished_run_stays_as_it_is(self):
+    def test_finished_run_does_not_change(self):
         run, _ = self.train_quietly("--epochs", "2")
         before = run_contents(run)
         status, out, _ = self.resume(run)
@@ -147,7 +147,7 @@ class Resume(ResumeGroup):
         log_dir = self.folder()
         save_state, count = runs.run.save_state, iter(range(100))
 
-        def save_and_die(*args):  # as a kill would: with later events and pictures already written
+        def save_and_die(*args):  # like a kill, after later events and pictures were written
             if next(count) in (2, 3):
                 raise Stop
             save_state(*args)
@@ -172,7 +172,7 @@ class Resume(ResumeGroup):
             signum = getattr(signal, name)
             before = signal.getsignal(signum)
             run, stopped = self.stop_after(1, "--epochs", "2", signum=signum)
-            self.assertEqual(signal.getsignal(signum), before, "the handler was not put back")
+            self.assertEqual(signal.getsignal(signum), before, "the handler was not restored")
             with mock.patch.object(self.train, "main", side_effect=stopped):
                 status, _, err = self.run_cli()
             self.assertEqual(status, 128 + signum)
@@ -182,7 +182,7 @@ class Resume(ResumeGroup):
     def test_signal_after_the_last_step_of_an_epoch(self):
         log_dir, describe = self.folder(), runs.run.describe
 
-        def signal_late(means):  # the line of an epoch is printed after its last step
+        def signal_late(means):  # called for the line that is printed after an epoch's last step
             signal.raise_signal(signal.SIGTERM)
             return describe(means)
 
@@ -214,7 +214,7 @@ class Resume(ResumeGroup):
         self.assertEqual(self.resume(run)[0], 0)
         self.assert_same_run(run, self.train_quietly("--epochs", "4")[0])
 
-    def test_what_came_after_the_checkpoint_is_removed(self):
+    def test_files_newer_than_the_checkpoint_are_removed(self):
         run, _ = self.train_quietly("--epochs", "2")
         late = [run / "results" / "Prior_samples" / "samples_epoch_10.png",
                 run / "events.out.tfevents.9999999999.host.1.0"]
@@ -223,16 +223,16 @@ class Resume(ResumeGroup):
         self.assertEqual(self.resume(run)[0], 0)
         self.assertEqual([file.name for file in late if file.exists()], [])
 
-    def test_files_of_the_user_stay(self):
+    def test_files_of_the_user_are_kept(self):
         run, _ = self.stop_after(3, "--epochs", "2")
         put_foreign_files(run)
-        for flags in ((), (), ("--epochs", "3")):  # to the end, with nothing left to do, and further
+        for flags in ((), (), ("--epochs", "3")):  # to the end, with nothing left to do, with more epochs
             self.assertEqual(self.resume(run, *flags)[0], 0)
             self.check(not foreign_files_lost(run), f"a resume has removed or changed {foreign_files_lost(run)}")
         for name in ("results/Prior_samples/samples_epoch_3.png", "00003/codes/tensors.tsv", "projector_config.pbtxt"):
             self.assertTrue((run / name).is_file(), name)
         self.assertFalse((run / "00002" / "codes" / "tensors.tsv").exists(),
-                         "the projector's files of a shorter run are left")
+                         "the projector's files of the shorter run remain")
         remove_foreign_files(run)
         self.assert_same_run(run, self.train_quietly("--epochs", "3")[0])
 
@@ -260,7 +260,7 @@ class Resume(ResumeGroup):
         whole, _ = self.train_quietly("--epochs", "3")
         for name in ("model", "average", "optimizer_ae", "optimizer_disc"):
             states = [self.checkpoint.serialize(self.checkpoint.load_state(folder)[name]) for folder in (run, whole)]
-            self.assertEqual(*states, f"{name} is not that of our train_aae")
+            self.assertEqual(*states, f"{name} differs from that of our train_aae")
 
     def test_a_model_without_a_sample_stream_is_resumed(self):
         run, _ = self.train_quietly("--epochs", "1")

@@ -24,7 +24,7 @@ __unittest = True
 
 
 class WholeRun(TrainGroup):
-    """`main` from beginning to end on a hundred of the bundled digits."""
+    """`main` from start to end on 100 of the bundled digits."""
 
     needs = (*TrainGroup.needs, "evaluation.metrics")
 
@@ -40,7 +40,7 @@ class WholeRun(TrainGroup):
         expected = {"generator/gen_loss", "generator/recon_loss", "generator/ae_loss", "discriminator/disc_loss",
                     "discriminator/loss_real", "discriminator/loss_fake", "discriminator/accuracy"}
         self.assertLessEqual(expected, set(events.Tags()["scalars"]))
-        for tag in expected:  # 12 steps, less than a window
+        for tag in expected:  # 12 steps, fewer than a window
             self.assertEqual([event.step for event in events.Scalars(tag)], [12])
         self.assertEqual([event.step for event in events.Images("samples")], list(range(7)))
         self.assertEqual([event.step for event in events.Images("reconstructions")], [0, 1, 5])
@@ -50,14 +50,14 @@ class WholeRun(TrainGroup):
         self.assertEqual([file.name for file in run.rglob("*.tmp")], [])
 
     def outputs_on_test_images(self, state):
-        """Return test images, their labels, reconstructions and codes of a model of 3 dimensions with these weights."""
+        """Return test images, labels, reconstructions and codes of a 3-dimensional model with these weights."""
         images, labels = self.mnist.load_digits(train=False)
         model = self.models.AdversarialAE(z_dim=3).eval()
         model.load_state_dict(state)
         with torch.no_grad():
             return images, labels, *model(images)
 
-    def test_test_images_are_measured(self):
+    def test_metrics_of_test_images_are_logged(self):
         run, state = self.train_quietly("--epochs", "6", "--z_dim", "3")
         images, _, recon_x, codes = self.outputs_on_test_images(state)
         events = read_events(run)
@@ -69,8 +69,8 @@ class WholeRun(TrainGroup):
         [loss], [distance] = events.Scalars("final/test_recon_loss"), events.Scalars("final/test_ks_distance")
         self.assertEqual((loss.step, distance.step), (6, 6))
         self.check_close(loss.value, (recon_x - images).square().mean(),
-                         "the reconstruction loss of the test images", 1e-4)
-        self.check_close(distance.value, self.metrics.ks_distance(codes), "the codes' distance to the prior", 1e-4)
+                         "the reconstruction loss of the test images is wrong", 1e-4)
+        self.check_close(distance.value, self.metrics.ks_distance(codes), "the KS distance is wrong", 1e-4)
 
     def test_settings_and_results_are_in_the_same_run(self):
         from tensorboard.plugins.hparams import plugin_data_pb2
@@ -91,7 +91,7 @@ class WholeRun(TrainGroup):
         np.testing.assert_allclose(sprite[:28, 28:56], 127.5 * (images[1, 0] + 1), atol=1.5)
         self.assertIn("00001/codes/tensors.tsv", (run / "projector_config.pbtxt").read_text())
 
-    def test_codes_that_are_infinite_do_not_end_a_run(self):
+    def test_infinite_codes_do_not_end_a_run(self):
         model, images = self.models.AdversarialAE(), images_like_mnist(4)
         with torch.no_grad():
             model.encoder.net[-1].bias.fill_(math.inf)
@@ -110,7 +110,7 @@ class WholeRun(TrainGroup):
             self.check_close(final.value, last.value, "final/recon_loss is not the mean over the epoch")
             self.assertNotIn("final/test_recon_loss", events.Tags()["scalars"])
 
-    def test_deterministic_kernels_are_those_of_the_run_alone(self):
+    def test_deterministic_kernels_are_set_per_run(self):
         self.addCleanup(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
         for flags in (["--deterministic"], []):
             run, _ = self.train_quietly("--epochs", "1", *flags)
@@ -138,10 +138,10 @@ class WholeRun(TrainGroup):
 
     def test_same_seed_same_bits(self):
         runs = [self.train_quietly("--epochs", "2", "--seed", seed)[1] for seed in ("3", "3", "4")]
-        self.assertTrue(same(runs[0], runs[1]), "two runs with one seed ended with different weights")
-        self.assertFalse(same(runs[0], runs[2]), "two seeds gave the same weights")
+        self.assertTrue(same(runs[0], runs[1]), "two runs with the same seed have different weights")
+        self.assertFalse(same(runs[0], runs[2]), "two seeds give the same weights")
 
-    def test_pictures_do_not_touch_training(self):
+    def test_pictures_do_not_affect_training(self):
         _, with_pictures = self.train_quietly("--epochs", "2")
         with mock.patch.object(self.train, "generate_and_save"), mock.patch.object(self.train, "save_reconstruction"):
             _, without = self.train_quietly("--epochs", "2")
@@ -167,7 +167,7 @@ class WholeRun(TrainGroup):
                          "a large gradient of the discriminator is not clipped", 1e-4)
 
     def test_rate_drops_after_the_epochs_of_the_flag(self):
-        for on_device in (False, True):  # on CUDA the rate is a tensor, which a captured graph reads: it must stay
+        for on_device in (False, True):  # on CUDA, the rate is a tensor that a captured graph reads
             args = self.train.parse_args(["--drop_after", "10"])
             optimizer, _ = self.train.build_optimizers(self.models.AdversarialAE(), args)
             if on_device:
@@ -176,14 +176,14 @@ class WholeRun(TrainGroup):
             for epoch, expected in ((1, 1e-3), (10, 1e-3), (11, 1e-4), (40, 1e-4)):
                 self.train.set_learning_rate(optimizer, epoch, args)
                 self.check_close(1e3 * optimizer.param_groups[0]["lr"], 1e3 * expected,
-                                 f"the rate of epoch {epoch} is wrong")
+                                 f"the learning rate of epoch {epoch} is wrong")
             self.assertTrue(not on_device or optimizer.param_groups[0]["lr"] is before)
         self.train.set_learning_rate(optimizer, 1000, self.train.parse_args(["--drop_after", "0"]))
-        self.check_close(1e3 * optimizer.param_groups[0]["lr"], 1, "the rate drops with --drop_after 0")
+        self.check_close(1e3 * optimizer.param_groups[0]["lr"], 1, "the learning rate drops with --drop_after 0")
 
     def test_rate_drops_in_a_run(self):
         runs = [self.train_quietly("--epochs", "2", "--drop_after", str(after))[1] for after in (1, 2)]
-        self.assertFalse(same(*runs), "the rate of the second epoch does not matter")
+        self.assertFalse(same(*runs), "--drop_after does not affect the second epoch")
 
     def test_namespace_of_the_assignments_flags_alone(self):
         args = Namespace(z_dim=2, batch_size=64, lambda_=1.0, ae_lr=1e-3, d_lr=5e-3, data_dir=str(self.folder()),
@@ -192,7 +192,7 @@ class WholeRun(TrainGroup):
                 contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             self.assertTrue(self.train.main(args).is_dir())
 
-    def test_fallback_is_loud_at_both_ends_and_recorded(self):
+    def test_fallback_warns_at_start_and_end_and_is_recorded(self):
         folder = self.folder()
         with self.few_digits, mock.patch("torchvision.datasets.MNIST.mirrors", []):
             status, _, err = self.run_cli("--data_dir", folder, "--log_dir", folder / "logs",
@@ -205,7 +205,7 @@ class WholeRun(TrainGroup):
         self.assertEqual((settings["dataset"], settings["trained_on"]), ("auto", "digits"))
         self.assertIn("could not be downloaded", settings["fallback"])
 
-    def test_end_says_where_everything_is(self):
+    def test_last_lines_tell_where_the_results_are(self):
         with self.few_digits:
             _, out, _ = self.run_cli("--dataset", "digits", "--epochs", 1, "--no-cuda",
                                      "--log_dir", self.folder() / "a b")
@@ -213,8 +213,8 @@ class WholeRun(TrainGroup):
         self.assertRegex(out, r"tensorboard --logdir '.*/a b/[\d_]+'")
 
     def test_digits_never_touch_the_network(self):
-        with mock.patch("socket.socket.connect", side_effect=AssertionError("the network was touched")), \
-                mock.patch("socket.getaddrinfo", side_effect=AssertionError("a name was looked up")):
+        with mock.patch("socket.socket.connect", side_effect=AssertionError("the network was used")), \
+                mock.patch("socket.getaddrinfo", side_effect=AssertionError("a host name was looked up")):
             self.train_quietly("--epochs", "1", "--data_dir", str(self.folder()))
 
     def test_two_runs_in_one_second_have_two_folders(self):

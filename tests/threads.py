@@ -1,4 +1,4 @@
-"""How many threads are started, and how they wait."""
+"""The number of threads, and how they wait."""
 
 import ast
 import importlib
@@ -13,14 +13,14 @@ __unittest = True
 
 
 class Threads(Group):
-    """The quota of a container, and the variables that are set before torch is imported."""
+    """A container's CPU quota, and the variables that are set before torch is imported."""
 
     def setUp(self):
         super().setUp()
         self.threads = importlib.import_module("training.threads")
 
     def quota(self, membership, files):
-        """Return the quota with these lines in /proc/self/cgroup and these files under /sys/fs/cgroup."""
+        """Return the quota for this /proc/self/cgroup and these files under /sys/fs/cgroup."""
         folder = self.folder()
         for name, content in {"cgroup/none": "", **files}.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ class Threads(Group):
         with mock.patch.multiple(self.threads, CGROUP=folder / "cgroup", MEMBERSHIP=folder / "membership"):
             return self.threads.cpu_quota()
 
-    def test_quota_is_the_smallest_of_the_group_and_those_around_it(self):
+    def test_quota_is_the_smallest_of_the_group_and_its_parents(self):
         limits = {"cgroup/user/job/cpu.max": "100000 100000\n", "cgroup/user/cpu.max": "400000 100000\n"}
         version_1 = {"cgroup/cpu/docker/a/cpu.cfs_quota_us": "150000\n",
                      "cgroup/cpu/docker/a/cpu.cfs_period_us": "100000\n"}
@@ -47,19 +47,19 @@ class Threads(Group):
         for expected, membership, files in cases:
             self.assertEqual(self.quota(membership, files), expected, (membership, files))
 
-    def test_nothing_is_wrong_where_there_are_no_control_groups(self):
+    def test_system_without_control_groups_has_no_quota(self):
         missing = self.folder() / "none"
         with mock.patch.multiple(self.threads, CGROUP=missing, MEMBERSHIP=missing):
             self.assertEqual(self.threads.cpu_quota(), math.inf)
 
     def configured(self, environment, quota=math.inf, cpus=4):
-        """Return what `configure` makes of the environment, and what it returns."""
+        """Return the environment after `configure`, and what `configure` returns."""
         with mock.patch.dict(os.environ, environment, clear=True), \
                 mock.patch.multiple(self.threads, cpu_quota=lambda: quota, usable_cpus=lambda: cpus):
             returned = self.threads.configure()
             return dict(os.environ), returned
 
-    def test_what_the_user_has_set_stays(self):
+    def test_settings_of_the_user_are_kept(self):
         with mock.patch("sys.platform", "linux"):
             self.assertEqual(self.configured({}), ({"GOMP_SPINCOUNT": "1000"}, None))
             for environment in ({"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "PASSIVE"}):

@@ -1,7 +1,7 @@
-"""Mistakes in a train.py beyond train_aae: in main, and in how it draws and saves pictures.
+"""Mistakes in train.py outside train_aae: in main, and in drawing samples and saving pictures.
 
-Like unittests.py, this file needs no other of this project: put it into a folder tests/ beside unittests.py and your
-models.py, train.py, mnist.py and utils.py:  python unittests.py TrainMistakes
+This file needs only unittests.py. Copy it to a folder tests/ next to unittests.py and your models.py, train.py,
+mnist.py and utils.py:  python unittests.py TrainMistakes
 """
 
 import contextlib
@@ -20,7 +20,7 @@ __unittest = True
 
 
 def read_png(file):
-    """Return the pixels of a picture's red channel, [H, W]."""
+    """Return the red channel of a picture, [H, W]."""
     from PIL import Image
 
     with Image.open(file) as image:
@@ -28,10 +28,10 @@ def read_png(file):
 
 
 class TrainMistakes(MistakesGroup):
-    """Mistakes in main, generate_and_save and save_reconstruction, by the numbers of README.md's list."""
+    """Mistakes in main, generate_and_save and save_reconstruction, numbered as in the documentation."""
 
     def run_main(self, words, train_aae, generate_and_save=None):
-        """Run train.py's main on made-up images, with stand-ins that may raise SystemExit."""
+        """Run train.py's main on made-up images, with mock functions that may raise SystemExit."""
         folder = f"{self.folder()}/"
         with self.attempt(words), contextlib.ExitStack() as stack:
             train, mnist = importlib.import_module("train"), importlib.import_module("mnist")
@@ -39,7 +39,7 @@ class TrainMistakes(MistakesGroup):
                                        (train.train_aae, train_aae),
                                        (train.generate_and_save, generate_and_save or mock.Mock()),
                                        (train.save_reconstruction, mock.Mock())):
-                for module in list(sys.modules.values()):  # wherever it has been imported to
+                for module in list(sys.modules.values()):  # wherever it has been imported
                     for name in [name for name, value in getattr(module, "__dict__", {}).items() if value is original]:
                         stack.enter_context(mock.patch.object(module, name, stand_in))
             with contextlib.suppress(SystemExit):
@@ -53,7 +53,7 @@ class TrainMistakes(MistakesGroup):
         return mock.MagicMock(log_dir=str(folder))
 
     def test_02_each_optimizer_has_its_own_parameters(self):
-        held, learning = [], []  # by the autoencoder's and the discriminator's optimizer; of their networks
+        held, learning = [], []  # parameters of each player's optimizer, and of its networks
 
         def train_aae(epoch, model, train_loader, logger_ae, logger_disc, optimizer_ae, optimizer_disc, *_, **__):
             held.extend({id(weight) for group in optimizer.param_groups for weight in group["params"]}
@@ -69,10 +69,10 @@ class TrainMistakes(MistakesGroup):
         for i, player, networks in ((0, "autoencoder", "encoder and decoder"),
                                     (1, "discriminator", "the discriminator")):
             self.check(learning[i] <= held[i] and not learning[1 - i] & held[i],
-                       f"Mistake 2: the {player}'s optimizer must hold the parameters of {networks}, and no others")
+                       f"Mistake 2: the {player}'s optimizer must have the parameters of {networks}, and no others")
 
     def modes_in_generate_and_save(self, words):
-        """Return the decoder's mode at each use while generate_and_save draws: whether it is training."""
+        """Return the value of decoder.training at each call of the decoder in generate_and_save."""
         modes, model = [], self.models.AdversarialAE(z_dim=4).train()
         model.decoder.register_forward_pre_hook(lambda module, args: modes.append(module.training))
         with self.attempt(words):
@@ -80,7 +80,7 @@ class TrainMistakes(MistakesGroup):
         return modes
 
     def modes_in_main(self, words):
-        """Return the decoder's mode, whether it is training, each time that main calls generate_and_save."""
+        """Return the value of decoder.training at each call of generate_and_save in main."""
         modes = []
         self.run_main(words, lambda epoch, model, *_, **__: model.train(),
                       lambda model, *_, **__: modes.append(model.decoder.training))
@@ -89,14 +89,14 @@ class TrainMistakes(MistakesGroup):
     def test_11_samples_are_drawn_in_evaluation_mode(self):
         if not self.sample_leaves_the_mode_to_its_caller():
             return
-        words = "Mistake 11: sample() does not call eval(), so its caller has to, and train() after it"
+        words = "Mistake 11: sample() does not call eval(), so its caller must, and train() afterwards"
         modes = self.modes_in_generate_and_save(words)
         if any(modes):
             modes = self.modes_in_main(words)
         if not modes:
-            self.skip(words, "no samples are drawn in generate_and_save, or main does not call it")
-        self.check(not any(modes), "Mistake 11: samples are drawn in training mode: BatchNorm makes each depend on the "
-                                   "others, and changes its statistics. Call model.eval() before, model.train() after")
+            self.skip(words, "generate_and_save draws no samples, or main does not call it")
+        self.check(not any(modes), "Mistake 11: samples are drawn in training mode, in which BatchNorm mixes a batch's "
+                                   "images and updates its statistics: call model.eval() before, train() afterwards")
 
     def test_13_pictures_are_rescaled(self):
         levels = torch.linspace(-1, 1, 7).repeat_interleave(4).view(28, 1).expand(8, 1, 28, 28)
@@ -111,4 +111,4 @@ class TrainMistakes(MistakesGroup):
             shown = values[counts > 100]
             self.check(all(np.abs(shown - level).min() < 2 for level in np.linspace(0, 255, 7)),
                        f"Mistake 13: {name} saves seven levels from -1 to 1 as {shown.tolist()}, not as seven from 0 "
-                       "to 255: rescale from [-1, 1] before saving, or the dark half is clipped")
+                       "to 255: rescale images from [-1, 1] before saving, or the dark half is clipped")

@@ -15,7 +15,7 @@ __unittest = True
 
 
 class Training(TrainGroup):
-    """train_aae; what every train.py has to do is in unittests.py's Mistakes."""
+    """train_aae; the requirements for every train.py are in Mistakes in unittests.py."""
 
     LAMBDA, AE_LR, D_LR = 0.4, 0.5, 2.0
 
@@ -23,7 +23,7 @@ class Training(TrainGroup):
         return [(images_like_mnist(count), torch.zeros(count)) for count in (6, 6, 2)]
 
     def reference(self, batches):
-        """Return the weights of a TinyAAE after one epoch in which each player follows its own gradient alone."""
+        """Return a TinyAAE after one epoch in which each player follows only its own gradient."""
         model = TinyAAE()
         for x, _ in batches:
             recon_x, z = model(x)
@@ -39,7 +39,7 @@ class Training(TrainGroup):
         return model
 
     def trained(self, batches, loggers=None, model=None):
-        """Train a TinyAAE for one epoch; return it, and what train_aae returns."""
+        """Train a TinyAAE for one epoch; return it and the result of train_aae."""
         model = model or TinyAAE()
         optimizer_ae = torch.optim.SGD([model.encoder.weight, model.decoder.weight], self.AE_LR)
         optimizer_disc = torch.optim.SGD([model.discriminator.weight], self.D_LR)
@@ -51,7 +51,7 @@ class Training(TrainGroup):
         model, reference = self.trained(batches)[0], self.reference(batches)
         for part in ("encoder", "decoder", "discriminator"):
             self.check_close(getattr(model, part).weight, getattr(reference, part).weight,
-                             f"the {part}'s steps are not along the gradient of its own loss alone")
+                             f"the {part}'s steps do not follow only the gradient of its own loss")
         self.assertEqual(model.batches, [6, 6, 2])
 
     def test_trains_in_training_mode(self):
@@ -88,8 +88,8 @@ class Training(TrainGroup):
         with self.assertRaisesRegex(self.commandline.UserError, r"at step 2 of epoch 1\b"):
             self.trained(batches)
 
-    def test_takes_off_with_seeds_that_start_bright(self):
-        for seed in (1, 2):  # with the decoder's last bias as torch draws it, every fourth seed ended in black images
+    def test_training_succeeds_with_seeds_that_start_bright(self):
+        for seed in (1, 2):  # with torch's initial bias in the decoder, every fourth seed gave black images
             torch.manual_seed(seed)
             flags = self.train.parse_args(["--networks", "base", "--d_momentum", "0"])
             model, loader = self.models.AdversarialAE(networks="base"), self.mnist.digits()
@@ -99,7 +99,7 @@ class Training(TrainGroup):
             self.check(means["recon_loss"] < 0.25, f"with seed {seed} recon_loss stays at {means['recon_loss']:.3f}: "
                        "the first steps drive the decoder's tanh to -1 everywhere; start its bias at the mean pixel")
 
-    def test_average_is_that_of_the_formula(self):
+    def test_average_agrees_with_the_formula(self):
         model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
         average, decays = self.train.EMA(model, 0.5), []
         expected = {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
@@ -117,16 +117,16 @@ class Training(TrainGroup):
         for name in ("0.weight", "0.bias", "1.weight", "1.running_mean", "1.running_var"):
             np.testing.assert_allclose(average.model.state_dict()[name], expected[name], rtol=1e-5, err_msg=name)
 
-    def test_average_takes_in_a_shared_weight_once(self):
+    def test_average_updates_a_shared_weight_once(self):
         model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
         model[1].weight = model[0].weight
         average = self.train.EMA(model, 0.5)
         expected = 2 / 11 * model[0].weight.detach().clone() + 9 / 11
         nn.init.ones_(model[0].weight)
         average.update()
-        self.assertTrue(torch.allclose(average.model[1].weight, expected), "a shared weight is averaged twice a step")
+        self.assertTrue(torch.allclose(average.model[1].weight, expected), "a shared weight is averaged twice per step")
 
-    def test_average_goes_on_from_its_state(self):
+    def test_average_continues_from_its_state(self):
         model = nn.Linear(2, 3)
         average = self.train.EMA(model, 0.9)
         nn.init.zeros_(model.weight)
@@ -138,7 +138,7 @@ class Training(TrainGroup):
         self.assertTrue(torch.equal(average.model.weight, other.model.weight))
         self.assertGreater(average.model.weight.abs().sum(), 0)
 
-    def test_bf16_differs_by_rounding_alone(self):
+    def test_bf16_differs_only_by_rounding(self):
         def after_one_step(precision):
             torch.manual_seed(1)
             model, x = self.models.AdversarialAE(), images_like_mnist(16)
@@ -146,18 +146,18 @@ class Training(TrainGroup):
             with mock.patch.object(model, "get_loss_discriminator", wraps=model.get_loss_discriminator) as judged:
                 values = self.train.train_step(model, *optimizers, 0.5, x, precision)
             codes = judged.call_args.args[0]
-            self.assertEqual(codes.dtype, torch.float32)  # and so the prior's draws beside them
+            self.assertEqual(codes.dtype, torch.float32)  # and therefore the prior samples
             return model, {**values[0], **values[1]}
 
         (model, values), (rounded, rounded_values) = (after_one_step(precision) for precision in ("fp32", "bf16"))
         for name, value in values.items():
-            self.check_close(rounded_values[name], value, f"{name} in bf16 is not that in fp32", 0.02)
+            self.check_close(rounded_values[name], value, f"{name} in bf16 differs from fp32", 0.02)
         self.assertNotEqual(rounded_values["ae_loss"], values["ae_loss"])
         self.assertEqual({weight.dtype for weight in rounded.parameters()}, {torch.float32})
         self.assertEqual({value.dtype for value in rounded_values.values()}, {torch.float32})
         self.assertFalse(any(value.requires_grad for value in rounded_values.values()))
 
-    def test_statistics_of_values_that_are_not_always_there(self):
+    def test_statistics_of_values_that_are_sometimes_missing(self):
         loggers = (ValueList(), ValueList())
         statistics = self.statistics.LossStatistics(*loggers)
         statistics.begin(1)

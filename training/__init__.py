@@ -1,1 +1,1 @@
-"""What a training step and an epoch need beyond the recipe in train.py."""
+"""What training needs beyond the recipe in train.py."""

@@ -1,4 +1,4 @@
-"""What all command lines share: the parser, checked numbers, messages, and the frame that ends in one sentence."""
+"""What all command lines share: the parser, checks of numbers, messages, and errors in one sentence."""
 
 import argparse
 import contextlib
@@ -18,35 +18,46 @@ GPU_IS_TAKEN = re.compile(r"CUDA error: out of memory|busy or unavailable"
 
 
 class UserError(RuntimeError):
-    """Something that the user can mend; the message says what is wrong and what to do. `status` is the exit status."""
+    """An error that the user can fix; the message says what is wrong and what to do. `status` is the exit status."""
 
     status = 1
 
 
 class FlagError(UserError):
-    """A flag that fits neither the machine nor the run to be resumed."""
+    """A flag that this machine does not support, or that contradicts the run to be resumed."""
 
     status = 2
 
 
 class RunStopped(Exception):
-    """A run that a signal stopped, with everything saved; the message says how to resume it."""
+    """A signal has stopped the run, and everything is saved; the message says how to resume it."""
 
     def __init__(self, message, signum):
         super().__init__(message)
         self.signum = signum
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the default of each flag that takes a value, and the examples line by line."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong with a flag in one sentence, without the usage before it."""
+    """Reports an invalid flag in one sentence, without the usage."""
+
+    def __init__(self, prog, description, **options):
+        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=HelpFormatter,
+                         **options)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
 def number(convert, low, high=2**31 - 1):
-    """Return a type for argparse: numbers of type `convert` within [low, high], not NaN."""
-    kind = {int: "a whole number", float: "a number"}[convert]
+    """Return a type for argparse: numbers of type `convert` in [low, high]; NaN is rejected."""
+    kind = {int: "an integer", float: "a number"}[convert]
 
     def parse(text):
         try:
@@ -61,7 +72,7 @@ def number(convert, low, high=2**31 - 1):
 
 
 def print_line(text, stream=None):
-    """Print a line; where nobody can read it any more, or its disk is full, the program continues without."""
+    """Print a line; if that fails, as with a closed pipe or a full disk, continue without output."""
     stream = stream or sys.stdout
     try:
         print(text, file=stream, flush=True)
@@ -74,14 +85,14 @@ def warn(text):
 
 
 def duration(seconds):
-    """Return seconds as text, such as 1 h 02 min 03 s."""
+    """Format seconds, for example as 1 h 02 min 03 s."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min {seconds:02} s" if hours else f"{minutes} min {seconds:02} s"
 
 
-def run_program(program, main, parse, argv, memory_advice, disk_advice="make room or rights there"):
-    """Run `main(parse(argv))` and return the exit status; what the user can mend is said in one sentence."""
+def run_program(program, main, parse, argv, memory_advice, disk_advice="free disk space or check the permissions"):
+    """Run `main(parse(argv))` and return the exit status; errors that the user can fix take one sentence."""
     with silent_writer_threads():
         try:
             main(parse(argv))
@@ -98,7 +109,7 @@ def run_program(program, main, parse, argv, memory_advice, disk_advice="make roo
 
 @contextlib.contextmanager
 def silent_writer_threads():
-    """Keep quiet about OSError, such as a full disk, in TensorBoard's thread: its writer raises it in ours, too."""
+    """Hide OSErrors, such as a full disk, of TensorBoard's thread: its writer raises them in the main thread, too."""
     before = threading.excepthook
 
     def hook(failure):
@@ -113,9 +124,9 @@ def silent_writer_threads():
 
 
 def report_error(program, error, memory_advice, disk_advice):
-    """Say in one sentence what is wrong and what to do, and return the exit status; raise a programming error again."""
+    """Print what is wrong and what to do in one sentence, and return the exit status; re-raise programming errors."""
     status = getattr(error, "status", 1)
-    if isinstance(error, (UserError, DataError)):  # mnist.py imports nothing of the project, so it has its own class
+    if isinstance(error, (UserError, DataError)):  # apart, as mnist.py imports nothing of the project
         message = str(error)
     elif isinstance(error, OSError):
         message = f"{error.filename or 'a file'} cannot be written: {error.strerror}; {disk_advice}"
@@ -130,17 +141,17 @@ def report_error(program, error, memory_advice, disk_advice):
 
 
 def gpu_is_taken(error):
-    """Return whether an error means that the GPU is full or busy; torch has a class of its own for one case alone."""
+    """Return whether an error means that the GPU is full or busy; torch has a separate class for one case only."""
     return (isinstance(error, torch.OutOfMemoryError)
             or isinstance(error, RuntimeError) and GPU_IS_TAKEN.search(str(error)))
 
 
 def gpu_memory_message(memory_advice):
-    """Return what to do about a GPU that is full or busy; `memory_advice` only where this process has filled it."""
+    """Return what to do about a full or busy GPU; give `memory_advice` only if this process has filled it."""
     reserved, total = 0, 1
-    with contextlib.suppress(RuntimeError, AssertionError):  # a GPU that cannot be asked
+    with contextlib.suppress(RuntimeError, AssertionError):  # the GPU may not answer
         reserved, total = torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(0).total_memory
     if reserved > total / 2:
-        return f"the GPU has not enough memory; {memory_advice}, or --no-cuda"
-    return ("the GPU's memory is full, or another program has it for itself; end the other programs there, "
+        return f"the GPU does not have enough memory; {memory_advice}, or --no-cuda"
+    return ("the GPU is full, or another program has exclusive use of it; end other programs on the GPU, "
             "or use --no-cuda")

@@ -6,23 +6,23 @@ import torch
 
 from training.commandline import UserError, gpu_is_taken
 
-WARM_UP = 3  # steps of a size before it is captured: libraries choose kernels and allocate in the first ones
+WARM_UP = 3  # eager steps before a capture, in which libraries choose kernels and allocate memory
 
 
 class CapturedStep:
-    """A training step on CUDA, captured as a CUDA graph for each batch size, and replayed.
+    """A training step on CUDA, captured as one CUDA graph per batch size and replayed.
 
-    `step` takes a batch on the device and returns tensors in lists or dicts. It may neither copy between host and
-    device nor depend on a value. The first WARM_UP calls for a size run it as it is, and are training steps like all
-    others; capturing runs nothing. What a call returns is overwritten by the next. Each replay has new
-    random numbers. Optimizer state loaded after a capture would be ignored: the graph knows the tensors of before.
+    `step` takes a batch on the device and returns tensors in lists or dicts. It must not copy between host and device
+    or branch on a tensor's value. The first WARM_UP calls for a batch size run it eagerly and count as training steps;
+    the capture itself runs nothing. Each call overwrites the values that the previous one returned. Each replay has new
+    random numbers. Load optimizer states before the first call: a captured graph keeps using the old tensors.
 
     See https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs for the rules.
     """
 
     def __init__(self, step):
         self.step = step
-        self._warm = Counter()  # shape -> calls so far
+        self._warm = Counter()  # shape -> eager calls so far
         self._graphs = {}       # shape -> the graph, the batch that it reads, the values that it writes
         self._stream = torch.cuda.Stream()
 
@@ -47,16 +47,16 @@ class CapturedStep:
     def _capture(self, x):
         graph, batch = torch.cuda.CUDAGraph(), x.clone()
         try:
-            with torch.cuda.graph(graph, stream=self._stream):  # where the libraries have their handles and workspaces
+            with torch.cuda.graph(graph, stream=self._stream):  # the stream for which libraries have workspaces
                 values = self.step(batch)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            first = error.__context__ or error  # the end of a failed capture raises another one
+            first = error.__context__ or error  # ending a failed capture raises a second error
             if gpu_is_taken(first):
                 raise first from None
             cause = str(first).partition("\n")[0]
             raise UserError(f"the training step cannot be captured as a CUDA graph ({cause}): a loss copies between "
-                            f"host and device, or depends on a value; set `capturable = False` in the model's "
+                            f"host and device or branches on a tensor's value; set `capturable = False` in the model's "
                             f"class") from error
         return graph, batch, values

@@ -1,4 +1,4 @@
-"""What a run trains on and is measured on, and batches that report each step."""
+"""The training and test data of a run, and batches that report each step."""
 
 from typing import NamedTuple
 
@@ -9,24 +9,24 @@ from training.commandline import warn
 
 
 class Data(NamedTuple):
-    """The images of a run, in [-1, 1], [N, 1, 28, 28], and labels [N]."""
+    """The data of a run: images [N, 1, 28, 28] in [-1, 1], and labels [N]."""
 
     train_loader: object
     name: str                         # "mnist" or "digits"
-    warning: str | None               # where the data are not what was hoped for
-    fixed_images: torch.Tensor        # one of each label, whose reconstructions are shown
-    test_images: torch.Tensor | None  # not trained on; None where they cannot be had
+    warning: str | None               # if the bundled digits replace MNIST
+    fixed_images: torch.Tensor        # one of each label, shown with its reconstruction
+    test_images: torch.Tensor | None  # None if they are not available
     test_labels: torch.Tensor | None
 
 
 def load_data(args, device, settings=None):
-    """Return the Data that the flags ask for; for a resumed run, with its `settings`, what it was trained on."""
+    """Return the Data that the flags specify, or, given a resumed run's `settings`, the Data of that run."""
     loader, name, warning = load_training_set(args, device, settings)
     return Data(loader, name, warning, one_of_each_label(loader.dataset), *load_test_set(args, name, device))
 
 
 def load_training_set(args, device, settings=None):
-    """Return the loader, the name of what is in it, and a warning where it is not what was hoped for, else None."""
+    """Return the loader, the data set's name, and a warning if the bundled digits replace MNIST, else None."""
     dataset, warning = (settings["trained_on"], settings["fallback"]) if settings else (args.dataset, None)
     if dataset == "digits":
         return digits(args.batch_size, device=device), "digits", warning
@@ -41,7 +41,7 @@ def load_training_set(args, device, settings=None):
 
 
 def load_test_set(args, name, device):
-    """Return images and labels that are not trained on; None twice, with a warning, where they cannot be had."""
+    """Return the test images and labels; if they are not available, warn and return None twice."""
     try:
         images, labels = load_digits(train=False) if name == "digits" else load_mnist(args.data_dir, train=False)
     except DataError as error:
@@ -57,7 +57,7 @@ def one_of_each_label(dataset):
 
 
 class Batches:
-    """A loader whose consumer, any train_aae, is followed: `after_step` is called when it has done with a batch."""
+    """Wraps a loader for any train_aae, and calls `after_step` when the step on a batch is done."""
 
     def __init__(self, loader, after_step):
         self.loader = loader
@@ -69,7 +69,7 @@ class Batches:
     def __iter__(self):
         for batch in self.loader:
             yield batch
-            self.after_step()  # the consumer asks for the next batch
+            self.after_step()  # runs when the next batch is requested
 
     def __getattr__(self, name):
         return getattr(self.loader, name)

@@ -1,4 +1,4 @@
-"""What depends on the hardware: the device, and how precisely it multiplies."""
+"""What depends on the hardware: the device and the arithmetic precision."""
 
 import os
 import platform
@@ -13,26 +13,27 @@ from training.commandline import FlagError, UserError, warn
 
 CPUINFO, NVIDIA_DRIVER = Path("/proc/cpuinfo"), Path("/proc/driver/nvidia/version")  # on Linux
 ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
-LAST_FOR_OLD = 'pip install "torch==2.7.1" "torchvision==0.22.1"'  # with kernels for 5.0 to 9.0, and CUDA 12.6
-WITHOUT_CUDA = ("this machine has an NVIDIA GPU, but torch {torch} is built without CUDA and runs on the CPU; install "
-                "the build with CUDA: https://pytorch.org/get-started shows the command; --no-cuda silences this")
+LAST_FOR_OLD = 'pip install "torch==2.7.1" "torchvision==0.22.1"'  # has kernels for 5.0 to 9.0, and CUDA 12.6
+WITHOUT_CUDA = ("this machine has an NVIDIA GPU, but torch {torch} is built without CUDA and uses the CPU; install a "
+                "build with CUDA (https://pytorch.org/get-started shows the command), or pass --no-cuda to hide this "
+                "warning")
 
 
 class PrecisionError(FlagError):
-    """A precision that a device cannot compute in, or only slowly."""
+    """A precision that the device does not support, or only slowly."""
 
 
 def setup_device(args):
-    """Return the device that the flags ask for, ready to compute in args.precision; raise UserError where it cannot."""
-    torch.use_deterministic_algorithms(False)  # as an earlier run in this process may have set it
+    """Return the device that the flags specify, set to args.precision; raise UserError if it does not support that."""
+    torch.use_deterministic_algorithms(False)  # an earlier run in this process may have set it
     device = choose_device(args.no_cuda, args.deterministic)
     try:
         set_precision(args.precision, device)
     except PrecisionError:
         if not args.resume:
             raise
-        raise UserError(f"{args.resume} was trained with --precision {args.precision}, which this device cannot do "
-                        f"well; resume it where it began") from None
+        raise UserError(f"{args.resume} was trained with --precision {args.precision}, which this device does not "
+                        f"support, or only slowly; resume it on the kind of device that it was started on") from None
     keep_freed_memory()
     return device
 
@@ -40,12 +41,12 @@ def setup_device(args):
 def choose_device(no_cuda=False, deterministic=False, mps=True):
     """Return the device to compute on: CUDA unless `no_cuda`, else MPS if `mps` (it lacks float64), else the CPU.
 
-    Where there is an NVIDIA GPU that cannot be used, warn; raise UserError where torch sees it but cannot use it.
+    Warn if torch does not find the machine's NVIDIA GPU; raise UserError if it does but has no kernels for it.
     """
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is initialised
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # it finds mistakes, but costs a kernel a tensor
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a kernel per tensor
     warning = unused_gpu_warning(no_cuda)
     if warning:
         warn(warning)
@@ -58,7 +59,7 @@ def choose_device(no_cuda=False, deterministic=False, mps=True):
 # GPUs that cannot be used --------------------------------------------------------------------------------------------
 
 def unused_gpu_warning(no_cuda):
-    """Return why this machine's GPU is not used, as a sentence; None where it is used, not wanted, or not there."""
+    """Return a sentence on why this machine's GPU is not used; None if it is used, not wanted, or absent."""
     if no_cuda:
         return None
     with warnings.catch_warnings(record=True) as caught:
@@ -71,30 +72,32 @@ def unused_gpu_warning(no_cuda):
 
 
 def driver_message(text, needed):
-    """Return what to do about a warning of torch.cuda.is_available, None for none; torch is for CUDA `needed`."""
+    """Return what to do about warnings of torch.cuda.is_available, None without any; torch needs CUDA `needed`."""
     if not text:
         return None
     version = re.search(r"driver on your system is too old \(found version (\d+)\)", text)
     if not version:
-        return f"the GPU is not used, and this runs on the CPU: {re.split(r'[.] +(?=[A-Z])', text)[0].strip(' .')}"
+        first_sentence = re.split(r"[.] +(?=[A-Z])", text)[0].strip(" .")
+        return f"the GPU is not used, and the program runs on the CPU: {first_sentence}"
     major, minor = int(version[1]) // 1000, int(version[1]) % 1000 // 10
-    older = f", or install a torch for it: {LAST_FOR_OLD}" if major == 12 else ""
-    return (f"the GPU is not used, and this runs on the CPU: its driver is for CUDA {major}.{minor}, and torch "
-            f"{torch.__version__} needs CUDA {needed}; update the NVIDIA driver{older}; --no-cuda silences this")
+    older = f", or install a version of torch for it: {LAST_FOR_OLD}" if major == 12 else ""
+    return (f"the GPU is not used, and the program runs on the CPU: its driver supports CUDA {major}.{minor}, but "
+            f"torch {torch.__version__} needs CUDA {needed}; update the NVIDIA driver{older}, or pass --no-cuda to "
+            f"hide this warning")
 
 
 def has_nvidia_driver():
-    """Return whether an NVIDIA driver is installed, as the system tells without torch."""
+    """Return whether an NVIDIA driver is installed, without asking torch."""
     return NVIDIA_DRIVER.exists() or shutil.which("nvidia-smi") is not None
 
 
 def check_gpu():
-    """Compute one convolution on the GPU, which takes a kernel, cuDNN and memory; raise UserError without a kernel.
+    """Run one convolution on the GPU, which needs a kernel, cuDNN and memory; raise UserError if torch has no kernel.
 
-    What a GPU that is full or busy raises is explained by training.commandline.report_error.
+    Errors of a full or busy GPU pass through; training.commandline.report_error explains them.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own two, of some lines each, about what is said here in one
+        warnings.simplefilter("ignore")  # torch's two warnings of several lines, which say the same
         capability, architectures = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
         if torch.version.hip is None and has_kernels(capability, architectures) is False:
             raise UserError(kernels_message(torch.cuda.get_device_name(), capability, architectures, torch.__version__))
@@ -109,10 +112,10 @@ def check_gpu():
 
 
 def has_kernels(capability, architectures):
-    """Return whether a GPU of a compute capability, such as (8, 6), can run what is built for these; None: no verdict.
+    """Return whether a GPU of a compute capability, such as (8, 6), can run code for these; None if that is unknown.
 
-    "sm_XY" is machine code for the capabilities X.Z with Z of at least Y, "compute_XY" PTX for all from X.Y on; with
-    the suffix "a" it is for X.Y alone, with "f" for X.Z like machine code (CUDA C++ Programming Guide, "Compute
+    "sm_XY" is machine code for capabilities X.Z with Z >= Y; "compute_XY" is PTX for X.Y and everything later. The
+    suffix "a" limits both to X.Y alone, and "f" to X.Z with Z >= Y (CUDA C++ Programming Guide, "Compute
     capabilities").
     """
     known = parsed(architectures)
@@ -130,13 +133,13 @@ def has_kernels(capability, architectures):
 
 
 def parsed(architectures):
-    """Return (kind, compute capability, suffix) of each name such as "sm_90a" that is one of NVIDIA's."""
+    """Return (kind, compute capability, suffix) of each NVIDIA architecture, such as "sm_90a"; ignore other names."""
     matches = [match for match in map(ARCHITECTURE.fullmatch, architectures) if match]
     return [(match[1], (int(match[2]), int(match[3])), match[4]) for match in matches]
 
 
 def kernels_message(name, capability, architectures, version):
-    """Return what to do about a GPU, too old or too new, that the installed torch has no kernels for."""
+    """Return what to do about a GPU, too old or too new, for which the installed torch has no kernels."""
     lowest = min((built_for for _, built_for, _ in parsed(architectures)), default=(0, 0))
     old = capability < lowest
     advice = "train on the CPU with --no-cuda"
@@ -145,14 +148,14 @@ def kernels_message(name, capability, architectures, version):
         return (f"{gpu} is too new for torch {version}, which has no kernels for it; upgrade: pip install --upgrade "
                 f"torch torchvision, or {advice}")
     if capability >= (5, 0):
-        advice = f"install the last torch for it: {LAST_FOR_OLD}, or {advice}"
-    return f"{gpu} is too old for torch {version}, which has kernels from {lowest[0]}.{lowest[1]} on; {advice}"
+        advice = f"install the last version that supports it: {LAST_FOR_OLD}, or {advice}"
+    return f"{gpu} is too old for torch {version}, which needs {lowest[0]}.{lowest[1]} or higher; {advice}"
 
 
-# What a device is and can --------------------------------------------------------------------------------------------
+# Properties of a device ----------------------------------------------------------------------------------------------
 
 def device_name(device):
-    """Return what the device calls itself."""
+    """Return the name of the hardware; for a CPU, with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpu = cpuinfo("model name") or platform.processor() or platform.machine()
@@ -160,7 +163,7 @@ def device_name(device):
 
 
 def cpuinfo(name):
-    """Return what Linux says of the first processor under this name; empty where it says nothing, or is not Linux."""
+    """Return an entry of the first processor in /proc/cpuinfo; empty if it is missing, or the system is not Linux."""
     try:
         match = re.search(rf"^{name}\s*: (.+)", CPUINFO.read_text(), re.MULTILINE)
     except OSError:
@@ -169,36 +172,36 @@ def cpuinfo(name):
 
 
 def set_precision(precision, device):
-    """Compute float32 products on CUDA as `precision` ("fp32", "tf32" or "bf16") says, with TF32 for "tf32" alone.
+    """Set the precision of the whole process, "fp32", "tf32" or "bf16": on CUDA, only "tf32" multiplies in TF32.
 
-    For "bf16" the caller opens torch.autocast. It sets torch's flags for the whole process, after which torch's older
-    ones (allow_tf32) can no longer be read. Raises PrecisionError where the device has no units for the precision.
+    For "bf16" the caller opens torch.autocast. Afterwards, torch's older flags (allow_tf32) can no longer be read.
+    Raises PrecisionError if the device has no units for the precision.
     """
     ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if precision == "tf32" and not ampere:
-        raise PrecisionError("--precision tf32 needs an NVIDIA GPU of compute capability 8.0 or more; "
-                             "leave the flag out")
+        raise PrecisionError("--precision tf32 needs an NVIDIA GPU of compute capability 8.0 or higher; "
+                             "omit the flag")
     if precision == "bf16" and not (ampere or device.type == "cpu" and cpu_multiplies_bf16()):
         raise PrecisionError("--precision bf16 would be slow here: it needs an NVIDIA GPU of compute capability 8.0 or "
-                             "more, or on Linux a processor with AMX or AVX512-BF16; leave the flag out")
+                             "higher, or Linux on a CPU with AMX or AVX512-BF16; omit the flag")
     if device.type != "cuda":
         return
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         products = "tf32" if precision == "tf32" else "ieee"
         torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = products
-    else:  # before torch 2.9; the two ways must not be mixed
+    else:  # torch before 2.9; the two interfaces must not be mixed
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def cpu_multiplies_bf16():
-    """Return whether the processor says that it has instructions for products of bfloat16 matrices."""
+    """Return whether the CPU reports instructions for bfloat16 matrix products."""
     return bool({"amx_bf16", "avx512_bf16"} & set(cpuinfo("flags").split()))
 
 
 def keep_freed_memory():
-    """Let glibc hand the memory of one step to the next, which took a third off the time of a step on the CPU.
+    """Make glibc reuse one step's memory for the next, which reduced the time of a step on the CPU by a third.
 
-    Freeing a block of just below 32 MB makes it keep up to twice as much (mallopt(3), M_MMAP_THRESHOLD); else it gives
-    pages back to the kernel after every step. Elsewhere this does nothing.
+    Freeing a block of just under 32 MB makes glibc keep up to twice as much (mallopt(3), M_MMAP_THRESHOLD); otherwise
+    it returns pages to the kernel after every step. With other C libraries this has no effect.
     """
     torch.empty(31 << 20, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""The model and the two optimizers that the flags ask for, and the learning rate of each epoch."""
+"""The model and the two optimizers that the flags specify, and the learning rate of each epoch."""
 
 import torch
 
@@ -6,7 +6,7 @@ from models import AdversarialAE
 
 
 def build_model(z_dim, posterior="deterministic", networks="residual"):
-    """Return a new model; a student's, as the assignment has it, knows no arguments but z_dim."""
+    """Return a new model. Default options are not passed: a student's model may accept z_dim only."""
     options = {"posterior": posterior} if posterior != "deterministic" else {}
     if networks != "residual":
         options["networks"] = networks
@@ -14,14 +14,14 @@ def build_model(z_dim, posterior="deterministic", networks="residual"):
 
 
 def to_device(model, device, precision):
-    """Return the model on the device, in the memory layout that is fastest: channels last on the CPU and in bf16."""
+    """Return the model on the device, in the fastest memory layout: channels last on the CPU and in bf16."""
     channels_last = device.type == "cpu" or precision == "bf16"
     return model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
 
 
 def build_optimizers(model, args):
     """Return Adam for encoder and decoder, and SGD for the discriminator, each over its own parameters only."""
-    fused = model.device.type in ("cpu", "cuda")  # one call for all weights; not tried elsewhere
+    fused = model.device.type in ("cpu", "cuda")  # one call for all weights; untested on other devices
     cuda = model.device.type == "cuda"
     rate = torch.tensor(args.ae_lr, device=model.device) if cuda else args.ae_lr  # a CUDA graph reads it at each replay
     optimizer_ae = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()], lr=rate,
@@ -34,8 +34,8 @@ def build_optimizers(model, args):
 def set_learning_rate(optimizer_ae, epoch, args):
     """Set the autoencoder's learning rate for an epoch, counted from 1: args.ae_lr, a tenth after args.drop_after.
 
-    The codes then move less from step to step, and the discriminator sees finer differences between them and the prior.
-    What an epoch does does not depend on how many there are, so that a run with more of them is the longer run.
+    With the lower rate, the codes move less from step to step, so the discriminator learns finer differences between
+    them and the prior. The rate does not depend on the number of epochs, so a run can be extended.
     """
     rate = args.ae_lr / 10 if 0 < args.drop_after < epoch else args.ae_lr
     for group in optimizer_ae.param_groups:
@@ -46,7 +46,7 @@ def set_learning_rate(optimizer_ae, epoch, args):
 
 
 def load_optimizer(optimizer, state):
-    """Load a state_dict, saved on any device, into an optimizer: its learning rate, but the flags of this device."""
+    """Load a state_dict, saved on any device, into an optimizer, but keep the flags of this device."""
     for group, current in zip(state["param_groups"], optimizer.param_groups, strict=False):
         group.update({flag: current[flag] for flag in ("fused", "capturable") if flag in current})
         rate = float(group["lr"])
@@ -56,9 +56,9 @@ def load_optimizer(optimizer, state):
 
 
 def match_memory_format(optimizer):
-    """Give an optimizer's moments the memory layout of the weights: fused steps go through both in memory's order.
+    """Give an optimizer's moments the memory layout of the weights: fused steps read both in memory order.
 
-    Those of a state that was saved on another device may have another one.
+    A state that was saved on another device may have another layout.
     """
     for weight, moments in optimizer.state.items():
         for name, moment in moments.items():

@@ -1,4 +1,4 @@
-"""The losses of an epoch's steps, read from the device once in a while."""
+"""The losses of an epoch's steps, read from the device every SYNC_EVERY steps."""
 
 import math
 
@@ -6,14 +6,14 @@ import torch
 
 from training.commandline import UserError
 
-SYNC_EVERY = 50  # steps between two readings of the losses: for a reading, the CPU waits for the device
+SYNC_EVERY = 50  # steps between two reads of the losses; at a read, the CPU waits for the device
 
 
 class LossStatistics:
-    """Keeps the losses of each step on the device; every SYNC_EVERY steps reads, checks and logs all of them.
+    """Keeps the losses of each step on the device; reads, checks and logs them every SYNC_EVERY steps.
 
-    Each of `loggers` gets one `add_values` a step, of numbers; `progress`, if given, is called with the means over the
-    steps of each reading. `steps`, `totals` (sums) and `counts` are those of the epoch, as far as they have been read.
+    Each of `loggers` gets one `add_values` call per step, with numbers. `progress`, if given, is called after each read
+    with the means over the steps just read. `steps`, `totals` (sums) and `counts` cover the epoch's steps read so far.
     """
 
     def __init__(self, *loggers, progress=None):
@@ -21,17 +21,17 @@ class LossStatistics:
         self.progress = progress
         self.epoch = 0
         self.steps, self.totals, self.counts = 0, {}, {}
-        self._unread = []  # of each step: for each logger the names of its values, and all values, float32
+        self._unread = []  # per step: for each logger the names of its values, and all values, float32
         self._owners = {}  # name -> number of the logger that reported it first
 
     def begin(self, epoch):
-        """Begin an epoch, or continue it where `load_state_dict` has restored its first steps."""
+        """Start an epoch, or continue the one whose first steps `load_state_dict` has restored."""
         if epoch != self.epoch:
             self.epoch = epoch
             self.steps, self.totals, self.counts = 0, {}, {}
 
     def add(self, *values):
-        """Take the values of one step: for each logger a dict of scalar tensors or numbers."""
+        """Add the values of one step: for each logger a dict of scalar tensors or numbers."""
         device = next((value.device for part in values for value in part.values() if torch.is_tensor(value)), None)
         row = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device).detach().reshape(())
                            for part in values for value in part.values()])
@@ -40,7 +40,7 @@ class LossStatistics:
             self.read()
 
     def read(self):
-        """Log the steps that are unread, and add them to the totals."""
+        """Read the unread steps, log them, and add them to the totals."""
         if not self._unread:
             return
         unread, self._unread = self._unread, []
@@ -65,18 +65,18 @@ class LossStatistics:
         return {name: total / self.counts[name] for name, total in self.totals.items()}
 
     def state_dict(self):
-        """Return an unfinished epoch's steps, the sums over them, and the counts of values that some steps lack."""
+        """Return an unfinished epoch's steps, the sums over them, and counts of values that not all steps reported."""
         self.read()
         counts = {name: count for name, count in self.counts.items() if count != self.steps}
         return {"steps": self.steps, "totals": dict(self.totals), **({"counts": counts} if counts else {})}
 
     def load_state_dict(self, epoch, state):
-        """Continue an epoch whose first steps are in a state."""
+        """Restore the first steps of an epoch from a state."""
         self.epoch, self.steps, self.totals = epoch, state["steps"], dict(state["totals"])
         self.counts = {**dict.fromkeys(self.totals, self.steps), **state.get("counts", {})}
 
     def _merged(self, parts):
-        """Give names and values of all loggers; a name belongs to the logger that had it first, others get a number."""
+        """Yield names and values of all loggers; a name belongs to its first logger, the others append their number."""
         for number, part in enumerate(parts, 1):
             for name, value in part.items():
                 yield (name if self._owners.setdefault(name, number) == number else f"{name}_{number}"), value

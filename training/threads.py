@@ -1,8 +1,8 @@
-"""How many threads torch computes with on the CPU, and how they wait. Import this before torch, which reads both once.
+"""How many threads torch uses on the CPU, and how they wait. Import this before torch, which reads both settings once.
 
-A thread of libgomp, torch's pool on Linux, that waits for the others spins on its core before it sleeps; beside other
-work it so takes the core from the thread that it waits for. A short spin costs nothing alone; the figures
-are in docs/SPEED.md.
+A waiting thread of libgomp, torch's thread pool on Linux, spins on its core before it sleeps. When other programs use
+the CPU too, it may take the core from the very thread that it waits for. A short spin avoids this and costs nothing
+otherwise; docs/SPEED.md has the measurements.
 """
 
 import math
@@ -10,16 +10,16 @@ import os
 import sys
 from pathlib import Path
 
-SPIN_COUNT = 1000  # turns of the loop in which a thread waits; libgomp has 300,000 (GOMP_SPINCOUNT in its manual)
+SPIN_COUNT = 1000  # iterations of a waiting loop; libgomp's default is 300,000 (see GOMP_SPINCOUNT in its manual)
 CGROUP, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def cpu_quota():
-    """Return how many CPUs the control groups of this process may use (Linux cgroups 2 and 1); inf without a limit."""
+    """Return the CPU limit of this process's control groups (Linux cgroups v2 and v1), in CPUs; inf without a limit."""
     quotas = [math.inf]
     for controllers, group in memberships():
         base = CGROUP if not controllers else CGROUP / ("cpu" if (CGROUP / "cpu").exists() else controllers)
-        for folder in (base / group, *(base / group).parents):  # the group's own limit, and those around it
+        for folder in (base / group, *(base / group).parents):  # the limits of the group and of its parents
             quotas.append(quota_of(folder))
             if folder == base:
                 break
@@ -27,7 +27,7 @@ def cpu_quota():
 
 
 def memberships():
-    """Return (controllers, path) of the groups that may limit the CPU; those of version 2 have no controllers."""
+    """Return (controllers, path) of the groups that may limit the CPU; groups of version 2 have no controllers."""
     try:
         lines = [line.split(":", 2)[1:] for line in MEMBERSHIP.read_text().splitlines()]
     except OSError:  # not Linux
@@ -37,7 +37,7 @@ def memberships():
 
 
 def quota_of(folder):
-    """Return the limit that a control group's folder states, in CPUs."""
+    """Return the limit in a control group's folder, in CPUs; inf without one."""
     try:
         if (folder / "cpu.max").is_file():
             quota, period = (folder / "cpu.max").read_text().split()
@@ -49,12 +49,12 @@ def quota_of(folder):
 
 
 def usable_cpus():
-    """Return on how many CPUs this process may run by its affinity."""
+    """Return the number of CPUs in this process's affinity mask."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def configure():
-    """Set what the user has not: a short spin, and no more threads than the quota allows; return it if it binds."""
+    """Unless the user has, set a short spin and limit the threads to the CPU quota; return the quota if it binds."""
     if sys.platform == "linux" and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
     quota = cpu_quota()

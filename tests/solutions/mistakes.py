@@ -1,4 +1,4 @@
-"""The fifteen mistakes, planted in the solutions beside: (number, solution, text that is there once, new text)."""
+"""The fifteen mistakes, planted in the solutions of this folder: (number, solution, unique text, new text)."""
 
 MISTAKES = (
     (1, "plain", "torch.ones(logits.shape, device=self.device)", "torch.zeros(logits.shape, device=self.device)"),
