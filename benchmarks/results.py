@@ -21,7 +21,7 @@ import training.threads  # noqa: F401 (before torch, which reads there what it s
 
 # isort: split
 
-import plots
+import pictures
 import report
 import torch
 from tables import read_json
@@ -40,6 +40,7 @@ RUNS = {  # name: flags of train.py
     "z8-lambda1": ["--lambda_", "1"],
     "z2": ["--z_dim", "2"],
     "z2-lambda1": ["--z_dim", "2", "--lambda_", "1"],
+    "z2-lambda0.95": ["--z_dim", "2", "--lambda_", "0.95"],
     "z20": ["--z_dim", "20"],
     "z20-gaussian": ["--z_dim", "20", "--posterior", "gaussian"],
     "z20-universal": ["--z_dim", "20", "--posterior", "universal"],
@@ -49,6 +50,7 @@ CODE = ("mnist.py", "models.py", "train.py", "utils.py", "training", "runs", "ev
 CURVES = {"reconstruction loss": "generator/recon_loss",  # key in results.json: TensorBoard tag
           "discriminator accuracy": "discriminator/accuracy"}
 POINTS = 100  # of a curve
+PRETRAINED = PROJECT / "pretrained" / WEIGHTS
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
@@ -135,7 +137,7 @@ def figures(run):
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
     quality, match, likelihood = metrics["digit_classifier"], metrics["prior_match"], metrics["log_likelihood"]
     codes = match["codes"]
-    return {"epochs": state["epoch"], "seconds": state["seconds"],
+    return {"epochs": state["epoch"], "seconds": state["seconds"], "weights_md5": metrics["weights_md5"],
             **{name: state["means"][name] for name in ("recon_loss", "gen_loss", "disc_loss", "accuracy")},
             "test_mse": metrics["reconstruction"]["mse"],
             "ks": codes["ks"], "ks_training": match["training_codes"]["ks"],
@@ -172,8 +174,10 @@ def keep(name, run, args):
     """Write the pictures of a finished run, and its figures into results.json."""
     file = args.docs / "results.json"
     args.docs.mkdir(parents=True, exist_ok=True)
-    for picture, content in plots.draw_run(name, run, args.data_dir).items():
+    for picture, content in pictures.draw_run(name, run, args.data_dir).items():
         write_atomically(args.docs / picture, content)
+    if name == "z8":  # whose weights come with the repository
+        write_atomically(PRETRAINED, (run / "checkpoints" / WEIGHTS).read_bytes())
     results = {**read_json(file), name: collect(run)}
     results = {known: results[known] for known in RUNS if known in results}  # in the order of RUNS
     write_atomically(file, (json.dumps(results, indent=1) + "\n").encode())
