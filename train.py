@@ -174,7 +174,7 @@ def accepted_options(function, **options):
 
 
 def cli(argv=None):
-    """Run `main` from the command line and return the exit status; errors that the user can fix take one sentence."""
+    """Run `main` from the command line and return the exit status; report user errors in one sentence."""
     return run_program("train.py", main, parse_args, argv, "try a smaller --batch_size or --z_dim",
                        "free disk space, check the permissions, or choose another folder with --log_dir")
 

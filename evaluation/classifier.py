@@ -148,7 +148,7 @@ def make_parser():
 
 
 def cli(argv=None):
-    """Run `main` from the command line and return the exit status; errors that the user can fix take one sentence."""
+    """Run `main` from the command line and return the exit status; report user errors in one sentence."""
     return run_program("python -m evaluation.classifier", main, make_parser().parse_args, argv,
                        "try --no-cuda, or end other programs")
 

@@ -78,7 +78,7 @@ def load_checked(path):
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; check the file and its permissions") from None
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:  # the format of torch.save; torch.load ignores checksums
             damaged = archive.testzip()

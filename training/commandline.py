@@ -92,7 +92,7 @@ def duration(seconds):
 
 
 def run_program(program, main, parse, argv, memory_advice, disk_advice="free disk space or check the permissions"):
-    """Run `main(parse(argv))` and return the exit status; errors that the user can fix take one sentence."""
+    """Run `main(parse(argv))` and return the exit status; report user errors in one sentence."""
     with silent_writer_threads():
         try:
             main(parse(argv))
@@ -126,7 +126,7 @@ def silent_writer_threads():
 def report_error(program, error, memory_advice, disk_advice):
     """Print what is wrong and what to do in one sentence, and return the exit status; re-raise programming errors."""
     status = getattr(error, "status", 1)
-    if isinstance(error, (UserError, DataError)):  # apart, as mnist.py imports nothing of the project
+    if isinstance(error, (UserError, DataError)):  # two classes, as mnist.py imports nothing of the project
         message = str(error)
     elif isinstance(error, OSError):
         message = f"{error.filename or 'a file'} cannot be written: {error.strerror}; {disk_advice}"

@@ -13,7 +13,7 @@ class Data(NamedTuple):
 
     train_loader: object
     name: str                         # "mnist" or "digits"
-    warning: str | None               # if the bundled digits replace MNIST
+    warning: str | None               # set if the bundled digits replace MNIST
     fixed_images: torch.Tensor        # one of each label, shown with its reconstruction
     test_images: torch.Tensor | None  # None if they are not available
     test_labels: torch.Tensor | None
