@@ -93,7 +93,7 @@ def codes_and_plane(run, data_dir):
         inset.tick_params(labelsize=9)
         inset.grid(False)
     show_plane(right, model)
-    content = small_png(figure, 64)
+    content = small_png(figure, 128)
     plt.close(figure)
     return content
 
