@@ -33,7 +33,7 @@ from training.statistics import LossStatistics
 from utils import TensorBoardLogger
 
 SAMPLE_SEED = 0
-MAX_GRAD_NORM = 1.0  # gradient clipping of the discriminator; see docs/ABLATION.md
+MAX_GRAD_NORM = 1.0  # gradient clipping of the discriminator; see docs/EXPERIMENTS.md
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------

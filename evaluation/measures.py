@@ -56,7 +56,7 @@ def split_training_images(images):
     """Return SEEN_IMAGES evenly spaced training images, or fewer if there are not enough, and the last SIGMA_IMAGES.
 
     Of MNIST, the former are every fifth of 50,000 images. Neither 10,000 in a row nor every second one would represent
-    the rest, see docs/ABLATION.md.
+    the rest, see docs/EXPERIMENTS.md.
     """
     last = min(SIGMA_IMAGES, len(images) // 2)
     rest = images[:-last]

@@ -50,7 +50,8 @@ def save_summary(model, epoch, summary_writer, data, settings, means):
     results = {f"final/{name}": means[name] for name in ("recon_loss", "accuracy") if name in means}
     if data.test_images is not None:
         codes, values = measure(model, data.test_images)
-        summary_writer.add_embedding(codes[:1000], data.test_labels[:1000].tolist(),
+        shown = torch.nn.functional.pad(codes[:1000], (0, max(0, 3 - codes.shape[1])))  # the projector needs three
+        summary_writer.add_embedding(shown, data.test_labels[:1000].tolist(),
                                      (data.test_images[:1000].cpu() + 1) / 2, epoch, "codes")
         results |= {f"final/test_{name}": value for name, value in values.items()}
     hyperparameters = {name: settings[name] for name in HYPERPARAMETERS}

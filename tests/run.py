@@ -91,6 +91,11 @@ class WholeRun(TrainGroup):
         np.testing.assert_allclose(sprite[:28, 28:56], 127.5 * (images[1, 0] + 1), atol=1.5)
         self.assertIn("00001/codes/tensors.tsv", (run / "projector_config.pbtxt").read_text())
 
+    def test_projector_of_two_dimensions_has_a_third(self):  # without it, TensorBoard shows nothing
+        run, _ = self.train_quietly("--epochs", "1", "--z_dim", "2")
+        codes = np.loadtxt(run / "00001" / "codes" / "tensors.tsv")
+        self.assertTrue(codes.shape[1] == 3 and codes[:, :2].any() and not codes[:, 2].any(), codes[:2])
+
     def test_infinite_codes_do_not_end_a_run(self):
         model, images = self.models.AdversarialAE(), images_like_mnist(4)
         with torch.no_grad():
