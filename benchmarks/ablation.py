@@ -1,8 +1,8 @@
 """Measure the effect of each change to the base networks and their training:  python benchmarks/ablation.py
 
 Every variant is trained on the first 55,000 training images of MNIST and evaluated, with the metrics of python -m
-evaluation, on the last 5,000, so that the test set influences no choice. docs/EXPERIMENTS.md has the results of everything
-that was tried. Finished variants are kept in --results and not repeated.
+evaluation, on the last 5,000, so that the test set influences no choice. docs/EXPERIMENTS.md has the results of
+everything that was tried. Finished variants are kept in --results and not repeated.
 """
 
 import argparse

@@ -45,13 +45,13 @@ def write_plots(figures, folder):
             plt.close(figure)
 
 
-def small_png(figure, colors=128):
-    """Return a figure as a PNG with a palette, a third as large."""
+def small_png(figure, palette=None):
+    """Return a figure as a PNG with a palette, a third as large; the colours are chosen unless `palette` has them."""
     content = io.BytesIO()
     figure.savefig(content)
-    picture = Image.open(content).convert("RGB").quantize(colors, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    picture = Image.open(content).convert("RGB")
     content = io.BytesIO()
-    picture.save(content, "png", optimize=True)
+    picture.quantize(128, palette=palette, dither=Image.Dither.NONE).save(content, "png", optimize=True)
     return content.getvalue()
 
 
@@ -189,8 +189,8 @@ def ablation(figures):
                        va="center")
     if "final" in distances:
         low, high = distances["final"] - SPREAD / 2, distances["final"] + SPREAD / 2
-        panel.axvspan(low, high, color="black", alpha=0.16, linewidth=0, label="spread of one setting")
-        panel.legend(loc="upper right")
+        panel.axvspan(low, high, color="black", alpha=0.16, linewidth=0, label="spread of\none setting")
+        panel.legend(loc="upper right", bbox_to_anchor=(1, 0.92), handlelength=1.2)
     bars_from_top(panel)
     figure.supxlabel(f"squared Fréchet distance of samples after {epochs} ({precision})", fontsize="medium")
     return figure

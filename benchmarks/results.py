@@ -30,13 +30,13 @@ from runs.checkpoint import WEIGHTS, CheckpointError, load_state
 from runs.files import write_atomically
 from runs.folder import has_state, latest_run
 from training.commandline import number
-from training.options import BASE, HYPERPARAMETERS, parse_args
+from training.options import HYPERPARAMETERS, parse_args
 
 RUNS = {  # name: flags of train.py
     "z8": [],
     "z8-seed1": ["--seed", "1"],
     "z8-seed2": ["--seed", "2"],
-    "z8-base": BASE,
+    "z8-base": ["--base"],
     "z8-lambda1": ["--lambda_", "1"],
     "z2": ["--z_dim", "2"],
     "z2-lambda1": ["--z_dim", "2", "--lambda_", "1"],

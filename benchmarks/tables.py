@@ -38,7 +38,7 @@ WAYS = {  # of speed.json; the plain loop has its number of workers in its name
     "fp32": "`python train.py`",
     "tf32": "`--precision tf32`",
     "bf16": "`--precision bf16`",
-    "base": "base networks and training",
+    "base": "`--base`",
     "eager": "default, no CUDA graph",
     "deterministic": "`--deterministic`",
 }
