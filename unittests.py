@@ -67,8 +67,8 @@ class Group(unittest.TestCase):
                 limit(f"the import of {', '.join(cls.needs)}", cls.addClassCleanup)
             for name in cls.needs:
                 setattr(cls, name.rpartition(".")[2], importlib.import_module(name))
-        except Overrun as overrun:
-            raise AssertionError(overrun) from None
+        except (Overrun, SystemExit) as error:
+            raise AssertionError(error if isinstance(error, Overrun) else f"importing {name} exits Python") from None
 
     def setUp(self):
         if "train" in self.needs:

@@ -67,7 +67,7 @@ class Solutions(Group):
     def test_a_class_is_marked(self):
         folder = self.folder()
         plain, (_, _, old, new) = SOLUTIONS["plain"].read_text(), next(m for m in MISTAKES if m[:2] == (9, "plain"))
-        for student, text in {"anna": plain, "ben": plain.replace(old, new)}.items():
+        for student, text in {"anna": plain, "ben": plain.replace(old, new), "carla": "import sys\nsys.exit()"}.items():
             (folder / "class" / student).mkdir(parents=True)
             for name in ("models.py", "train.py"):
                 (folder / "class" / student / name).write_text(text)
@@ -76,6 +76,8 @@ class Solutions(Group):
         self.assertRegex(marked[0], "^anna +passed +mistakes: none +OK")
         self.assertRegex(marked[1], r"^ben +failed +mistakes: 9 +FAILED")
         self.assertIn("Mistake 9:", (folder / "results" / "ben.txt").read_text())
+        self.assertRegex(marked[2], "^carla +failed +mistakes: none +FAILED")  # and not a status of 0 without any test
+        self.assertIn("importing models exits Python", (folder / "results" / "carla.txt").read_text())
         self.assertEqual(sorted(path.name for path in (folder / "class" / "ben").iterdir()), ["models.py", "train.py"])
 
     def test_every_mistake_is_in_two_solutions_and_every_solution_has_one(self):
