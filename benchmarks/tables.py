@@ -176,8 +176,8 @@ def overtaking(figures):
         return ""
     seconds = {way: median(values) for way, values in epoch_seconds(figures["speed"]).items()}
     share = epochs * seconds["fp32"] / (STAGES[-1] * seconds["base"]) if seconds else None
-    return (f"After about {epochs:.0f} epochs (interpolated) the default's samples are as close to digits as the base's "
-            f"after {STAGES[-1]}" + (f", in {share:.0%} of the time." if share else "."))
+    return (f"After about {epochs:.0f} epochs (interpolated) the default's samples are as close to digits as the "
+            f"base's after {STAGES[-1]}" + (f", in {share:.0%} of the time." if share else "."))
 
 
 def epochs_to_reach(results, distance):
