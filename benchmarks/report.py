@@ -56,14 +56,14 @@ def stale(figures):
     return found
 
 
-def write(folder=FIGURES):
-    """Write all tables and plots from the figures in a folder; the plots go into that folder."""
+def write():
+    """Write all tables and plots."""
     import plots
 
-    figures = read_figures(folder)
+    figures = read_figures(FIGURES)
     for file, _, text in stale(figures):
         file.write_text(text)
-    plots.write_plots(figures, folder)
+    plots.write_plots(figures, FIGURES)
 
 
 def main():

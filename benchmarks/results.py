@@ -26,7 +26,7 @@ import report
 import torch
 from tables import read_json
 
-from runs.checkpoint import WEIGHTS, CheckpointError, load_state
+from runs.checkpoint import WEIGHTS, CheckpointError, load_checked, load_state, serialize
 from runs.files import write_atomically
 from runs.folder import has_state, latest_run
 from training.commandline import number
@@ -50,7 +50,7 @@ CODE = ("mnist.py", "models.py", "train.py", "utils.py", "training", "runs", "ev
 CURVES = {"reconstruction loss": "generator/recon_loss",  # key in results.json: TensorBoard tag
           "discriminator accuracy": "discriminator/accuracy"}
 POINTS = 100  # of a curve
-PRETRAINED = PROJECT / "pretrained" / WEIGHTS
+PRETRAINED = PROJECT / "pretrained" / "autoencoder.pt"  # the weights of z8
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
@@ -176,11 +176,19 @@ def keep(name, run, args):
     args.docs.mkdir(parents=True, exist_ok=True)
     for picture, content in pictures.draw_run(name, run, args.data_dir).items():
         write_atomically(args.docs / picture, content)
-    if name == "z8":  # whose weights come with the repository
-        write_atomically(PRETRAINED, (run / "checkpoints" / WEIGHTS).read_bytes())
     results = {**read_json(file), name: collect(run)}
+    if name == "z8" and args.docs.resolve() == report.FIGURES:
+        write_atomically(PRETRAINED, pretrained(run))
+        results[name]["pretrained_md5"] = hashlib.md5(PRETRAINED.read_bytes()).hexdigest()
     results = {known: results[known] for known in RUNS if known in results}  # in the order of RUNS
     write_atomically(file, (json.dumps(results, indent=1) + "\n").encode())
+
+
+def pretrained(run):
+    """Return the weights of a run's encoder and decoder in half precision, the bytes of a file of 0.8 MB."""
+    weights = load_checked(run / "checkpoints" / WEIGHTS)
+    return serialize({name: tensor.half() if tensor.is_floating_point() else tensor
+                      for name, tensor in weights.items() if not name.startswith("discriminator.")})
 
 
 def main():
@@ -189,7 +197,9 @@ def main():
                         help=f"runs: {', '.join(RUNS)}")
     parser.add_argument("--epochs", type=number(int, 1), default=100)
     parser.add_argument("--runs", type=Path, default=PROJECT / "AAE_logs" / "results", help="folder of the runs")
-    parser.add_argument("--docs", type=Path, default=report.FIGURES, help="folder of the figures and pictures")
+    parser.add_argument("--docs", type=Path, default=report.FIGURES,
+                        help="folder of the figures and pictures; if another, "
+                             "the tables of the docs, the plots and pretrained/ stay as they are")
     parser.add_argument("--data_dir", default=str(PROJECT.parent / "data"), help="folder where MNIST is")
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA")
     args = parser.parse_args()
@@ -198,7 +208,8 @@ def main():
         signal.signal(signal.SIGINT, lambda *_: None)  # train.py saves its state, and its status ends this script
         for name in args.only:
             keep(name, finished_run(name, args), args)
-        report.write(args.docs)
+        if args.docs.resolve() == report.FIGURES:
+            report.write()
     except (CheckpointError, report.MarkError) as error:
         sys.exit(f"results.py: error: {error}")
 

@@ -67,28 +67,35 @@ def read_weights(path):
 
 def settings_from_weights(path, weights):
     """Return the settings of a model without a run: inferred from its weights' shapes; the data set is MNIST."""
-    shapes = {name: tensor.shape for name, tensor in weights.items()}
     for posterior, networks in itertools.product(ENCODERS, NETWORKS):
         with contextlib.suppress(KeyError, IndexError):
-            settings = {**DEFAULTS, "z_dim": shapes["discriminator.net.0.weight"][1], "posterior": posterior,
+            settings = {**DEFAULTS, "z_dim": weights["decoder.net.0.weight"].shape[1], "posterior": posterior,
                         "networks": networks}
             with torch.device("meta"):  # shapes without memory
-                model = build_model(settings["z_dim"], posterior, networks)
-            if shapes == {name: tensor.shape for name, tensor in model.state_dict().items()}:
-                return settings
+                if fit(weights, build_model(settings["z_dim"], posterior, networks)):
+                    return settings
     raise UserError(f"{path} has weights of another model than models.AdversarialAE; name a {WEIGHTS} of train.py")
 
 
 def load_model(path, weights, settings):
-    """Return the model with a run's settings and weights; raise UserError if the weights do not fit the settings."""
+    """Return the model with a run's settings and weights; raise UserError if the weights do not fit the settings.
+
+    Without weights of the discriminator, which no measure uses, it keeps its initial ones.
+    """
     model = build_model(settings["z_dim"], settings["posterior"], settings["networks"])
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError:
+    if not fit(weights, model):
         raise UserError(f"{path} does not fit a models.AdversarialAE with z_dim {settings['z_dim']}, "
                         f"{settings['posterior']} encoder and {settings['networks']} networks: hparams.json is from "
-                        f"another run, or models.py has changed since; evaluate another run") from None
+                        f"another run, or models.py has changed since; evaluate another run")
+    model.load_state_dict(weights, strict=False)
     return model
+
+
+def fit(weights, model):
+    """Return whether names and shapes of weights are the model's, with or without those of the discriminator."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    generator = {name: shape for name, shape in shapes.items() if not name.startswith("discriminator.")}
+    return {name: tensor.shape for name, tensor in weights.items()} in (shapes, generator)
 
 
 def load_data(settings, data_dir=None):

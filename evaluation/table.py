@@ -33,7 +33,7 @@ def describe(metrics):
         f"{'  share of samples':<33}" + shares(quality["samples"]),
         f"{'  share of test images':<33}" + shares(quality["test_images"]),
         "",
-        row("Parzen log-likelihood of", "", "reconstructed", ""),
+        row("Parzen log-likelihood of", "", "reconstructed"),
         row("the test images, windows around", "samples", "training images", "training images"),
         row("  nats", *(f"{window['mean']:.1f} +- {window['standard_error']:.1f}" for window in windows)),
         row("  sigma", *(f"{window['sigma']:.3f}" for window in windows)),

@@ -209,15 +209,20 @@ class Evaluation(TrainGroup):
         self.assertTrue(torch.allclose(quantiles[::4, 1], torch.tensor([7, 5, 3, 1]) / 8),
                         "the second dimension does not increase upwards, by quantiles")
 
-    def test_weights_without_a_run(self):
-        folder = self.folder()
-        torch.save(self.models.AdversarialAE(5).state_dict(), folder / "some.pt")
+    def test_weights_without_a_run_or_discriminator(self):
+        folder, weights, found = self.folder(), self.models.AdversarialAE(5).half().state_dict(), []
         few = [tensor[:200] for tensor in self.mnist.load_digits()]
-        with mock.patch.object(self.model_files, "load_mnist", return_value=few) as load:
-            status, out, err = self.evaluate_cli(folder / "some.pt", "--data_dir", "there")
-        self.assertEqual((status, err, load.call_args.args[0]), (0, "", "there"))
-        self.assertIn("z_dim 5, deterministic encoder, residual networks, 200 test images of MNIST", out)
-        self.assertTrue((folder / "evaluation" / "metrics.json").is_file())
+        for parts in ("encoder.", "decoder.", "discriminator."), ("encoder.", "decoder."):
+            torch.save({name: weights[name] for name in weights if name.startswith(parts)}, folder / "some.pt")
+            with mock.patch.object(self.model_files, "load_mnist", return_value=few) as load:
+                status, out, err = self.evaluate_cli(folder / "some.pt", "--data_dir", "there")
+            self.assertEqual((status, err, load.call_args.args[0]), (0, "", "there"))
+            self.assertIn("z_dim 5, deterministic encoder, residual networks, 200 test images of MNIST", out)
+            metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
+            found.append({name: value for name, value in metrics.items() if name not in ("seconds", "weights_md5")})
+        self.assertEqual(*found)
+        torch.save({name: weights[name] for name in weights if name.startswith("decoder.")}, folder / "some.pt")
+        self.assert_refused(folder / "some.pt", "another model", flags=[folder / "some.pt"])
 
     def test_each_posterior_with_and_without_a_run(self):
         for kind in (("gaussian", "residual"), ("universal", "residual"), ("deterministic", "base"),
