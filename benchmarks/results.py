@@ -26,6 +26,7 @@ import report
 import torch
 from tables import read_json
 
+from evaluation.model_files import find_run, load_data, load_model, read_weights
 from runs.checkpoint import WEIGHTS, CheckpointError, load_checked, load_state, serialize
 from runs.files import write_atomically
 from runs.folder import has_state, latest_run
@@ -149,7 +150,7 @@ def figures(run):
             "parzen_reconstructions": likelihood["training_reconstructions"]["mean"]}
 
 
-def collect(run):
+def collect(run, data_dir):
     """Return what a run has come to, with its commit, settings, curves and the figures after the epochs in MEASURED."""
     settings = ("z_dim", "lambda_", "posterior", "networks", "seed", "precision", "device", "device_name", "torch")
     result = figures(run)
@@ -157,8 +158,23 @@ def collect(run):
               for epochs in MEASURED.get(run.parent.name, ()) if (run.parent / f"epoch_{epochs}.json").is_file()]
     return {"flags": " ".join(RUNS[run.parent.name]), "commit": (run.parent / "commit").read_text(),
             **{name: load_state(run)["settings"][name] for name in settings}, **result,
-            "curves": {key: curve(run, tag) for key, tag in CURVES.items()},
+            "gradients": gradients(run, data_dir), "curves": {key: curve(run, tag) for key, tag in CURVES.items()},
             **({"stages": stages} if stages else {})}
+
+
+def gradients(run, data_dir, count=2000):
+    """Return the mean norm of the gradients of recon_loss and gen_loss with respect to the codes of test images.
+
+    Each is of one image's own loss, before the weights lambda and 1 - lambda.
+    """
+    _, path, settings = find_run(run)
+    model = load_model(path, read_weights(path), settings).eval()
+    images = load_data(settings, data_dir)[1][:count]
+    torch.manual_seed(0)  # for encoders with noise
+    codes = model(images)[1].detach().requires_grad_()
+    _, losses = model.get_loss_autoencoder(images, model.decoder(codes), codes)
+    return {name: torch.autograd.grad(count * losses[name], codes, retain_graph=True)[0].norm(dim=1).mean().item()
+            for name in ("recon_loss", "gen_loss")}
 
 
 def curve(run, tag):
@@ -176,7 +192,7 @@ def keep(name, run, args):
     args.docs.mkdir(parents=True, exist_ok=True)
     for picture, content in pictures.draw_run(name, run, args.data_dir).items():
         write_atomically(args.docs / picture, content)
-    results = {**read_json(file), name: collect(run)}
+    results = {**read_json(file), name: collect(run, args.data_dir)}
     if name == "z8" and args.docs.resolve() == report.FIGURES:
         write_atomically(PRETRAINED, pretrained(run))
         results[name]["pretrained_md5"] = hashlib.md5(PRETRAINED.read_bytes()).hexdigest()

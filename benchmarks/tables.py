@@ -253,6 +253,18 @@ def two_dimensions(figures):
     return question(["λ"], [([f"{run['lambda_']:g}"], run) for run in found], std=True)
 
 
+def gradients(figures):
+    """Questions 2.6 and 2.7: the gradients of both terms at a code, and their ratio with the weights of the loss."""
+    rows = []
+    for run in (figures["results"].get(name) for name in ("z2", "z2-lambda0.95", "z8", "z20")):
+        if run:
+            recon, gen = run["gradients"]["recon_loss"], run["gradients"]["gen_loss"]
+            ratio = run["lambda_"] * recon / ((1 - run["lambda_"]) * gen)
+            rows.append([str(run["z_dim"]), f"{run['lambda_']:g}", f"{recon:.3f}", f"{gen:.3f}", f"{ratio:.0f}"])
+    return markdown(["dimensions", "λ", "reconstruction loss", "adversarial loss", "ratio, weighted by λ and 1 − λ"],
+                    rows)
+
+
 def twenty_dimensions(figures):
     """Question 2.7: the runs of 20 dimensions with each encoder, and that of 8, at all lengths that several share."""
     results = figures["results"]
@@ -311,4 +323,4 @@ def ablation(figures):
 
 TABLES = {"summary": summary, "stages": stages, "runs": runs, "provenance": provenance, "question-2.4": lambda_one,
           "question-2.5": default_run, "question-2.6": two_dimensions, "question-2.7": twenty_dimensions,
-          "speed": speed, "ablation": ablation}
+          "gradients": gradients, "speed": speed, "ablation": ablation}
