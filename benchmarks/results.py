@@ -152,29 +152,31 @@ def figures(run):
 
 def collect(run, data_dir):
     """Return what a run has come to, with its commit, settings, curves and the figures after the epochs in MEASURED."""
-    settings = ("z_dim", "lambda_", "posterior", "networks", "seed", "precision", "device", "device_name", "torch")
-    result = figures(run)
-    stages = [json.loads((run.parent / f"epoch_{epochs}.json").read_text())
-              for epochs in MEASURED.get(run.parent.name, ()) if (run.parent / f"epoch_{epochs}.json").is_file()]
+    names = ("z_dim", "lambda_", "posterior", "networks", "seed", "precision", "device", "device_name", "torch")
+    settings = load_state(run)["settings"]
+    files = [run.parent / f"epoch_{epochs}.json" for epochs in MEASURED.get(run.parent.name, ())]
+    stages = [json.loads(file.read_text()) for file in files if file.is_file()]
     return {"flags": " ".join(RUNS[run.parent.name]), "commit": (run.parent / "commit").read_text(),
-            **{name: load_state(run)["settings"][name] for name in settings}, **result,
-            "gradients": gradients(run, data_dir), "curves": {key: curve(run, tag) for key, tag in CURVES.items()},
-            **({"stages": stages} if stages else {})}
+            **{name: settings[name] for name in names}, **figures(run), **measure_codes(run, data_dir),
+            "curves": {key: curve(run, tag) for key, tag in CURVES.items()}, **({"stages": stages} if stages else {})}
 
 
-def gradients(run, data_dir, count=2000):
-    """Return the mean norm of the gradients of recon_loss and gen_loss with respect to the codes of test images.
+def measure_codes(run, data_dir, count=2000):
+    """Return two figures on the codes of test images, of which the evaluation knows nothing.
 
-    Each is of one image's own loss, before the weights lambda and 1 - lambda.
+    noise: the standard deviation of a code of the same image, as root mean square over images and dimensions.
+    gradients: the mean norm of the gradients of an image's recon_loss and gen_loss with respect to its code.
     """
     _, path, settings = find_run(run)
     model = load_model(path, read_weights(path), settings).eval()
     images = load_data(settings, data_dir)[1][:count]
     torch.manual_seed(0)  # for encoders with noise
-    codes = model(images)[1].detach().requires_grad_()
+    codes, again = (model.encoder(images).detach() for _ in range(2))
+    codes.requires_grad_()
     _, losses = model.get_loss_autoencoder(images, model.decoder(codes), codes)
-    return {name: torch.autograd.grad(count * losses[name], codes, retain_graph=True)[0].norm(dim=1).mean().item()
-            for name in ("recon_loss", "gen_loss")}
+    norms = {name: torch.autograd.grad(count * losses[name], codes, retain_graph=True)[0].norm(dim=1).mean().item()
+             for name in ("recon_loss", "gen_loss")}
+    return {"noise": ((codes - again).square().mean() / 2).sqrt().item(), "gradients": norms}
 
 
 def curve(run, tag):

@@ -254,7 +254,7 @@ def two_dimensions(figures):
 
 
 def gradients(figures):
-    """Questions 2.6 and 2.7: the gradients of both terms at a code, and their ratio with the weights of the loss."""
+    """Questions 2.6 and 2.7: the gradients of both losses at a code, and their ratio with the weights λ and 1 − λ."""
     rows = []
     for run in (figures["results"].get(name) for name in ("z2", "z2-lambda0.95", "z8", "z20")):
         if run:
@@ -266,12 +266,11 @@ def gradients(figures):
 
 
 def twenty_dimensions(figures):
-    """Question 2.7: the runs of 20 dimensions with each encoder, and that of 8, at all lengths that several share."""
+    """Question 2.7: the runs of 20 dimensions with each encoder, and that of 8."""
     results = figures["results"]
-    found = {name: results[name] for name in ("z8", "z20", "z20-gaussian", "z20-universal") if name in results}
-    rows = [([str(run["z_dim"]), run["posterior"]], after(run, epochs))
-            for epochs in sorted({run["epochs"] for run in found.values()}) for run in found.values()]
-    return question(["dimensions", "encoder"], [row for row in rows if row[1]])
+    found = [results[name] for name in ("z8", "z20", "z20-gaussian", "z20-universal") if name in results]
+    return question(["dimensions", "encoder", "noise in a code"],
+                    [([str(run["z_dim"]), run["posterior"], f"{run['noise']:.1g}"], run) for run in found])
 
 
 def question(heads, rows, more=(), std=False):
