@@ -78,7 +78,7 @@ class Group(unittest.TestCase):
     def check(self, condition, words):
         """Fail with only these words as message unless the condition holds."""
         if not condition:
-            raise self.failureException(words)
+            raise self.failureException(words) from None
 
     def check_close(self, value, expected, words, tolerance=1e-5):
         value, expected = (float(torch.as_tensor(number).detach()) for number in (value, expected))

@@ -60,8 +60,9 @@ class Solutions(Group):
     def test_mistakes_are_named(self):
         for number, solution, old, new in MISTAKES:
             failures, _ = mark(planted(solution, old, new), f"test_{number:02}")
-            self.check(any(f"Mistake {number}:" in message for message in failures.values()),
-                       f"Mistake {number} in {solution} is not named: {failures}")
+            named = [message for message in failures.values() if f"Mistake {number}:" in message]
+            self.check(named, f"Mistake {number} in {solution} is not named: {failures}")
+            self.check(not any("Traceback" in message for message in named), f"{solution}: {named}")
 
     @unittest.skipUnless(shutil.which("bash") and shutil.which("timeout"), "this system has no bash or no timeout")
     def test_a_class_is_marked(self):

@@ -26,6 +26,7 @@ MISTAKES = (
      "ConvDecoder(z_dim), Discriminator(z_dim).append(nn.LeakyReLU(0.2))"),
     (8, "discriminator_first", "gen = -nn.functional.logsigmoid(self.discriminator(z_fake)).mean()",
      "gen = -torch.log(torch.sigmoid(self.discriminator(z_fake)) + 1e-15).mean()"),
+    (8, "main_evaluates", "nn.BCEWithLogitsLoss()", "nn.BCELoss()"),
     (9, "plain", "lambda_ * recon_loss + (1 - lambda_) * gen_loss", "(1 - lambda_) * recon_loss + lambda_ * gen_loss"),
     (9, "both_backward_first", "torch.lerp(gen_loss, recon_loss,", "torch.lerp(recon_loss, gen_loss,"),
     (10, "discriminator_first", "nn.Linear(32 * 49, 64), nn.GELU(), nn.Linear", "nn.Linear(32 * 49, 64), nn.Linear"),
