@@ -3,7 +3,7 @@
 MNIST (LeCun, Cortes and Burges) is read from its four idx files in `<root>/MNIST/raw/`, where torchvision keeps them.
 Each file's MD5 is checked; missing or damaged files are downloaded from torchvision's mirrors.
 
-The bundled digits are the 1,797 images of "Optical Recognition of Handwritten Digits" (see digits/README.md). They
+The bundled digits are the 1,797 images of "Optical Recognition of Handwritten Digits" (see assets/README.md). They
 replace MNIST on machines without a network.
 """
 
@@ -33,7 +33,7 @@ MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
              "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
              "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
              "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}
-DIGITS_FILE = Path(__file__).resolve().parent / "digits" / "digits.csv.gz"
+DIGITS_FILE = Path(__file__).resolve().parent / "assets" / "digits.csv.gz"
 DIGITS_MD5 = "a0339c30a8a5312a1b6f9e5c719dcce5"
 
 TIMEOUT = 12  # seconds to wait for data, divided among the mirrors
@@ -121,7 +121,7 @@ def load_digits(train=True):
     """
     content = checked_content(DIGITS_FILE, DIGITS_MD5)
     if content is None:
-        raise DamagedData(f"{DIGITS_FILE} is missing or damaged; restore it, for example with: git checkout -- digits")
+        raise DamagedData(f"{DIGITS_FILE} is missing or damaged; restore it, for example with: git checkout -- assets")
     table = torch.from_numpy(np.loadtxt(io.BytesIO(content), delimiter=",", dtype=np.float32))
     chosen = (torch.arange(len(table)) % 6 != 5) == train
     images = (table[chosen, :64] / 8 - 1).view(-1, 1, 8, 8)

@@ -19,16 +19,16 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 
 from evaluation.monitoring import save_measurements, save_summary
-from runs.files import image_grid, png_bytes, write_atomically
-from runs.random_state import evaluation_mode
-from runs.run import open_run
-from training.commandline import run_program
+from training.cli import run_program
 from training.cuda_graph import CapturedStep
 from training.data import load_data
 from training.device import setup_device
 from training.ema import EMA
+from training.files import image_grid, png_bytes, write_atomically
 from training.optimizers import build_model, build_optimizers, set_learning_rate, to_device
 from training.options import parse_args
+from training.random_state import evaluation_mode
+from training.run import open_run
 from training.statistics import LossStatistics
 from utils import TensorBoardLogger
 

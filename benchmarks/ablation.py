@@ -26,10 +26,10 @@ import mnist
 import train
 from evaluation.measures import evaluate
 from models import ResidualBlock
-from runs.files import write_atomically
-from training.commandline import UserError
+from training.cli import UserError
 from training.data import Batches
 from training.device import PrecisionError, choose_device, keep_freed_memory, set_precision
+from training.files import write_atomically
 from training.statistics import LossStatistics
 
 HELD_OUT = 5_000  # of the training images

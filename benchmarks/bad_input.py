@@ -31,10 +31,10 @@ from tqdm import tqdm
 
 import mnist
 import train
-from runs.checkpoint import serialize
 from tests.common import run_contents
 from training import data
-from training.commandline import duration
+from training.checkpoint import serialize
+from training.cli import duration
 from training.device import device_name
 
 

@@ -36,7 +36,7 @@ import torch
 import mnist
 import train
 from evaluation.monitoring import reconstruct
-from runs.checkpoint import read_state
+from training.checkpoint import read_state
 from training.data import load_training_set
 from training.device import PrecisionError, choose_device, set_precision
 from training.options import HYPERPARAMETERS

@@ -30,10 +30,10 @@ import torch
 from tqdm import tqdm
 
 import train
-from runs.folder import has_state
 from tests.common import foreign_files_lost, put_foreign_files, remove_foreign_files, run_contents
-from training.commandline import duration
+from training.cli import duration
 from training.device import device_name
+from training.folder import has_state
 
 TRAIN = [sys.executable, str(PROJECT / "train.py")]
 EPOCHS = 12

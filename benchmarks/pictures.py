@@ -18,8 +18,8 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from evaluation.model_files import find_run, load_data, load_model, read_weights
 from evaluation.monitoring import reconstruct
-from runs.files import png_bytes
-from runs.random_state import evaluation_mode
+from training.files import png_bytes
+from training.random_state import evaluation_mode
 
 STRIP = "z8"  # the run of strip.png
 SHOWN = (20, 50, 100)  # epochs of a run's picture, beside a thumbnail of epoch 0

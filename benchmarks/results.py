@@ -27,10 +27,10 @@ import torch
 from tables import read_json
 
 from evaluation.model_files import find_run, load_data, load_model, read_weights
-from runs.checkpoint import WEIGHTS, CheckpointError, load_checked, load_state, serialize
-from runs.files import write_atomically
-from runs.folder import has_state, latest_run
-from training.commandline import number
+from training.checkpoint import WEIGHTS, CheckpointError, load_checked, load_state, serialize
+from training.cli import number
+from training.files import write_atomically
+from training.folder import has_state, latest_run
 from training.options import HYPERPARAMETERS, parse_args
 
 RUNS = {  # name: flags of train.py
@@ -47,11 +47,11 @@ RUNS = {  # name: flags of train.py
     "z20-universal": ["--z_dim", "20", "--posterior", "universal"],
 }
 MEASURED = {name: (1, 2, 5, 10, 20, 50) for name in ("z8", "z8-seed1", "z8-seed2", "z8-base")}  # epochs before the last
-CODE = ("mnist.py", "models.py", "train.py", "utils.py", "training", "runs", "evaluation")  # what runs depend on
+CODE = ("mnist.py", "models.py", "train.py", "utils.py", "training", "evaluation")  # what runs depend on
 CURVES = {"reconstruction loss": "generator/recon_loss",  # key in results.json: TensorBoard tag
           "discriminator accuracy": "discriminator/accuracy"}
 POINTS = 100  # of a curve
-PRETRAINED = PROJECT / "pretrained" / "autoencoder.pt"  # the weights of z8
+PRETRAINED = PROJECT / "assets" / "autoencoder.pt"  # the weights of z8
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def main():
     parser.add_argument("--runs", type=Path, default=PROJECT / "AAE_logs" / "results", help="folder of the runs")
     parser.add_argument("--docs", type=Path, default=report.FIGURES,
                         help="folder of the figures and pictures; if another, "
-                             "the tables of the docs, the plots and pretrained/ stay as they are")
+                             "the tables of the docs, the plots and assets/ stay as they are")
     parser.add_argument("--data_dir", default=str(PROJECT.parent / "data"), help="folder where MNIST is")
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA")
     args = parser.parse_args()

@@ -296,7 +296,7 @@ def print_table(rounds, steps, timed):
 
 
 def main():
-    from training.commandline import number
+    from training.cli import number
 
     parser = argparse.ArgumentParser(description="Compare the time of train.py's epoch with that of a plain loop.")
     parser.add_argument("--rounds", type=number(int, 1), default=3, help="number of rounds over all variants")

@@ -23,10 +23,10 @@ from evaluation.measures import evaluate
 from evaluation.model_files import find_run, load_data, load_model, read_weights, settings_from_weights
 from evaluation.pictures import draw_pictures
 from evaluation.table import describe
-from runs.checkpoint import WEIGHTS
-from runs.files import png_bytes, write_atomically
-from training.commandline import OneLineParser, number, print_line, run_program
+from training.checkpoint import WEIGHTS
+from training.cli import OneLineParser, number, print_line, run_program
 from training.device import choose_device, device_name, keep_freed_memory, set_precision
+from training.files import png_bytes, write_atomically
 
 STAGES = ("reconstructions", "prior match", "samples", "log-likelihood", "digit classifier", "pictures")
 

@@ -1,8 +1,8 @@
 """A small digit classifier, whose features the evaluation uses to compare images:  python -m evaluation.classifier
 
-Its weights are part of this repository: digit_classifier.pt, 0.6 MB in float16. Its accuracy is 99.66 % on MNIST's
-10,000 test images, and 90.4 % on the 1,797 bundled digits, on which it was not trained. Training took 3 min 46 s on
-two cores of an AMD EPYC (Zen 5) with torch 2.15.0.
+Its weights are part of this repository: assets/digit_classifier.pt, 0.6 MB in float16. Its accuracy is 99.66 % on
+MNIST's 10,000 test images, and 90.4 % on the 1,797 bundled digits, on which it was not trained. Training took
+3 min 46 s on two cores of an AMD EPYC (Zen 5) with torch 2.15.0.
 """
 
 import training.threads  # noqa: F401 (before torch, which reads the variables that it sets)
@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from mnist import load_digits, mnist
-from runs.checkpoint import CheckpointError, load_checked, serialize
-from runs.files import write_atomically
-from training.commandline import OneLineParser, UserError, number, print_line, run_program
+from training.checkpoint import CheckpointError, load_checked, serialize
+from training.cli import OneLineParser, UserError, number, print_line, run_program
 from training.device import choose_device, keep_freed_memory, set_precision
+from training.files import write_atomically
 
-WEIGHTS = Path(__file__).resolve().parent / "digit_classifier.pt"
+WEIGHTS = Path(__file__).resolve().parent.parent / "assets" / "digit_classifier.pt"
 BATCH = 250  # images per forward pass outside training
 
 
@@ -54,7 +54,7 @@ def convolution(channels_in, channels_out, padding=1):
 def load_classifier(device="cpu"):
     """Return the trained classifier in evaluation mode; raise UserError if its file is missing or damaged."""
     classifier = DigitClassifier()
-    hint = (f"restore it, for example with: git checkout -- evaluation/{WEIGHTS.name}, or train it again with: "
+    hint = (f"restore it, for example with: git checkout -- assets/{WEIGHTS.name}, or train it again with: "
             f"python -m evaluation.classifier")
     if not WEIGHTS.is_file():
         raise UserError(f"{WEIGHTS} is missing; {hint}")

@@ -5,8 +5,8 @@ import torch
 from evaluation.classifier import features_and_probabilities, load_classifier
 from evaluation.metrics import choose_sigma, frechet, frechet_to_prior, ks_distance, parzen_log_likelihood
 from evaluation.monitoring import reconstruct
-from runs.random_state import evaluation_mode
-from training.commandline import UserError
+from training.cli import UserError
+from training.random_state import evaluation_mode
 
 BATCH = 250            # samples per forward pass
 SAMPLES = 10_000       # drawn for the log-likelihood and the classifier

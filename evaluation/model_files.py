@@ -9,8 +9,8 @@ import torch
 
 from mnist import load_digits, load_mnist
 from models import ENCODERS, NETWORKS
-from runs.checkpoint import WEIGHTS, load_checked
-from training.commandline import UserError
+from training.checkpoint import WEIGHTS, load_checked
+from training.cli import UserError
 from training.optimizers import build_model
 
 DEFAULTS = {"posterior": "deterministic", "networks": "base", "trained_on": "mnist",

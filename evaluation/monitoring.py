@@ -4,8 +4,8 @@ import torch
 from torch.utils.tensorboard.summary import hparams
 
 from evaluation.metrics import ks_distance
-from runs.random_state import evaluation_mode
 from training.options import HYPERPARAMETERS
+from training.random_state import evaluation_mode
 
 
 def reconstruct(model, images):

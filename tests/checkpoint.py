@@ -7,8 +7,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-import runs.folder
-import runs.run
+import training.folder
+import training.run
 from tests.common import run_contents
 from tests.resume import ResumeGroup
 from unittests import same
@@ -40,7 +40,7 @@ class Checkpoint(ResumeGroup):
         args = self.train.parse_args([])
         settings = {name: value for name, value in vars(args).items() if name not in ("explicit_flags", "precision")}
         self.assertEqual(self.options.resumed_args(args, settings).precision, "fp32")
-        with self.assertRaisesRegex(self.commandline.FlagError, "--precision bf16 contradicts the run, which has fp32"):
+        with self.assertRaisesRegex(self.cli.FlagError, "--precision bf16 contradicts the run, which has fp32"):
             self.options.resumed_args(self.train.parse_args(["--precision", "bf16"]), settings)
 
     def test_contradicting_flags_are_rejected_by_name(self):
@@ -149,19 +149,19 @@ class Checkpoint(ResumeGroup):
         self.assertEqual(self.resume(".")[0], 0)
 
     def test_file_system_without_locks(self):
-        if runs.folder.fcntl is None:
+        if training.folder.fcntl is None:
             self.skipTest("runs are not locked here")
         run, _ = self.train_quietly("--epochs", "1")
-        with mock.patch.object(runs.folder.fcntl, "flock", side_effect=OSError(38, "Function not implemented")):
+        with mock.patch.object(training.folder.fcntl, "flock", side_effect=OSError(38, "Function not implemented")):
             status, _, err = self.resume(run)
         self.assertEqual(status, 0)
         self.assertIn("cannot be locked", err)
 
     def test_a_run_in_use_is_rejected(self):
         run, _ = self.train_quietly("--epochs", "1")
-        if runs.folder.fcntl is None:
+        if training.folder.fcntl is None:
             self.skipTest("runs are not locked here")
-        with runs.folder.locked(run):
+        with training.folder.locked(run):
             self.assert_refused(self.resume(run), 1, run, "in use")
         self.assertEqual(self.resume(run)[0], 0)
 

@@ -68,7 +68,7 @@ class Flags(TrainGroup):
         base, default = (vars(self.train.parse_args(argv)) for argv in (["--base"], []))
         self.assertEqual(self.options.resumed_args(self.train.parse_args(["--base"]), base).networks, "base")
         for argv, settings in ((["--base"], default), (["--base", "--d_momentum", "0.9"], base)):
-            with self.assertRaisesRegex(self.commandline.FlagError, "contradicts the run"):
+            with self.assertRaisesRegex(self.cli.FlagError, "contradicts the run"):
                 self.options.resumed_args(self.train.parse_args(argv), settings)
 
     def test_a_run_with_base_records_the_four_settings_alone(self):

@@ -88,7 +88,7 @@ def read_events(folder):
 
 def run_contents(run):
     """Return the content of a run's files by name, in a form that can be compared bit for bit."""
-    from runs.checkpoint import load_state
+    from training.checkpoint import load_state
 
     contents = {}
 
@@ -118,7 +118,7 @@ def run_contents(run):
 
 
 class TrainGroup(Group):
-    needs = ("train", "training.data", "training.commandline", "training.statistics", "mnist", "models")
+    needs = ("train", "training.data", "training.cli", "training.statistics", "mnist", "models")
 
     def setUp(self):
         super().setUp()

@@ -15,7 +15,7 @@ __unittest = True
 
 PROGRAMS = {"train.py": "training.options", "-m evaluation": "evaluation.__main__",
             "-m evaluation.classifier": "evaluation.classifier"}  # whose make_parser() knows the flags
-FOLDERS = ("benchmarks", "digits", "docs", "pretrained", "runs", "tests", "training")  # evaluation/ is also a run's
+FOLDERS = ("assets", "benchmarks", "docs", "tests", "training")  # evaluation/ is also a run's
 FENCED = re.compile(r"^( *)```.*?^\1```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"python (train\.py|-m evaluation(?:\.\w+)?|benchmarks/\w+\.py)([^&|;#]*)")
 SPAN = re.compile(r"`([^`]+)`")
@@ -71,7 +71,7 @@ class Docs(Group):
 
     def test_pretrained_weights_are_those_of_the_figures(self):
         result = json.loads((HERE / "docs" / "results" / "results.json").read_text())["z8"]
-        weights = (HERE / "pretrained" / "autoencoder.pt").read_bytes()
+        weights = (HERE / "assets" / "autoencoder.pt").read_bytes()
         self.assertEqual(hashlib.md5(weights).hexdigest(), result["pretrained_md5"])
 
     def test_lengths(self):

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from runs.random_state import random_states
 from tests.common import TinyAAE, TrainGroup, read_png
+from training.random_state import random_states
 from unittests import Recorder, images_like_mnist, same, snapshot
 
 __unittest = True
@@ -21,7 +21,7 @@ class Evaluation(TrainGroup):
     """python -m evaluation on models of the bundled digits, and the digit classifier."""
 
     needs = (*TrainGroup.needs, "evaluation.__main__", "evaluation.classifier", "evaluation.measures",
-             "evaluation.metrics", "evaluation.model_files", "evaluation.pictures", "runs.checkpoint")
+             "evaluation.metrics", "evaluation.model_files", "evaluation.pictures", "training.checkpoint")
 
     def setUp(self):
         super().setUp()

@@ -249,7 +249,7 @@ class GraphReplay(TrainGroup):
             model.get_loss_autoencoder = with_number
 
         self.trained(False, before=before)
-        with self.assertRaisesRegex(self.commandline.UserError, r"cannot be captured .*_local_scalar_dense"):
+        with self.assertRaisesRegex(self.cli.UserError, r"cannot be captured .*_local_scalar_dense"):
             self.trained(True, before=before)
 
     def test_operations_that_cuda_rejects_are_rejected(self):

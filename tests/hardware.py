@@ -110,7 +110,7 @@ class Hardware(TrainGroup):
             captured = self.cuda_graph.CapturedStep(step)
             sums = [float(captured(batch)) for batch in batches]
             with mock.patch("torch.cuda.graph", side_effect=RuntimeError("copy")), \
-                    self.assertRaisesRegex(self.commandline.UserError, r"\(copy\)"):
+                    self.assertRaisesRegex(self.cli.UserError, r"\(copy\)"):
                 refused = self.cuda_graph.CapturedStep(lambda x: x)
                 for _ in range(4):
                     refused(batches[0])
@@ -151,11 +151,11 @@ class Hardware(TrainGroup):
         for error, raised in ((torch.OutOfMemoryError(full), torch.OutOfMemoryError),
                               (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), RuntimeError),
                               (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), RuntimeError),
-                              (RuntimeError("CUDA error: operation not permitted\nCUDA"), self.commandline.UserError)):
+                              (RuntimeError("CUDA error: operation not permitted\nCUDA"), self.cli.UserError)):
             calls = iter([None] * self.cuda_graph.WARM_UP + [error])
             with self.subTest(str(error)), self.assertRaises(raised) as caught:
                 self.captured(lambda x, calls=calls: self.raised(next(calls)))
-            if raised is self.commandline.UserError:
+            if raised is self.cli.UserError:
                 self.assertIn("as a CUDA graph (CUDA error: operation not permitted): a loss", str(caught.exception))
             else:
                 self.assertIs(caught.exception, error)

@@ -6,7 +6,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-import runs.files as files
+import training.files as files
 from tests.common import read_events
 from unittests import Group
 

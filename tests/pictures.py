@@ -7,8 +7,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from runs.random_state import random_states
 from tests.common import TinyAAE, TrainGroup, read_events, read_png
+from training.random_state import random_states
 from unittests import images_like_mnist, same, snapshot
 
 __unittest = True

@@ -10,8 +10,8 @@ from unittest import mock
 
 import torch
 
-import runs.folder
-import runs.run
+import training.folder
+import training.run
 from tests.common import Stop, TrainGroup, foreign_files_lost, put_foreign_files, remove_foreign_files, run_contents
 from unittests import same
 
@@ -21,7 +21,7 @@ __unittest = True
 class ResumeGroup(TrainGroup):
     """Shared by the groups on stopped runs."""
 
-    needs = (*TrainGroup.needs, "runs.checkpoint", "runs.signals", "training.options", "training.optimizers")
+    needs = (*TrainGroup.needs, "training.checkpoint", "training.signals", "training.options", "training.optimizers")
     STEPS = 2  # per epoch: 100 digits in batches of 64
 
     def stop_after(self, steps, *flags, signum=signal.SIGTERM):
@@ -37,7 +37,7 @@ class ResumeGroup(TrainGroup):
         args = self.train.parse_args(["--dataset", "digits", "--no-cuda", "--log_dir", str(log_dir), *flags])
         with mock.patch.object(self.statistics.LossStatistics, "add", add_and_stop), self.few_digits, \
                 contextlib.redirect_stdout(io.StringIO()), \
-                self.assertRaises(self.commandline.RunStopped) as caught:
+                self.assertRaises(self.cli.RunStopped) as caught:
             self.train.main(args)
         run, = log_dir.iterdir()
         return run, caught.exception
@@ -145,14 +145,14 @@ class Resume(ResumeGroup):
     def test_killed_run_is_resumed_from_its_checkpoint(self):
         whole, _ = self.train_quietly("--epochs", "3", "--checkpoint_every", "1")
         log_dir = self.folder()
-        save_state, count = runs.run.save_state, iter(range(100))
+        save_state, count = training.run.save_state, iter(range(100))
 
         def save_and_die(*args):  # like a kill, after later events and pictures were written
             if next(count) in (2, 3):
                 raise Stop
             save_state(*args)
 
-        with mock.patch.object(runs.run, "save_state", save_and_die), self.few_digits:
+        with mock.patch.object(training.run, "save_state", save_and_die), self.few_digits:
             with self.assertRaises(Stop):
                 self.run_cli("--dataset", "digits", "--no-cuda", "--epochs", 3, "--checkpoint_every", 1,
                              "--log_dir", log_dir)
@@ -180,13 +180,13 @@ class Resume(ResumeGroup):
                                   f"python .*train.py --resume {run}")
 
     def test_signal_after_the_last_step_of_an_epoch(self):
-        log_dir, describe = self.folder(), runs.run.describe
+        log_dir, describe = self.folder(), training.run.describe
 
         def signal_late(means):  # called for the line that is printed after an epoch's last step
             signal.raise_signal(signal.SIGTERM)
             return describe(means)
 
-        with mock.patch.object(runs.run, "describe", signal_late), self.few_digits:
+        with mock.patch.object(training.run, "describe", signal_late), self.few_digits:
             status, _, err = self.run_cli("--dataset", "digits", "--epochs", 3, "--no-cuda", "--log_dir", log_dir)
         run, = log_dir.iterdir()
         state = self.checkpoint.load_state(run)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-import runs.folder
+import training.folder
 from tests.common import TrainGroup, read_events, read_png
 from unittests import HERE, images_like_mnist, same
 
@@ -224,7 +224,7 @@ class WholeRun(TrainGroup):
 
     def test_two_runs_in_one_second_have_two_folders(self):
         log_dir = self.folder()
-        self.assertNotEqual(*(runs.folder.create_run_folder(log_dir) for _ in range(2)))
+        self.assertNotEqual(*(training.folder.create_run_folder(log_dir) for _ in range(2)))
 
     def test_closed_standard_output_does_not_end_a_run(self):
         log_dir = self.folder()

@@ -85,7 +85,7 @@ class Training(TrainGroup):
     def test_divergence_names_epoch_and_step(self):
         batches = self.batches()
         batches[1][0][0, 0, 0, 0] = math.inf
-        with self.assertRaisesRegex(self.commandline.UserError, r"at step 2 of epoch 1\b"):
+        with self.assertRaisesRegex(self.cli.UserError, r"at step 2 of epoch 1\b"):
             self.trained(batches)
 
     def test_training_succeeds_with_seeds_that_start_bright(self):

@@ -4,7 +4,7 @@ from collections import Counter
 
 import torch
 
-from training.commandline import UserError, gpu_is_taken
+from training.cli import UserError, gpu_is_taken
 
 WARM_UP = 3  # eager steps before a capture, in which libraries choose kernels and allocate memory
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from mnist import DataError, MissingData, digits, load_digits, load_mnist, mnist
-from training.commandline import warn
+from training.cli import warn
 
 
 class Data(NamedTuple):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from training.commandline import FlagError, UserError, warn
+from training.cli import FlagError, UserError, warn
 
 CPUINFO, NVIDIA_DRIVER = Path("/proc/cpuinfo"), Path("/proc/driver/nvidia/version")  # on Linux
 ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
@@ -94,7 +94,7 @@ def has_nvidia_driver():
 def check_gpu():
     """Run one convolution on the GPU, which needs a kernel, cuDNN and memory; raise UserError if torch has no kernel.
 
-    Errors of a full or busy GPU pass through; training.commandline.report_error explains them.
+    Errors of a full or busy GPU pass through; training.cli.report_error explains them.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's two warnings of several lines, which say the same

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from training.commandline import FlagError, OneLineParser, number
+from training.cli import FlagError, OneLineParser, number
 
 RESUME_OVERRIDES = {"data_dir", "log_dir", "num_workers", "no_cuda", "checkpoint_every", "resume"}
 HYPERPARAMETERS = ("z_dim", "lambda_", "posterior", "networks", "ae_lr", "drop_after", "d_lr", "d_momentum",

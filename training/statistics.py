@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from training.commandline import UserError
+from training.cli import UserError
 
 SYNC_EVERY = 50  # steps between two reads of the losses; at a read, the CPU waits for the device
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from runs.files import sync, write_atomically
-from training.commandline import UserError
+from training.cli import UserError
+from training.files import sync, write_atomically
 
 FORMAT = "adversarial autoencoder, training state 2"
 OLD_FORMAT = "adversarial autoencoder, training state 1"  # without averaged weights

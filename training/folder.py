@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from runs.checkpoint import CURRENT, PREVIOUS, CheckpointError, read_state
-from training.commandline import UserError, warn
+from training.checkpoint import CURRENT, PREVIOUS, CheckpointError, read_state
+from training.cli import UserError, warn
 
 try:
     import fcntl

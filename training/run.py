@@ -11,17 +11,17 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from runs.checkpoint import CheckpointError, load_state, remove_unstarted, rewind, save_state
-from runs.files import write_atomically
-from runs.folder import create_run_folder, has_state, latest_run, locked, resume_hint, run_folder
-from runs.signals import stop_signals
-from runs.training_state import TrainingState
-from training.commandline import RunStopped, duration, print_line, warn
+from training.checkpoint import CheckpointError, load_state, remove_unstarted, rewind, save_state
+from training.cli import RunStopped, duration, print_line, warn
 from training.data import Batches
 from training.device import device_name, unused_gpu_warning
 from training.ema import weights_on_cpu
+from training.files import write_atomically
+from training.folder import create_run_folder, has_state, latest_run, locked, resume_hint, run_folder
 from training.options import resumed_args, with_defaults
+from training.signals import stop_signals
 from training.threads import QUOTA
+from training.training_state import TrainingState
 
 
 @contextlib.contextmanager

@@ -2,11 +2,11 @@
 
 import time
 
-from runs.checkpoint import CheckpointError
-from runs.random_state import random_states, set_random_states
-from training.commandline import warn
+from training.checkpoint import CheckpointError
+from training.cli import warn
 from training.ema import weights_on_cpu
 from training.optimizers import load_optimizer
+from training.random_state import random_states, set_random_states
 
 
 class TrainingState:

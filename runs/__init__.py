@@ -1,1 +1,0 @@
-"""A run's folder and life cycle: created, locked, checkpointed, stopped, resumed."""
