@@ -121,7 +121,7 @@ def cuda_on_the_cpu(model):
 class GraphReplay(TrainGroup):
     """Steps replayed from one capture, compared bit for bit with the same steps run eagerly."""
 
-    needs = (*TrainGroup.needs, "training.cuda_graph", "training.optimizers")
+    needs = (*TrainGroup.needs, "training.cuda_graph", )
 
     def trained(self, captured, *flags, before=None, between=None):
         """Return all tensors after 36 steps, by name.

@@ -14,10 +14,9 @@ from unittest import mock
 
 import numpy as np
 import torch
-import torch.nn as nn
 
-import training.folder
 from tests.common import TrainGroup, read_events, read_png
+from training.checkpoint import create_run_folder
 from unittests import HERE, images_like_mnist, same
 
 __unittest = True
@@ -146,46 +145,6 @@ class WholeRun(TrainGroup):
         self.assertTrue(same(runs[0], runs[1]), "two runs with the same seed have different weights")
         self.assertFalse(same(runs[0], runs[2]), "two seeds give the same weights")
 
-    def test_pictures_do_not_affect_training(self):
-        _, with_pictures = self.train_quietly("--epochs", "2")
-        with mock.patch.object(self.train, "generate_and_save"), mock.patch.object(self.train, "save_reconstruction"):
-            _, without = self.train_quietly("--epochs", "2")
-        self.assertTrue(same(with_pictures, without))
-
-    def test_recommended_optimizers(self):
-        args = self.train.parse_args([])
-        optimizer_ae, optimizer_disc = self.train.build_optimizers(self.models.AdversarialAE(), args)
-        self.assertIsInstance(optimizer_ae, torch.optim.Adam)
-        self.assertIsInstance(optimizer_disc, torch.optim.SGD)
-        adam, sgd = optimizer_ae.defaults, optimizer_disc.defaults
-        self.assertEqual((adam["lr"], adam["betas"][0], sgd["lr"], sgd["momentum"]), (1e-3, 0.5, 5e-3, 0.95))
-        self.assertEqual(args.averaging, 0.999)
-
-    def test_discriminators_gradient_is_clipped(self):
-        model, x = self.models.AdversarialAE(), images_like_mnist(16)
-        nn.init.constant_(model.discriminator.net[-1].weight, 10.0)
-        optimizers = self.train.build_optimizers(model, self.train.parse_args(["--d_momentum", "0"]))
-        before = nn.utils.parameters_to_vector(model.discriminator.parameters()).clone()
-        self.train.train_step(model, *optimizers, 0.5, x)
-        moved = (nn.utils.parameters_to_vector(model.discriminator.parameters()) - before).norm()
-        self.check_close(moved, 5e-3 * self.train.MAX_GRAD_NORM,
-                         "a large gradient of the discriminator is not clipped", 1e-4)
-
-    def test_rate_drops_after_the_epochs_of_the_flag(self):
-        for on_device in (False, True):  # on CUDA, the rate is a tensor that a captured graph reads
-            args = self.train.parse_args(["--drop_after", "10"])
-            optimizer, _ = self.train.build_optimizers(self.models.AdversarialAE(), args)
-            if on_device:
-                optimizer.param_groups[0]["lr"] = torch.tensor(args.ae_lr)
-            before = optimizer.param_groups[0]["lr"]
-            for epoch, expected in ((1, 1e-3), (10, 1e-3), (11, 1e-4), (40, 1e-4)):
-                self.train.set_learning_rate(optimizer, epoch, args)
-                self.check_close(1e3 * optimizer.param_groups[0]["lr"], 1e3 * expected,
-                                 f"the learning rate of epoch {epoch} is wrong")
-            self.assertTrue(not on_device or optimizer.param_groups[0]["lr"] is before)
-        self.train.set_learning_rate(optimizer, 1000, self.train.parse_args(["--drop_after", "0"]))
-        self.check_close(1e3 * optimizer.param_groups[0]["lr"], 1, "the learning rate drops with --drop_after 0")
-
     def test_rate_drops_in_a_run(self):
         runs = [self.train_quietly("--epochs", "2", "--drop_after", str(after))[1] for after in (1, 2)]
         self.assertFalse(same(*runs), "--drop_after does not affect the second epoch")
@@ -224,7 +183,7 @@ class WholeRun(TrainGroup):
 
     def test_two_runs_in_one_second_have_two_folders(self):
         log_dir = self.folder()
-        self.assertNotEqual(*(training.folder.create_run_folder(log_dir) for _ in range(2)))
+        self.assertNotEqual(*(create_run_folder(log_dir) for _ in range(2)))
 
     def test_closed_standard_output_does_not_end_a_run(self):
         log_dir = self.folder()

@@ -21,10 +21,11 @@ def writing(folder):
     try:
         yield
     except OSError as error:
-        inside = error.filename and Path(os.path.abspath(error.filename)).is_relative_to(os.path.abspath(folder))
+        path = os.fsdecode(error.filename) if error.filename else str(folder)
+        inside = error.filename and Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
         if not inside and error.errno not in FULL:
             raise
-        raise UserError(f"{error.filename or folder} cannot be written: {error.strerror}; {ADVICE}") from None
+        raise UserError(f"{path} cannot be written: {error.strerror}; {ADVICE}") from None
 
 
 def write_atomically(path, content, keep=None):
