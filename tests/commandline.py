@@ -2,7 +2,6 @@
 
 import json
 import os
-import threading
 import unittest
 from argparse import Namespace
 from unittest import mock
@@ -159,17 +158,6 @@ class BadInput(TrainGroup):
                                  get_device_properties=lambda _: Namespace(total_memory=4)), \
                 mock.patch.object(self.train, "main", side_effect=torch.OutOfMemoryError("CUDA out of memory.")):
             self.assertIn("try a smaller --batch_size or --z_dim, or --no-cuda", self.run_cli()[2])
-
-    def test_excepthook_of_threads_is_restored(self):
-        before = threading.excepthook
-
-        def look(args):
-            self.assertIsNot(threading.excepthook, before)
-
-        with mock.patch.object(self.train, "main", side_effect=look) as main:
-            self.run_cli()
-        self.assertTrue(main.called)
-        self.assertIs(threading.excepthook, before)
 
     def test_programming_errors_keep_their_traceback(self):
         with mock.patch.object(self.train, "main", side_effect=RuntimeError("a bug")), self.assertRaises(RuntimeError):

@@ -119,14 +119,14 @@ class Resume(ResumeGroup):
     def test_killed_run_is_resumed_from_its_checkpoint(self):
         whole, _ = self.train_quietly("--epochs", "3", "--checkpoint_every", "1")
         log_dir = self.folder()
-        save_state, count = runs.save_state, iter(range(100))
+        save_state, count = self.checkpoint.save_state, iter(range(100))
 
         def save_and_die(*args):  # like a kill, after later events and pictures were written
             if next(count) in (2, 3):
                 raise Stop
             save_state(*args)
 
-        with mock.patch.object(runs, "save_state", save_and_die), self.few_digits:
+        with mock.patch.object(self.checkpoint, "save_state", save_and_die), self.few_digits:
             with self.assertRaises(Stop):
                 self.run_cli("--dataset", "digits", "--no-cuda", "--epochs", 3, "--checkpoint_every", 1,
                              "--log_dir", log_dir)

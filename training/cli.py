@@ -93,59 +93,39 @@ def shell_command(*words):
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
-def duration(seconds):
-    """Format seconds, for example as 1 h 02 min 03 s."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min {seconds:02} s" if hours else f"{minutes} min {seconds:02} s"
-
-
 # The frame of every program ------------------------------------------------------------------------------------------
 
 def run_program(program, main, parse, argv, memory_advice):
     """Run `main(parse(argv))` and return the exit status; report user errors in one sentence."""
-    with usable_streams(), silent_writer_threads():
-        try:
-            main(parse(argv))
-            return 0
-        except RunStopped as stopped:
-            print_line(f"\n{stopped}", sys.stderr)
-            return 128 + stopped.signum
-        except KeyboardInterrupt as interruption:
-            print_line(f"\n{str(interruption) or 'interrupted'}", sys.stderr)
-            return 128 + signal.SIGINT
-        except Exception as error:
-            return report_error(program, error, memory_advice)
-
-
-@contextlib.contextmanager
-def usable_streams():
-    """Let no message end a program: discard those to a missing stream, and escape characters that it cannot encode."""
-    with contextlib.ExitStack() as stack:
-        for name in ("stdout", "stderr"):
-            stream = getattr(sys, name)
-            if stream is None:  # closed by the shell, or pythonw on Windows
-                setattr(sys, name, stack.enter_context(open(os.devnull, "w")))
-                stack.callback(setattr, sys, name, None)
-            elif hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace")
-        yield
-
-
-@contextlib.contextmanager
-def silent_writer_threads():
-    """Hide OSErrors, such as a full disk, of TensorBoard's thread: its writer raises them in the main thread, too."""
-    before = threading.excepthook
-
-    def hook(failure):
-        if not issubclass(failure.exc_type, OSError):
-            before(failure)
-
-    threading.excepthook = hook
+    prepare_streams()
+    threading.excepthook = hide_os_error
     try:
-        yield
-    finally:
-        threading.excepthook = before
+        main(parse(argv))
+        return 0
+    except RunStopped as stopped:
+        print_line(f"\n{stopped}", sys.stderr)
+        return 128 + stopped.signum
+    except KeyboardInterrupt as interruption:
+        print_line(f"\n{str(interruption) or 'interrupted'}", sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        return report_error(program, error, memory_advice)
+
+
+def prepare_streams():
+    """Let no message end a program: discard those to a missing stream, and escape characters that it cannot encode."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell, or pythonw on Windows
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (it stays open)
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def hide_os_error(failure):
+    """Replace threading.excepthook: TensorBoard's thread fails on a full disk, and its writer raises that again."""
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
 
 
 def report_error(program, error, memory_advice):

@@ -13,18 +13,8 @@ import time
 import torch
 from tqdm import tqdm
 
-from training.checkpoint import (
-    CheckpointError,
-    create_run_folder,
-    latest_run,
-    load_state,
-    locked,
-    resume_hint,
-    rewind,
-    run_folder,
-    save_state,
-)
-from training.cli import FlagError, RunStopped, UserError, duration, print_line, shell_command, warn
+from training import checkpoint
+from training.cli import FlagError, RunStopped, UserError, print_line, shell_command, warn
 from training.device import device_name, unused_gpu_warning
 from training.ema import weights_on_cpu
 from training.files import write_atomically, writing
@@ -44,17 +34,18 @@ def open_run(args):
     with contextlib.ExitStack() as stack:
         folder = state = None
         if args.resume:
-            resume = latest_run(args.log_dir) if args.resume == "latest" else args.resume
-            folder = run_folder(resume)
-            stack.enter_context(locked(folder))
-            state = load_state(resume)
+            resume = checkpoint.latest_run(args.log_dir) if args.resume == "latest" else args.resume
+            folder = checkpoint.run_folder(resume)
+            stack.enter_context(checkpoint.locked(folder))
+            state = checkpoint.load_state(resume)
             args = resumed_args(args, state["settings"])
             args.resume = str(folder)
         run = Run(args, stack, folder, state)
         try:
             yield run
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(run.folder and f"stopped at once; {resume_hint(run.folder)}") from None
+            hint = f"stopped at once; {checkpoint.resume_hint(run.folder)}" if run.folder else "interrupted"
+            raise KeyboardInterrupt(hint) from None
     run.print_end()
 
 
@@ -95,13 +86,14 @@ class Run:
         self.settings = {name: value for name, value in json.loads(json.dumps(settings, default=str)).items()
                          if name not in ("explicit_flags", "resume")}
         self._loader, self._model, self._ema, self._optimizers = data.train_loader, model, ema, optimizers
-        self._started, self._earlier = time.monotonic(), 0.0
+        self._types = [type(optimizer).__name__ for optimizer in optimizers.values()]  # not recorded in their states
+        self._started = time.monotonic()  # for a resumed run, less the seconds before
         if self.resumed:
             self._restore(self.resumed)
-            rewind(self.folder, self.resumed)
+            checkpoint.rewind(self.folder, self.resumed)
         else:
-            self.folder = create_run_folder(self.args.log_dir)
-            self._stack.enter_context(locked(self.folder))
+            self.folder = checkpoint.create_run_folder(self.args.log_dir)
+            self._stack.enter_context(checkpoint.locked(self.folder))
         self._stack.enter_context(writing(self.folder))
         self._pending_signals = self._stack.enter_context(stop_signals())
         write_atomically(self.folder / "hparams.json", (json.dumps(self.settings, indent=2) + "\n").encode())
@@ -162,13 +154,17 @@ class Run:
     def print_end(self):
         """Print how the run ended and where its results are."""
         epochs = self.args.epochs
-        print_line(f"done:   {epochs} epoch{'s' * (epochs > 1)} in {duration(self._seconds())}; last epoch: "
+        print_line(f"done:   {epochs} epoch{'s' * (epochs > 1)} in {tqdm.format_interval(self._seconds())}; last epoch: "
                    f"{describe(self.means)}")
         print_line(f"see:    pictures in {self.folder / 'results'}, curves with: "
                    f"{shell_command('tensorboard', '--logdir', str(self.folder))}")
         for warning in (self.settings["fallback"], unused_gpu_warning(self.args.no_cuda)):
             if warning:  # repeated for those who read only the end
                 warn(warning)
+
+    def _seconds(self):
+        """Return the time that the run has taken, including the time before it was resumed."""
+        return time.monotonic() - self._started
 
     def _show(self, means):
         """Show the means of the losses next to the progress bar; raise UserError if training has diverged."""
@@ -179,44 +175,37 @@ class Run:
 
     def _save(self, keep=True):
         """Save the training state and the averaged weights; `keep` the previous state."""
-        state = {"settings": self.settings, "types": self._types(), "model": weights_on_cpu(self._model),
+        state = {"settings": self.settings, "types": self._types, "model": weights_on_cpu(self._model),
                  "ema": self._ema.state_dict(), "loggers": [logger.state_dict() for logger in self._loggers],
                  **{name: optimizer.state_dict() for name, optimizer in self._optimizers.items()},
                  "epoch": self.epoch, "steps": self.steps, "means": self.means, "seconds": self._seconds(),
                  "random": random_states(self._model)}
         self._writer.flush()  # events logged so far belong to this state, later ones do not
-        save_state(self.folder, state, weights_on_cpu(self._ema.model), keep)
+        checkpoint.save_state(self.folder, state, weights_on_cpu(self._ema.model), keep)
 
     def _restore(self, state):
         """Restore a stopped run's state; raise CheckpointError if it does not fit."""
         differing = [name for name in ("device", "device_name", "torch")
                      if self.settings[name] != state["settings"][name]]
         try:
-            if state["types"] != self._types():
-                raise ValueError(f"its optimizers are {state['types']}, not {self._types()}")
+            if state["types"] != self._types:
+                raise ValueError(f"its optimizers are {state['types']}, not {self._types}")
             self._model.load_state_dict(state["model"])
             self._ema.load_state_dict(state["ema"])
             for name, optimizer in self._optimizers.items():
                 load_optimizer(optimizer, state[name])
             self.epoch, self.steps, self.means = state["epoch"], state["steps"], state["means"]
-            self._earlier = state["seconds"]
+            self._started -= state["seconds"]
             streams = {name: stream for name, stream in state["random"].items()
                        if name != "device" or "device" not in differing}
             set_random_states(self._model, streams)
         except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{self.folder} cannot be resumed: the checkpoint does not fit models.py or train.py,"
-                                  f" which may have changed since: {' '.join(str(error).split())[:200]}") from None
+            raise checkpoint.CheckpointError(
+                f"{self.folder} cannot be resumed: the checkpoint does not fit models.py or train.py, which may have "
+                f"changed since: {' '.join(str(error).split())[:200]}") from None
         for name in differing:
             warn(f"the run began with {state['settings'][name]} and continues with {self.settings[name]} ({name}): the "
                  f"results may not be bitwise reproducible")
-
-    def _types(self):
-        """Return the names of the optimizers' classes, which their states do not record."""
-        return [type(optimizer).__name__ for optimizer in self._optimizers.values()]
-
-    def _seconds(self):
-        """Return the time that the run has taken, including the time before it was resumed."""
-        return self._earlier + time.monotonic() - self._started
 
     def _close_windows(self):
         """Log the means of the loggers' open windows; after the last checkpoint, because a resume continues these."""
@@ -227,7 +216,7 @@ class Run:
         self._close_windows()
         signum = self._pending_signals[0]
         raise RunStopped(f"stopped by {signal.Signals(signum).name} after {self.epoch} epochs and {self.steps} steps; "
-                         f"{resume_hint(self.folder)}", signum)
+                         f"{checkpoint.resume_hint(self.folder)}", signum)
 
 
 @contextlib.contextmanager
