@@ -154,8 +154,8 @@ class Run:
     def print_end(self):
         """Print how the run ended and where its results are."""
         epochs = self.args.epochs
-        print_line(f"done:   {epochs} epoch{'s' * (epochs > 1)} in {tqdm.format_interval(self._seconds())}; last epoch: "
-                   f"{describe(self.means)}")
+        print_line(f"done:   {epochs} epoch{'s' * (epochs > 1)} in {tqdm.format_interval(self._seconds())}; last "
+                   f"epoch: {describe(self.means)}")
         print_line(f"see:    pictures in {self.folder / 'results'}, curves with: "
                    f"{shell_command('tensorboard', '--logdir', str(self.folder))}")
         for warning in (self.settings["fallback"], unused_gpu_warning(self.args.no_cuda)):
