@@ -16,13 +16,13 @@ from unittest import mock
 import torch
 
 import unittests
-from training.threads import usable_cpus
 from unittests import HERE, Group
 
 __unittest = True
 
 WORKER = f"import sys; sys.path[0] = {str(HERE)!r}; import unittests, tests.parallel; tests.parallel.work()"
 GPU_GROUPS = ("Cuda",)  # the only ones that see a GPU, one after the other
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 LONG = ("WholeRun", "Resume", "Solutions", "Checkpoint", "GraphReplay")  # start first
 
 
@@ -36,7 +36,7 @@ class Runner(unittest.TextTestRunner):
         if len(groups) < 2:
             return super().run(suite)
         start = time.monotonic()
-        results = [report(*result) for result in run_in_processes(groups, usable_cpus())]
+        results = [report(*result) for result in run_in_processes(groups, CPUS)]
         failed, skipped = ([test for result in results for test in result[kind]] for kind in (1, 2))
         ran, seconds = sum(result[0] for result in results), time.monotonic() - start
         self.stream.writeln(f"\nRan {ran} tests in {seconds:.1f} s\n\n"
