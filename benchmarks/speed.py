@@ -34,7 +34,7 @@ UNSUPPORTED = 2  # exit status where the hardware has no units for a way's preci
 
 
 class Finished(Exception):
-    """Ends `main` when its steps are timed; has the result."""
+    """Ends `main`; has the result."""
 
 
 # One way, in this process --------------------------------------------------------------------------------------------
@@ -113,28 +113,15 @@ def measure(steps, args, device):
     """Call a function that takes args.steps steps twice, and return the device and the second call's time per step."""
     steps()
     if args.profile:
-        return profiled(steps, args.steps, device)
+        side = "device" if device.type == "cuda" else "cpu"
+        with torch.profiler.profile() as profile:
+            steps()
+        return profile.key_averages().table(sort_by=f"self_{side}_time_total", row_limit=12, max_name_column_width=50)
     wait(device)
     start = time.perf_counter()
     steps()
     wait(device)
     return {"step": (time.perf_counter() - start) / args.steps, "device": f"{device.type} ({device_name(device)})"}
-
-
-def profiled(steps, count, device):
-    """Return a table of the slowest operations in `count` steps, in milliseconds and calls per step."""
-    with torch.profiler.profile() as profile:
-        steps()
-        wait(device)
-    events, side = profile.key_averages(), "cpu"
-    if device.type == "cuda":  # count kernels only: their time is also in the operations that launch them
-        events = [event for event in events
-                  if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation]
-        side = "device"
-    costs = sorted(((getattr(event, f"self_{side}_time_total") / 1000 / count, event.count / count, event.key)
-                    for event in events), reverse=True)
-    lines = [f"{name[:60]:<62}{ms:>8.3f} ms{calls:>8.1f}" for ms, calls, name in costs[:12]]
-    return "\n".join([*lines, f"{'all':<62}{sum(ms for ms, _, _ in costs):>8.3f} ms"])
 
 
 def wait(device):
@@ -192,7 +179,7 @@ def main():
             parser.exit(getattr(error, "status", 1), f"{args.way} is not timed: {error}\n")
     elif args.profile:
         for way in ways[:-1]:
-            print(f"\n{way}, a step:\n{in_own_process(args, way) or ''}", flush=True)
+            print(f"\n{way}, {args.steps} steps:\n{in_own_process(args, way) or ''}", flush=True)
     else:
         figures = compare(args, ways)
         if args.json:
