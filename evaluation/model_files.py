@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 
 from mnist import load_digits, load_mnist
-from models import ENCODERS, NETWORKS
+from models import ENCODERS, NETWORKS, AdversarialAE
 from training.checkpoint import WEIGHTS, load_checked
 from training.cli import UserError
-from training.optimizers import build_model
 
 DEFAULTS = {"posterior": "deterministic", "networks": "base", "trained_on": "mnist",
             "data_dir": "../data/"}  # for what older runs and weights alone do not record
@@ -72,7 +71,7 @@ def settings_from_weights(path, weights):
             settings = {**DEFAULTS, "z_dim": weights["decoder.net.0.weight"].shape[1], "posterior": posterior,
                         "networks": networks}
             with torch.device("meta"):  # shapes without memory
-                if fit(weights, build_model(settings["z_dim"], posterior, networks)):
+                if fit(weights, AdversarialAE(settings["z_dim"], posterior, networks)):
                     return settings
     raise UserError(f"{path} has weights of another model than models.AdversarialAE; name a {WEIGHTS} of train.py")
 
@@ -82,7 +81,7 @@ def load_model(path, weights, settings):
 
     Without weights of the discriminator, which no measure uses, it keeps its initial ones.
     """
-    model = build_model(settings["z_dim"], settings["posterior"], settings["networks"])
+    model = AdversarialAE(settings["z_dim"], settings["posterior"], settings["networks"])
     if not fit(weights, model):
         raise UserError(f"{path} does not fit a models.AdversarialAE with z_dim {settings['z_dim']}, "
                         f"{settings['posterior']} encoder and {settings['networks']} networks: hparams.json is from "
