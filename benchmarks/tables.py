@@ -36,14 +36,6 @@ COLUMNS = {  # heading: key in results.json and ablation.json, format
 MATCH = ("KS", "two-sample accuracy", "Fréchet, samples", "Fréchet, reconstructed training images",
          "Fréchet, reconstructed test images")
 ALL = ("epochs", "test MSE", *MATCH, "samples, confidence ≥ 0.95", "Parzen, nats")
-WAYS = {  # of speed.json; the plain loop has its number of workers in its name
-    "fp32": "`python train.py`",
-    "tf32": "`--precision tf32`",
-    "bf16": "`--precision bf16`",
-    "base": "`--base`",
-    "eager": "`--no-graph`",
-    "deterministic": "`--deterministic`",
-}
 
 
 # Figures -------------------------------------------------------------------------------------------------------------
@@ -78,12 +70,6 @@ def epoch_seconds(speed):
     seconds = {way: [STEPS * timings[way]["step"] for timings in speed["rounds"]] for way in speed["rounds"][0]}
     plain = sorted((way for way in seconds if way.startswith("plain")), key=lambda way: median(seconds[way]))
     return {way: values for way, values in seconds.items() if way not in plain[1:]}
-
-
-def way_name(way):
-    """Return what a way of speed.json is called in the docs."""
-    workers = re.match(r"plain, (\d+) workers", way)
-    return WAYS[way] if not workers else f"plain loop, {workers[1].replace('0', 'no', 1)} workers"
 
 
 def timed_on(speed):
@@ -159,13 +145,9 @@ def all_runs(figures):
 
 def provenance(figures):
     """Return the commits, versions and devices that made the runs, in a sentence."""
-    makers = {}
-    for name, run in figures["results"].items():
-        device = run["device_name"].replace(", 1 threads", ", 1 thread")
-        maker = f"commit `{run['commit'][:7]}` with torch {run['torch'].partition('+')[0]} on {device}"
-        makers.setdefault(maker, []).append(name)
-    runs = [maker + f" ({', '.join(names)})" * (len(makers) > 1) for maker, names in makers.items()]
-    return f"The runs were made by {'; '.join(runs)}."
+    makers = {f"commit `{run['commit'][:7]}` with torch {run['torch'].partition('+')[0]} on "
+              f"{run['device_name'].replace(', 1 threads', ', 1 thread')}" for run in figures["results"].values()}
+    return f"The runs were made by {'; '.join(sorted(makers))}."
 
 
 def gradients(figures):
@@ -186,7 +168,7 @@ def speed(figures):
     for way, values in seconds.items():
         ratios = [slow / fast for slow, fast in zip(seconds[plain], values, strict=True)]
         memory, gpu = (max(timings[way][kind] for timings in measured["rounds"]) for kind in ("memory", "gpu_memory"))
-        rows.append([way_name(way), f"{1000 * median(values) / STEPS:.2f}",
+        rows.append([way, f"{1000 * median(values) / STEPS:.2f}",
                      f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})",
                      f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if way != plain else "1",
                      f"{memory:.0f}" + f" + {gpu:.0f} on the GPU" * (gpu > 0)])
@@ -204,9 +186,6 @@ def ablation(figures):
     for (epochs, precision), variants in by_variant(figures["ablation"]).items():
         rows = []
         for name, runs in variants.items():
-            if any("failed" in run for run in runs):
-                rows.append([name, "diverged", *[""] * (len(columns) - 1)])
-                continue
             apart = [differ(runs, variants.get("final", runs), COLUMNS[column][0]) for column in columns]
             texts = zip(cells(columns, runs), apart, strict=True)
             rows.append([name, *(f"**{text}**" if bold else text for text, bold in texts)])
