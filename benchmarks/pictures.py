@@ -10,6 +10,7 @@ from evaluation.monitoring import reconstruct
 from training.files import image_grid
 from training.random_state import evaluation_mode
 
+SAMPLES = "results/Prior_samples/samples_epoch_{}.png"
 SHOWN = (0, 20, 50, 100)  # epochs of a run's picture
 STRIP, STRIP_EPOCHS, STRIP_SAMPLES = "z8", (0, 1, 5, 20, 100), 16  # run, epochs and samples of strip.png
 STEPS, LABELS = 12, (2, 5, 7)  # images in a row of interpolations.png, and the first labels of the rows shown
@@ -34,10 +35,6 @@ def pixels(file):
     return np.asarray(Image.open(file).convert("L"))
 
 
-def samples_after(run, epoch):
-    return pixels(run / f"results/Prior_samples/samples_epoch_{epoch}.png")
-
-
 def tiles(picture, indices):
     """Return those of the images in a picture of image_grid side by side, [CELL, CELL * N]."""
     columns = picture.shape[1] // CELL
@@ -54,15 +51,12 @@ def show(panel, picture):
 
 def draw_progress(run):
     """Return a figure of the samples of a run over its reconstructions, side by side after the epochs SHOWN."""
-    pairs = "results/Reconstruction/reconstruction_{}.png"
-    epochs = [epoch for epoch in SHOWN if not epoch or (run / pairs.format(epoch)).is_file()]
-    figure, panels = plt.subplots(2, len(epochs), figsize=(10, 4.2), height_ratios=(242, 62),
-                                  width_ratios=(1, *[4] * (len(epochs) - 1)), squeeze=False)
-    for epoch, (above, below) in zip(epochs, panels.T, strict=True):
+    figure, panels = plt.subplots(2, 4, figsize=(10, 4.2), height_ratios=(242, 62), width_ratios=(1, 4, 4, 4))
+    for epoch, (above, below) in zip(SHOWN, panels.T, strict=True):
         above.set_title(f"epoch {epoch}")
-        show(above, samples_after(run, epoch))
+        show(above, pixels(run / SAMPLES.format(epoch)))
         if epoch:
-            show(below, pixels(run / pairs.format(epoch)))
+            show(below, pixels(run / f"results/Reconstruction/reconstruction_{epoch}.png"))
         else:
             below.set_axis_off()  # before training, there is none
     return figure
@@ -71,7 +65,8 @@ def draw_progress(run):
 def draw_strip(run):
     """Return a figure of samples of the same codes, a row an epoch, over interpolations between test images."""
     figure, panels = plt.subplots(2, figsize=(9.2, 4.6), height_ratios=(5 / 16, 3 / 12), layout="compressed")
-    show(panels[0], np.concatenate([tiles(samples_after(run, epoch), range(STRIP_SAMPLES)) for epoch in STRIP_EPOCHS]))
+    samples = [pixels(run / SAMPLES.format(epoch)) for epoch in STRIP_EPOCHS]
+    show(panels[0], np.concatenate([tiles(picture, range(STRIP_SAMPLES)) for picture in samples]))
     panels[0].set_yticks([CELL * (row + 0.5) for row in range(len(STRIP_EPOCHS))],
                          [f"epoch {epoch}" for epoch in STRIP_EPOCHS])
     paths = pixels(run / "evaluation" / "interpolations.png")[::2, ::2]  # they are twice as large

@@ -1,18 +1,11 @@
 """The plots of docs/results/ that are made from measured figures; report.py writes them.
 
-Their colours can be told apart by colour-blind readers (Okabe and Ito, jfly.uni-koeln.de/color) and differ in marker
-or line style too; their letters can be read at half the picture's size.
+They need matplotlib: pip install -r benchmarks/requirements.txt. Their colours can be told apart by colour-blind
+readers (Okabe and Ito, jfly.uni-koeln.de/color); their letters can be read at half the picture's size.
 """
 
-import sys
 from statistics import mean, median
 
-try:
-    import matplotlib
-except ImportError:
-    sys.exit("benchmarks.plots: error: matplotlib is missing: pip install -r benchmarks/requirements.txt")
-matplotlib.use("agg")
-# isort: split
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -20,6 +13,7 @@ from PIL import Image
 
 from benchmarks.tables import BASE, SEEDS, STAGES, after, by_variant, epoch_seconds, timed_on
 
+plt.switch_backend("agg")  # opens no windows
 ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE, GREY = (
     "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8c8c8c")
 plt.rcParams.update({

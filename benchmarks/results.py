@@ -37,18 +37,13 @@ RUNS = {  # name: flags of train.py
     "z20-universal": ["--z_dim", "20", "--posterior", "universal"],
 }
 CODE = ("mnist.py", "models.py", "train.py", "utils.py", "training", "evaluation")  # what runs depend on
-CURVES = {"reconstruction loss": "generator/recon_loss",  # key in results.json: TensorBoard tag
-          "discriminator accuracy": "discriminator/accuracy"}
+CURVES = {"reconstruction loss": "generator/recon_loss", "discriminator accuracy": "discriminator/accuracy"}  # tags
 POINTS = 100  # of a curve
 PRETRAINED = PROJECT / "assets" / "autoencoder.pt"  # the weights of z8
 
 
 def finished_run(name, args):
-    """Train and evaluate a run, or what is left of it; return its folder.
-
-    The runs of the base and the default are also measured after the epochs in STAGES: training to epoch 5 and resuming
-    to 10 is training to 10.
-    """
+    """Train and evaluate a run, those of base and default after each epoch in STAGES; return its folder."""
     folder = args.runs.absolute() / name
     run, done = last_run(folder)
     for epochs in STAGES if name in (*SEEDS, BASE) else STAGES[-1:]:
@@ -87,7 +82,6 @@ def check_code(folder, name):
 def call(program, args, *flags):
     """Run one of the project's programs, whose progress bar and errors are seen; end with its status if it fails."""
     command = [sys.executable, *program, *map(str, flags), "--data_dir", args.data_dir]
-    print("+", *command, file=sys.stderr)
     status = subprocess.run(command, cwd=PROJECT, stdout=subprocess.DEVNULL).returncode
     if status:
         sys.exit(status)
@@ -112,10 +106,9 @@ def collect(run, data_dir):
 
 
 def measure_codes(run, data_dir, count=2000):
-    """Return two figures on the codes of test images, of which the evaluation knows nothing.
+    """Return the standard deviation of an image's code (root mean square over images and dimensions) as `noise`.
 
-    noise: the standard deviation of a code of the same image, as root mean square over images and dimensions.
-    gradients: the mean norm of the gradients of an image's recon_loss and gen_loss with respect to its code.
+    And as `gradients` the mean norm of the gradients of an image's recon_loss and gen_loss with respect to its code.
     """
     _, path, settings = find_run(run)
     model = load_model(path, read_weights(path), settings).eval()
@@ -143,8 +136,8 @@ def keep(name, run, args):
     pictures.draw_run(name, run, args.data_dir, FIGURES)
     results = {**read_figures(FIGURES)["results"], name: collect(run, args.data_dir)}
     if name == "z8":
-        weights = {key: tensor.half() if tensor.is_floating_point() else tensor
-                   for key, tensor in load_checked(run / "checkpoints" / WEIGHTS).items()
+        weights = load_checked(run / "checkpoints" / WEIGHTS).items()
+        weights = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in weights
                    if not key.startswith("discriminator.")}
         write_atomically(PRETRAINED, serialize(weights))
         results[name]["pretrained_md5"] = hashlib.md5(PRETRAINED.read_bytes(), usedforsecurity=False).hexdigest()

@@ -1,9 +1,8 @@
 """Compare the time of train.py's steps with that of a plain training loop:  python -m benchmarks.speed
 
-The ways are timed in turn, for several rounds, each in a process of its own: `main` of train.py with the flags in WAYS,
-stopped after the timed steps, and the loop in `plain_steps`. The latter is what most implementations have: the same
-networks and optimizers in fp32, torchvision's MNIST decoded image by image, a DataLoader, and .item() on every loss at
-every step. docs/SPEED.md has the results.
+The ways are timed in turn, in processes of their own: `main` of train.py with the flags in WAYS, and `plain_steps`,
+which is what most implementations have: the same networks and optimizers in fp32, torchvision's MNIST decoded image by
+image, a DataLoader, and .item() on every loss at every step.
 """
 
 import argparse
@@ -112,16 +111,12 @@ def measure(steps, args, device):
         with torch.profiler.profile() as profile:
             steps()
         return profile.key_averages().table(sort_by=f"self_{side}_time_total", row_limit=12, max_name_column_width=50)
-    wait(device)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
     start = time.perf_counter()
     steps()
-    wait(device)
+    synchronize()
     return {"step": (time.perf_counter() - start) / args.steps, "device": f"{device.type} ({device_name(device)})"}
-
-
-def wait(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def peak_memory():
@@ -150,9 +145,7 @@ def compare(args, ways):
         rounds.append({way: timing for way, timing in timings.items() if timing})
         print(*(f"{way}: {1000 * timing['step']:.2f} ms a step" for way, timing in rounds[-1].items()), sep="; ",
               flush=True)
-    figures = {"rounds": rounds, "steps_timed": args.steps}
-    print(f"\n{tables.speed({'speed': figures})}")
-    return figures
+    return {"rounds": rounds, "steps_timed": args.steps}
 
 
 def main(args):
@@ -166,6 +159,7 @@ def main(args):
             print(f"\n{way}, {args.steps} steps:\n{in_own_process(args, way) or ''}", flush=True)
     else:
         figures = compare(args, ways)
+        print(f"\n{tables.speed({'speed': figures})}")
         if args.json:
             args.json.write_text(json.dumps(figures, indent=2) + "\n")
 

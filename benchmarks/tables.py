@@ -74,7 +74,7 @@ def epoch_seconds(speed):
 
 def timed_on(speed):
     """Return the device that speed.json is of."""
-    device = next(iter(speed["rounds"][0].values()))["device"]  # such as cpu (AMD EPYC, 2 threads)
+    device = speed["rounds"][0]["default"]["device"]  # such as cpu (AMD EPYC, 2 threads)
     return re.fullmatch(r"\w+ \((.*)\)", device)[1].replace(", 1 threads", ", 1 thread")
 
 
@@ -133,14 +133,11 @@ def base_and_default(figures, stages, columns):
 
 
 def all_runs(figures):
-    """Return a table of all runs at their last epochs, and the spread of the default's seeds."""
+    """Return a table of all runs at their last epochs."""
     runs = [{"run": name, **run, "flags": f"`{run['flags'] or 'none'}`"} for name, run in figures["results"].items()]
-    named = ("test MSE", "KS", "Fréchet, samples", "Fréchet, reconstructed test images", "Parzen, nats")
-    return "\n\n".join([
-        table(("run", "flags", "epochs", "reconstruction loss", "test MSE", "KS of training codes", *ALL[2:]), runs),
-        "KS is not comparable between numbers of dimensions: random projections of many dimensions look normal anyway.",
-        "The default with three seeds, mean and range: test MSE {}, KS {}, Fréchet distance of samples {} and of "
-        "reconstructed test images {}, Parzen {}.".format(*cells(named, after(figures, SEEDS)))])
+    columns = ("run", "flags", "epochs", "reconstruction loss", "test MSE", "KS of training codes", *ALL[2:])
+    return (f"{table(columns, runs)}\n\nKS is not comparable between numbers of dimensions: random projections of many "
+            f"dimensions look normal anyway.")
 
 
 def provenance(figures):
@@ -187,8 +184,8 @@ def ablation(figures):
         rows = []
         for name, runs in variants.items():
             apart = [differ(runs, variants.get("final", runs), COLUMNS[column][0]) for column in columns]
-            texts = zip(cells(columns, runs), apart, strict=True)
-            rows.append([name, *(f"**{text}**" if bold else text for text, bold in texts)])
+            rows.append([name, *(f"**{text}**" if bold else text
+                                 for text, bold in zip(cells(columns, runs), apart, strict=True))])
         tables.append(markdown([f"{epochs}, {precision}", *columns], rows))
     return "\n\n".join(tables)
 
