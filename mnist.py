@@ -1,22 +1,18 @@
 """The training data: MNIST or the bundled digits, decoded once into tensors, and the loader that shuffles them.
 
-MNIST (LeCun, Cortes and Burges) is read from its four idx files in `<root>/MNIST/raw/`, where torchvision keeps them.
-Each file's MD5 is checked; missing or damaged files are downloaded from torchvision's mirrors.
-
-The bundled digits are the 1,797 images of "Optical Recognition of Handwritten Digits" (see assets/README.md). They
-replace MNIST on machines without a network.
+MNIST (LeCun, Cortes and Burges) is read from its four files in `<root>/MNIST/raw/`, where torchvision keeps them, and
+downloaded with torchvision. The bundled digits, which replace it without a network, are those of assets/README.md.
 """
 
 import gzip
 import hashlib
-import http.client
 import io
+import itertools
 import os
-import queue
+import shutil
 import sys
+import tempfile
 import threading
-import time
-import urllib.request
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -25,19 +21,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import TensorDataset
-from tqdm import tqdm
 
-MNIST_FILES = {True: ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-               False: ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}
 MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
              "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
              "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
              "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}
 DIGITS_FILE = Path(__file__).resolve().parent / "assets" / "digits.csv.gz"
 DIGITS_MD5 = "a0339c30a8a5312a1b6f9e5c719dcce5"
-
-TIMEOUT = 12  # seconds to wait for data, divided among the mirrors
-TRANSFER_LIMIT = 300  # seconds for the whole download of one file, at most 10 MB
+TIMEOUT = 8  # seconds without data after which the next of torchvision's two mirrors is tried
 
 
 class DataError(RuntimeError):
@@ -76,42 +67,35 @@ class BatchLoader:
 
     def __init__(self, images, labels, batch_size, shuffle=True, device="cpu"):
         self.dataset = TensorDataset(images.to(device), labels.to(device))
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.seed = torch.initial_seed()
-        self.epoch = 0
-        self.skip = 0
+        self.batch_size, self.shuffle = batch_size, shuffle
+        self.seed, self.epoch, self.skip = torch.initial_seed(), 0, 0
 
     def __len__(self):
         return -(-len(self.dataset) // self.batch_size)
 
     def __iter__(self):
         images, labels = self.dataset.tensors
-        order = self._next_order().to(images.device)
-        batches = list(zip(order.split(self.batch_size), labels[order].split(self.batch_size), strict=True))[self.skip:]
-        self.skip = 0
-        for chosen, chosen_labels in batches:  # labels are gathered once an epoch: training does not read them
+        order = torch.arange(len(images), device="cpu")  # "cpu": torch's default device may be another
+        if self.shuffle:  # the same order on every device, and without torch's global generator
+            generator = torch.Generator("cpu").manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+            order = torch.randperm(len(images), generator=generator, device="cpu")
+            self.epoch += 1
+        order, skip, self.skip = order.to(images.device), self.skip, 0
+        batches = zip(order.split(self.batch_size), labels[order].split(self.batch_size), strict=True)
+        for chosen, chosen_labels in itertools.islice(batches, skip, None):  # labels are gathered once an epoch
             yield images[chosen], chosen_labels
-
-    def _next_order(self):
-        """Return the next epoch's indices: the same on every device, and without torch's global generator."""
-        if not self.shuffle:
-            return torch.arange(len(self.dataset))
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        self.epoch += 1
-        return torch.randperm(len(self.dataset), generator=generator)
 
 
 def load_mnist(root="../data", train=True, download=True):
     """Return the images, float32 [N, 1, 28, 28] in [-1, 1], and labels, int64 [N], of MNIST; N is 60,000 or 10,000.
 
-    File format (http://yann.lecun.com/exdb/mnist/): a header of 16 bytes for images and 8 bytes for labels, then one
-    unsigned byte per value.
+    Each file has a header, of 16 bytes for images and 8 for labels, and then one unsigned byte per value.
     """
-    images, labels = (read_idx(root, name, download) for name in MNIST_FILES[train])
-    pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 1, 28, 28)
-    return (torch.from_numpy(pixels.astype(np.float32)).div_(127.5).sub_(1),
-            torch.from_numpy(np.frombuffer(labels, np.uint8, offset=8).astype(np.int64)))
+    raw, kind = Path(root).expanduser() / "MNIST" / "raw", "train" if train else "t10k"
+    pixels = np.frombuffer(read_idx(raw, f"{kind}-images-idx3-ubyte", download), np.uint8, offset=16)
+    labels = np.frombuffer(read_idx(raw, f"{kind}-labels-idx1-ubyte", download), np.uint8, offset=8)
+    images = torch.from_numpy(pixels.astype(np.float32)).div_(127.5).sub_(1)
+    return images.view(-1, 1, 28, 28), torch.from_numpy(labels.astype(np.int64))
 
 
 def load_digits(train=True):
@@ -122,48 +106,45 @@ def load_digits(train=True):
     content = checked_content(DIGITS_FILE, DIGITS_MD5)
     if content is None:
         raise DamagedData(f"{DIGITS_FILE} is missing or damaged; restore it, for example with: git checkout -- assets")
-    table = torch.from_numpy(np.loadtxt(io.BytesIO(content), delimiter=",", dtype=np.float32))
-    chosen = (torch.arange(len(table)) % 6 != 5) == train
-    images = (table[chosen, :64] / 8 - 1).view(-1, 1, 8, 8)
-    images = F.interpolate(images, size=(20, 20), mode="bilinear", align_corners=False)
-    return F.pad(images, (4, 4, 4, 4), value=-1.0), table[chosen, 64].long()
+    table = np.loadtxt(io.BytesIO(content), delimiter=",", dtype=np.float32)
+    table = torch.from_numpy(table[(np.arange(len(table)) % 6 != 5) == train])
+    images = F.interpolate((table[:, :64] / 8 - 1).view(-1, 1, 8, 8), size=(20, 20), mode="bilinear")
+    return F.pad(images, (4, 4, 4, 4), value=-1.0), table[:, 64].long()
 
 
-def read_idx(root, name, download):
-    """Return the content of one idx file: `name` or `name.gz` in `<root>/MNIST/raw/`, or downloaded."""
-    raw = Path(root) / "MNIST" / "raw"
-    places = [path for path in (raw / name, raw / f"{name}.gz") if os.path.lexists(path)]
-    damaged = []
-    for path in places:
+def read_idx(raw, name, download):
+    """Return the content of MNIST's file `name`, from the folder `raw` or downloaded.
+
+    Other copies have a dot in the name, or lie in a folder that an unpacking program has named after the file.
+    """
+    names, damaged = (name, name.replace("-idx", ".idx")), []
+    places = [raw / (file + end) for file in names for end in ("", ".gz")]
+    for path in [*places, *(raw / folder / file for folder in names for file in names)]:
         content = checked_content(path, MNIST_MD5[name])
-        if content is not None:
-            for other in damaged:
-                print(f"{other} is damaged; reading {path} instead", file=sys.stderr)
-            return content
-        damaged.append(path)
-    try:
-        if not download:
-            raise MissingData("downloading is disabled")
-        content = download_idx(raw, name)
-        for path in damaged:
-            print(f"{path} is damaged; {name} was downloaded again", file=sys.stderr)
-        return content
-    except MissingData as error:
-        if damaged:
-            raise DamagedData(f"{damaged[0]} is damaged and could not be downloaded again ({error}); delete it, or "
-                              f"replace it with an intact {name} or {name}.gz") from None
-        raise MissingData(f"MNIST is not in {raw} and could not be downloaded ({error}); put its four files there, as "
-                          f"idx or .gz, or check the network connection") from None
+        if content:
+            break
+        damaged += [path] if os.path.isfile(path) else []
+    else:
+        try:
+            content = download_idx(raw, name, download)
+        except MissingData as error:
+            if damaged:
+                raise DamagedData(f"{damaged[0]} is damaged and could not be downloaded again ({error}); delete it, or "
+                                  f"replace it with an intact {name} or {name}.gz") from None
+            raise MissingData(f"MNIST is not in {raw} and could not be downloaded ({error}); put its four files there, "
+                              f"{', '.join(MNIST_MD5)}, as they are or .gz, or check the network connection") from None
+    for path in damaged:
+        print(f"{path} is damaged; an intact {name} is used instead", file=sys.stderr)
+    return content
 
 
 def checked_content(path, md5):
     """Return the content of a file, decompressed if it ends in .gz; None if it is missing or its MD5 is wrong."""
-    if not Path(path).is_file():  # excludes folders, and pipes, which could block forever
+    if not os.path.isfile(path):  # excludes folders, and pipes, which could block forever
         return None
     try:
-        content = Path(path).read_bytes()
-        if Path(path).suffix == ".gz":
-            content = gzip.decompress(content)
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
     except (gzip.BadGzipFile, EOFError, zlib.error):
         return None
     except OSError as error:
@@ -171,82 +152,54 @@ def checked_content(path, md5):
     return content if hashlib.md5(content, usedforsecurity=False).hexdigest() == md5 else None
 
 
-def download_idx(raw, name):
-    """Download one idx file into the folder `raw`, where torchvision also looks, and return its content."""
-    temporary = raw / f"{name}.{os.getpid()}.tmp"
+def download_idx(raw, name, download):
+    """Download one of MNIST's files from torchvision's mirrors, store it in `raw`, and return its content."""
+    for path in filter(os.path.isfile, (raw, *raw.parents)):
+        raise DataError(f"{path} is a file; choose a folder for MNIST with --data_dir")
+    if not download:
+        raise MissingData("downloading is disabled")
+    from torchvision.datasets import MNIST  # imported here because it takes a second and is rarely needed
+
+    failures, temporary = [], raw / f"{name}.{os.getpid()}.tmp"
     try:
-        raw.mkdir(parents=True, exist_ok=True)
-        temporary.touch()  # before the download: fails at once if the folder is not writable
-        content = fetch_idx(name)
-        temporary.write_bytes(content)
-        os.replace(temporary, raw / name)
+        for mirror in MNIST.mirrors:
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+                failure = fetch(f"{mirror}{name}.gz", dict(MNIST.resources)[f"{name}.gz"], folder)
+                if failure is None:
+                    raw.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(Path(folder) / name, temporary)
+                    os.replace(temporary, raw / name)
+                    return (raw / name).read_bytes()
+            reason = getattr(failure, "reason", failure)  # the cause that urllib has wrapped
+            failures.append(f"{mirror}: {getattr(reason, 'strerror', None) or reason}")
     except OSError as error:
         raise DataError(f"MNIST cannot be written to {raw}: {error.strerror}; choose another folder with --data_dir, "
                         f"or free disk space or check the permissions there") from None
     finally:
         with suppress(OSError):  # exists only if something failed
             temporary.unlink()
-    return content
-
-
-def fetch_idx(name):
-    """Return the content of one idx file from the first of torchvision's mirrors that sends it intact."""
-    from torchvision.datasets import MNIST  # imported here because it takes a second and is rarely needed
-
-    failures = []
-    for mirror in MNIST.mirrors:
-        try:
-            content = gzip.decompress(fetch(f"{mirror}{name}.gz", TIMEOUT / len(MNIST.mirrors)))
-        except (OSError, EOFError, ValueError, zlib.error, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)  # the cause that urllib has wrapped
-            failures.append(f"{mirror}: {getattr(reason, 'strerror', None) or reason}")
-        else:
-            if hashlib.md5(content, usedforsecurity=False).hexdigest() == MNIST_MD5[name]:
-                return content
-            failures.append(f"{mirror}: sent something other than MNIST")
     raise MissingData("; ".join(failures))
 
 
-def fetch(url, timeout):
-    """Return the bytes at `url`; raise OSError if it fails or no data arrive for `timeout` seconds.
+def fetch(url, md5, folder):
+    """Download a file with torchvision and unpack it in a folder; return what failed, or None.
 
-    It runs in a separate thread, which can be abandoned: a host name lookup has no time limit.
+    This runs in a thread, which is abandoned if no data arrive for TIMEOUT seconds: the time limit of a socket does
+    not apply to the name service.
     """
-    received, abandoned = queue.SimpleQueue(), threading.Event()
+    from torchvision.datasets.utils import download_and_extract_archive
 
-    def receive():
+    def run():
         try:
-            with urllib.request.urlopen(url, timeout=timeout) as response:
-                received.put(int(response.headers.get("Content-Length") or 0))
-                while not abandoned.is_set() and (chunk := response.read1(1 << 16)):
-                    received.put(chunk)
-            received.put(b"")
-        except Exception as error:  # of any kind: the waiting thread raises it
-            received.put(error)
+            download_and_extract_archive(url, folder, md5=md5)
+        except Exception as error:  # of any kind: an answer may be anything
+            failures.append(error)
 
-    threading.Thread(target=receive, daemon=True).start()
-    try:
-        return collect(received, timeout, f"downloading {url.rsplit('/', 1)[-1]}")
-    finally:
-        abandoned.set()
-
-
-def collect(received, timeout, title):
-    """Join the chunks in the queue; before them is the size in bytes (0: unknown), after them b"" or an exception."""
-    content, deadline = bytearray(), time.monotonic() + TRANSFER_LIMIT
-    with tqdm(desc=title, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        while time.monotonic() < deadline:
-            try:
-                item = received.get(timeout=timeout)
-            except queue.Empty:
-                raise TimeoutError(f"no answer within {timeout:g} s") from None
-            if isinstance(item, Exception):
-                raise item
-            if isinstance(item, int):
-                bar.total = item or None
-            elif item:
-                content += item
-                bar.update(len(item))
-            else:
-                return bytes(content)
-    raise TimeoutError(f"not complete after {TRANSFER_LIMIT} s")
+    print(f"downloading {url}", file=sys.stderr)
+    failures, before, size = [], -1, 0
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive() and before < size:
+        thread.join(TIMEOUT)
+        before, size = size, sum(file.stat().st_size for file in Path(folder).iterdir())
+    return TimeoutError(f"no data for {TIMEOUT} s") if thread.is_alive() else next(iter(failures), None)

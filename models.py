@@ -6,6 +6,9 @@ to fool it. With V = E_x[log(1 - D(E(x)))] + E_z[log D(z)], the objective is
 
     min over E, R of { (1 - lambda) max over D of V(D, E) + lambda E_x ||x - R(E(x))||^2 }.
 
+The code takes the mean over the 784 pixels in place of the sum in ||.||^2. Its default lambda 0.995 weights the sum by
+0.995 / 784 = 0.00127 and the adversarial term by 0.005: in the formula's units, lambda is 0.20.
+
 This file imports no other file of the project.
 """
 
@@ -17,24 +20,86 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 REAL, FAKE = 1.0, 0.0  # the discriminator's labels: prior sample, encoder's code
-NETWORKS = ("residual", "base")  # encoder and decoder: our own, or as the assignment suggests them
-WIDTH, BLOCKS = 64, 3  # of the residual MLP between convolutions and code
 
+
+# The networks that the assignment suggests ---------------------------------------------------------------------------
+
+def base_encoder(outputs):
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, stride=2, padding=1), nn.ReLU(),   # 28x28 -> 14x14
+        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),  # 14x14 -> 7x7
+        nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.ReLU(),  # 7x7 -> 4x4
+        nn.Flatten(),
+        nn.Linear(64 * 4 * 4, outputs))
+
+
+def base_decoder(z_dim):
+    return nn.Sequential(
+        nn.Linear(z_dim, 64 * 4 * 4), nn.ReLU(),
+        nn.Unflatten(1, (64, 4, 4)),
+        nn.ConvTranspose2d(64, 64, 3, stride=2, padding=1), nn.ReLU(),                    # 4x4 -> 7x7
+        nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
+        nn.ConvTranspose2d(64, 32, 3, stride=2, padding=1, output_padding=1), nn.ReLU(),  # 7x7 -> 14x14
+        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
+        nn.ConvTranspose2d(32, 1, 3, stride=2, padding=1, output_padding=1), nn.Tanh())   # 14x14 -> 28x28
+
+
+# Ours: batch normalisation, SiLU, and a residual MLP between convolutions and code -----------------------------------
+#
+# To match the prior, the encoder must merge the clusters of the ten digits into one Gaussian without gaps, and the
+# decoder must undo this. One linear layer cannot. The convolutions have no bias, which BatchNorm2d would cancel.
+
+WIDTH = 64  # of the residual MLP
+
+
+def residual_encoder(outputs):
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32), nn.SiLU(),   # 28x28 -> 14x14
+        nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.SiLU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(64), nn.SiLU(),  # 14x14 -> 7x7
+        nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.SiLU(),
+        nn.Conv2d(64, 64, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(64), nn.SiLU(),  # 7x7 -> 4x4
+        nn.Flatten(),
+        nn.Linear(64 * 4 * 4, WIDTH), ResidualBlock(), ResidualBlock(), ResidualBlock(), nn.SiLU(),
+        nn.Linear(WIDTH, outputs))
+
+
+def residual_decoder(z_dim):
+    return nn.Sequential(
+        nn.Linear(z_dim, WIDTH), ResidualBlock(), ResidualBlock(), ResidualBlock(), nn.SiLU(),
+        nn.Linear(WIDTH, 64 * 4 * 4), nn.SiLU(),
+        nn.Unflatten(1, (64, 4, 4)),
+        nn.ConvTranspose2d(64, 64, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(64), nn.SiLU(),  # 4x4 -> 7x7
+        nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.SiLU(),
+        nn.ConvTranspose2d(64, 32, 3, stride=2, padding=1, output_padding=1, bias=False), nn.BatchNorm2d(32), nn.SiLU(),
+        nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.SiLU(),                     # 14x14
+        nn.ConvTranspose2d(32, 1, 3, stride=2, padding=1, output_padding=1), nn.Tanh())                 # 28x28
+
+
+class ResidualBlock(nn.Module):
+    """Adds to features [B, WIDTH] an MLP of them (He et al. 2016, "Identity mappings in deep residual networks")."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x):
+        return x + self.net(x)
+
+
+NETWORKS = {"residual": (residual_encoder, residual_decoder), "base": (base_encoder, base_decoder)}
+
+
+# Encoder, decoder, discriminator -------------------------------------------------------------------------------------
 
 class ConvEncoder(nn.Module):
     """Maps images [B, 1, 28, 28] in [-1, 1] to latent codes [B, z_dim] without noise; `networks` is one of NETWORKS."""
 
     def __init__(self, z_dim, networks="residual"):
         super().__init__()
-        base = is_base(networks)
-        self.net = nn.Sequential(
-            *conv_block(nn.Conv2d, 1, 32, base, stride=2),   # 28x28 -> 14x14
-            *conv_block(nn.Conv2d, 32, 32, base),
-            *conv_block(nn.Conv2d, 32, 64, base, stride=2),  # 14x14 -> 7x7
-            *conv_block(nn.Conv2d, 64, 64, base),
-            *conv_block(nn.Conv2d, 64, 64, base, stride=2),  # 7x7 -> 4x4
-            nn.Flatten(),
-            *fully_connected(64 * 4 * 4, z_dim, base))
+        self.net = NETWORKS[networks][0](z_dim)
 
     def forward(self, x):
         return self.net(x)
@@ -85,16 +150,7 @@ class ConvDecoder(nn.Module):
 
     def __init__(self, z_dim, networks="residual"):
         super().__init__()
-        base = is_base(networks)
-        self.net = nn.Sequential(
-            *fully_connected(z_dim, 64 * 4 * 4, base), nn.ReLU() if base else nn.SiLU(),
-            nn.Unflatten(1, (64, 4, 4)),
-            *conv_block(nn.ConvTranspose2d, 64, 64, base, stride=2),                     # 4x4 -> 7x7
-            *conv_block(nn.Conv2d, 64, 64, base),
-            *conv_block(nn.ConvTranspose2d, 64, 32, base, stride=2, output_padding=1),   # 7x7 -> 14x14
-            *conv_block(nn.Conv2d, 32, 32, base),
-            nn.ConvTranspose2d(32, 1, 3, stride=2, padding=1, output_padding=1),    # 14x14 -> 28x28
-            nn.Tanh())
+        self.net = NETWORKS[networks][1](z_dim)
         # Start at MNIST's mean pixel: from a brighter start, the first steps drive tanh to -1, where gradients vanish.
         nn.init.constant_(self.net[-2].bias, math.atanh(-0.74))
 
@@ -118,41 +174,6 @@ class Discriminator(nn.Module):
     @property
     def device(self):
         return next(self.parameters()).device
-
-
-def is_base(networks):
-    """Return whether `networks` is "base"; raise ValueError if it is not in NETWORKS."""
-    if networks not in NETWORKS:
-        raise ValueError(f"networks is {networks!r}, but must be one of {', '.join(NETWORKS)}")
-    return networks == "base"
-
-
-def conv_block(layer, channels_in, channels_out, base, **settings):
-    """Return a 3x3 convolution, plain or transposed, with ReLU in the base networks, else batch norm and SiLU."""
-    convolution = layer(channels_in, channels_out, 3, padding=1, bias=base, **settings)  # BatchNorm2d cancels a bias
-    return [convolution, nn.ReLU()] if base else [convolution, nn.BatchNorm2d(channels_out), nn.SiLU()]
-
-
-def fully_connected(inputs, outputs, base):
-    """Return the layers between convolutions and code: one linear layer in the base networks, else a residual MLP.
-
-    To match the prior, the encoder must merge the clusters of the ten digits into one Gaussian without gaps, and the
-    decoder must undo this. One linear layer cannot.
-    """
-    if base:
-        return [nn.Linear(inputs, outputs)]
-    return [nn.Linear(inputs, WIDTH), *(ResidualBlock() for _ in range(BLOCKS)), nn.SiLU(), nn.Linear(WIDTH, outputs)]
-
-
-class ResidualBlock(nn.Module):
-    """Adds to features [B, WIDTH] an MLP of them (He et al. 2016, "Identity mappings in deep residual networks")."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
-
-    def forward(self, x):
-        return x + self.net(x)
 
 
 Encoder, Decoder = ConvEncoder, ConvDecoder  # names that other solutions of the assignment use

@@ -2,38 +2,121 @@
 
 Each batch takes one step of the autoencoder's optimizer, then one of the discriminator's. A run writes its TensorBoard
 events, settings, weights and pictures to <log_dir>/<YYYY_mm_dd_HH_MM_SS>/. With --resume, a stopped run continues from
-its last checkpoint and ends with the same weights, bit for bit, as an uninterrupted one.
+its last checkpoint; on the same CPU, it ends with the same weights, bit for bit, as an uninterrupted one.
 """
 
 import training.threads  # noqa: F401 (before torch, which reads the variables that it sets)
 
 # isort: split
 
-import contextlib
-import inspect
+import argparse
+import functools
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.functional import to_pil_image
 
 from evaluation.monitoring import save_measurements, save_summary
-from training.cli import run_program
+from models import AdversarialAE
+from training.cli import OneLineParser, number, run_program
 from training.cuda_graph import CapturedStep
 from training.data import load_data
 from training.device import setup_device
 from training.ema import EMA
 from training.files import image_grid, png_bytes, write_atomically
-from training.optimizers import build_model, build_optimizers, set_learning_rate, to_device
-from training.options import parse_args
 from training.random_state import evaluation_mode
 from training.run import open_run
-from training.statistics import LossStatistics
 from utils import TensorBoardLogger
 
 SAMPLE_SEED = 0
 MAX_GRAD_NORM = 1.0  # gradient clipping of the discriminator; see docs/EXPERIMENTS.md
+BASE = ["--networks", "base", "--drop_after", "0", "--d_momentum", "0", "--averaging", "0"]  # --base
+EXAMPLES = """examples:
+  python train.py --epochs 5                      short run
+  python train.py --base --epochs 20              the networks and training that the assignment suggests
+  python train.py --resume latest --epochs 200    continue the last run up to epoch 200
+"""
+
+
+# Flags ---------------------------------------------------------------------------------------------------------------
+
+def make_parser():
+    """Return the parser of the command line."""
+    parser = OneLineParser("train.py", "Train an adversarial autoencoder on MNIST.", usage="python train.py [flags]",
+                           epilog=EXAMPLES)
+
+    add = parser.add_argument_group("model").add_argument
+    add("--z_dim", type=number(int, 1), default=8, metavar="N", help="dimension of the latent code")
+    add("--posterior", choices=("deterministic", "gaussian", "universal"), default="deterministic",
+        help="encoder distribution q(z|x); universal: of any form, with noise as an extra input of the encoder")
+    add("--networks", choices=("residual", "base"), default="residual",
+        help="encoder and decoder; base: as the assignment suggests them")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--base", action="store_true", help=f"preset of the assignment's suggestions, short for {' '.join(BASE)}; "
+                                            "flags given explicitly take precedence")
+    add("--epochs", type=number(int, 1), default=100, metavar="N", help="passes over the training set")
+    add("--batch_size", type=number(int, 1), default=64, metavar="N", help="images per training step")
+    add("--lambda_", type=number(float, 0, 1), default=0.995, metavar="X",
+        help="weight of the reconstruction loss, in [0, 1]; the adversarial loss has weight 1 - X")
+    add("--ae_lr", type=number(float, 0), default=1e-3, metavar="X",
+        help="learning rate of the encoder and decoder (Adam)")
+    add("--drop_after", type=number(int, 0), default=90, metavar="N",
+        help="after this epoch --ae_lr is divided by 10; 0: never")
+    add("--d_lr", type=number(float, 0), default=5e-3, metavar="X", help="learning rate of the discriminator (SGD)")
+    add("--d_momentum", type=number(float, 0, 0.999), default=0.95, metavar="X",
+        help="momentum of the discriminator's SGD")
+    add("--averaging", type=number(float, 0, 0.99999), default=0.999, metavar="X",
+        help="decay per step of the moving average of the weights, which is shown, evaluated and saved; "
+             "0: no averaging")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=42, metavar="N",
+        help="random seed; bitwise reproducible on the same CPU, and on CUDA at most with --deterministic")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=("auto", "mnist", "digits"), default="auto",
+        help="training data; auto: MNIST if available, otherwise the bundled digits")
+    add("--data_dir", default="../data/", metavar="DIR", help="MNIST's folder; the files are downloaded if missing")
+    add("--num_workers", type=number(int, 0), default=0, metavar="N",
+        help="no effect, because the data are in memory; part of the assignment's interface")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--log_dir", default="AAE_logs/", metavar="DIR", help="each run creates its own folder in this one")
+    add("--checkpoint_every", type=number(int, 1), default=10, metavar="N", help="epochs between two checkpoints")
+    add("--resume", metavar="RUN",
+        help="resume a stopped run: its folder, or `latest` for the last one saved in --log_dir; "
+             "--epochs may be raised")
+
+    add = parser.add_argument_group("hardware").add_argument
+    add("--no-cuda", action="store_true", help="do not use CUDA, even if it is available")
+    add("--no-graph", action="store_true", help="on CUDA, run each step eagerly instead of replaying a CUDA graph")
+    add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
+        help="arithmetic precision; tf32 and bf16 are faster and less exact, and rejected on hardware without units "
+             "for them")
+    add("--deterministic", action="store_true", help="use only deterministic kernels on CUDA")
+    return parser
+
+
+def parse_args(argv=None):
+    """Return the flags as a Namespace; its `explicit_flags` lists the names of those in argv, --base spelled out.
+
+    For an invalid flag, print one sentence and exit with status 2.
+    """
+    parser, argv = make_parser(), list(sys.argv[1:] if argv is None else argv)
+    if "--base" in argv:  # a flag's value never starts with --
+        argv = [*BASE, *argv]  # of a flag given twice, the later value counts
+    args = parser.parse_args(argv)
+    parser.set_defaults(**dict.fromkeys(vars(args)))
+    given = vars(parser.parse_args(argv))
+    del args.base
+    args.explicit_flags = [name for name in vars(args) if given[name] is not None]
+    return args
+
+
+def with_defaults(args):
+    """Return a Namespace of all flags: those missing from `args` have their defaults, the others are explicit."""
+    return argparse.Namespace(**{**vars(parse_args([])), "explicit_flags": list(vars(args)), **vars(args)})
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
@@ -72,39 +155,30 @@ def save_grid(images, columns, tag, epoch, summary_writer, name):
 
 # Training ------------------------------------------------------------------------------------------------------------
 
-def train_aae(epoch, model, train_loader, logger_ae, logger_disc, optimizer_ae, optimizer_disc, lambda_=1,
-              step=None, statistics=None):
-    """Train for one epoch and return the mean over its steps of every value that the two losses report.
+def train_aae(epoch, model, train_loader, logger_ae, logger_disc, optimizer_ae, optimizer_disc, lambda_=1):
+    """Train for one epoch.
 
     Args:
-        epoch: number of the epoch, from 1; used in messages.
+        epoch: number of the epoch, from 1; part of the assignment's interface.
         model, train_loader: see models.AdversarialAE and mnist.mnist, or anything with the same interface.
         logger_ae, logger_disc: their `add_values` receives each step's values.
         optimizer_ae: optimizes the parameters of encoder and decoder, and no others.
         optimizer_disc: optimizes the parameters of the discriminator, and no others.
         lambda_: weight of the reconstruction loss; the adversarial loss has weight 1 - lambda_.
-        step: replacement for `train_step` that takes only a batch, on the device.
-        statistics: LossStatistics to use instead of a new one for the two loggers.
-    Raises UserError if the autoencoder's loss is NaN or infinite.
     """
     model.train()
-    step = step or partial(train_step, model, optimizer_ae, optimizer_disc, lambda_)
-    statistics = statistics or LossStatistics(logger_ae, logger_disc)
-    statistics.begin(epoch)
+    step = build_step(model, optimizer_ae, optimizer_disc, lambda_)
     for x, _ in train_loader:
-        statistics.add(*step(x.to(model.device, non_blocking=True)))
-    return statistics.means()
+        ae_values, disc_values = step(x.to(model.device, non_blocking=True))
+        logger_ae.add_values(ae_values)
+        logger_disc.add_values(disc_values)
 
 
-def train_step(model, optimizer_ae, optimizer_disc, lambda_, x, precision="fp32"):
-    """Take one step of each optimizer on images x [B, 1, 28, 28]; return the dicts of values of the two losses.
-
-    With `precision` "bf16", the networks compute in bfloat16; weights, codes, losses and optimizers stay in float32.
-    """
-    with torch.autocast(x.device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext():
-        recon_x, z_fake = (output.float() for output in model(x))
-        ae_loss, ae_values = model.get_loss_autoencoder(x, recon_x, z_fake, lambda_)
-        disc_loss, disc_values = model.get_loss_discriminator(z_fake.detach())
+def train_step(model, optimizer_ae, optimizer_disc, lambda_, x):
+    """Take one step of each optimizer on images x [B, 1, 28, 28]; return the dicts of values of the two losses."""
+    recon_x, z_fake = (output.float() for output in model(x))  # float32 already, except in bf16
+    ae_loss, ae_values = model.get_loss_autoencoder(x, recon_x, z_fake, lambda_)
+    disc_loss, disc_values = model.get_loss_discriminator(z_fake.detach())
 
     optimizer_ae.zero_grad()
     ae_loss.backward()
@@ -118,65 +192,104 @@ def train_step(model, optimizer_ae, optimizer_disc, lambda_, x, precision="fp32"
                  for values in (ae_values, disc_values))
 
 
-def build_step(model, optimizer_ae, optimizer_disc, args):
-    """Return the training step; on CUDA as a captured graph, if the model is marked `capturable`.
+@functools.lru_cache(maxsize=1)  # a captured graph serves all epochs of a run
+def build_step(model, optimizer_ae, optimizer_disc, lambda_):
+    """Return `train_step` as a function of the batch alone; on CUDA as a captured graph, if the model is `capturable`.
 
     AMD GPUs, which torch also calls CUDA, run the step without a graph: graphs are untested there.
     """
-    step = partial(train_step, model, optimizer_ae, optimizer_disc, args.lambda_, precision=args.precision)
+    step = functools.partial(train_step, model, optimizer_ae, optimizer_disc, lambda_)
     nvidia = model.device.type == "cuda" and not torch.version.hip
     return CapturedStep(step) if nvidia and getattr(model, "capturable", False) else step
 
 
+def set_learning_rate(optimizer_ae, epoch, args):
+    """Set the autoencoder's learning rate for an epoch, counted from 1: args.ae_lr, a tenth after args.drop_after.
+
+    With the lower rate, the codes move less from step to step, so the discriminator learns finer differences between
+    them and the prior. The rate does not depend on the number of epochs, so a run can be extended.
+    """
+    rate = args.ae_lr / 10 if 0 < args.drop_after < epoch else args.ae_lr
+    for group in optimizer_ae.param_groups:
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
 # The whole run -------------------------------------------------------------------------------------------------------
+
+class Batches:
+    """A loader's batches for any train_aae, and what follows the step on each."""
+
+    def __init__(self, loader, ema, run):
+        self.loader, self.ema, self.run = loader, ema, run
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for batch in self.loader:
+            yield batch
+            self.ema.update()     # runs when the next batch is requested
+            self.run.step_done()  # counts the step; stops the run if a signal is pending
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+
 
 def main(args):
     """Train as the flags specify and return the run's folder. Flags missing from `args` get their defaults.
 
-    Raises RunStopped after SIGINT, SIGTERM or SIGUSR1, once everything is saved; UserError, mnist.DataError or OSError
-    for errors that the user can fix.
+    Raises RunStopped after SIGINT, SIGTERM or SIGUSR1, once everything is saved; UserError or mnist.DataError for
+    errors that the user can fix.
     """
-    with open_run(args) as run:  # a new run, or with --resume a stopped one: locked, its state loaded
+    with open_run(with_defaults(args)) as run:  # a new run, or with --resume a stopped one: locked, its state loaded
         args = run.args
         torch.manual_seed(args.seed)
         device = setup_device(args)
-        data = load_data(args, device, run.resumed and run.resumed["settings"])
-        run.start(data, device)  # creates the folder; from here on a signal stops the run between two steps
+        data = load_data(args, device, run.resumed)
 
-        model = to_device(build_model(args.z_dim, args.posterior, args.networks), device, args.precision)
-        optimizer_ae, optimizer_disc = build_optimizers(model, args)
+        options = {"posterior": args.posterior, "networks": args.networks}
+        if options == {"posterior": "deterministic", "networks": "residual"}:
+            options = {}  # a student's model may accept z_dim only
+        channels_last = device.type == "cpu" or args.precision == "bf16"  # the fastest memory layout there
+        model = AdversarialAE(z_dim=args.z_dim, **options).to(
+            device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+        model.capturable = getattr(model, "capturable", False) and not args.no_graph
         ema = EMA(model, args.averaging)  # the averaged weights are shown, evaluated and saved
-        logger_ae, logger_disc = (TensorBoardLogger(None, name=name) for name in ("generator", "discriminator"))
-        statistics = LossStatistics(logger_ae, logger_disc, progress=run.show_losses)
-        options = accepted_options(train_aae, statistics=statistics,
-                                   step=build_step(model, optimizer_ae, optimizer_disc, args))
-        run.track(model=model, average=ema, statistics=statistics, logger_ae=logger_ae, logger_disc=logger_disc,
-                  optimizer_ae=optimizer_ae, optimizer_disc=optimizer_disc)  # contents of a checkpoint
+        if args.precision == "bf16":  # after the copy in EMA, which stays in float32
+            model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
 
-        with run.summary_writer(logger_ae, logger_disc) as writer:
-            for epoch in run.epochs():  # from 0 (before training) or where the run stopped
+        cuda = model.device.type == "cuda"
+        fused = model.device.type in ("cpu", "cuda")  # one call for all weights; untested on other devices
+        ae_lr = torch.tensor(args.ae_lr, device=device) if cuda else args.ae_lr  # a CUDA graph reads it at each replay
+        optimizer_ae = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()], lr=ae_lr,
+                                        betas=(0.5, 0.999), fused=fused, capturable=cuda)
+        optimizer_disc = torch.optim.SGD(model.discriminator.parameters(), lr=args.d_lr, momentum=args.d_momentum,
+                                         fused=fused)
+        run.start(data, device, model, ema, optimizer_ae=optimizer_ae, optimizer_disc=optimizer_disc)
+
+        with SummaryWriter(run.folder) as writer:
+            logger_ae = TensorBoardLogger(writer, name="generator")
+            logger_disc = TensorBoardLogger(writer, name="discriminator")
+            batches = Batches(data.train_loader, ema, run)
+            for epoch in run.epochs(writer, logger_ae, logger_disc):  # from 0 (before training) or the last checkpoint
                 if epoch > 0:
                     set_learning_rate(optimizer_ae, epoch, args)
-                    train_aae(epoch, model, run.batches(after_step=ema.update), logger_ae, logger_disc,
-                              optimizer_ae, optimizer_disc, args.lambda_, **options)
+                    train_aae(epoch, model, batches, logger_ae, logger_disc, optimizer_ae, optimizer_disc, args.lambda_)
                 generate_and_save(ema.model, epoch, writer)
                 if epoch == 1 or epoch % 5 == 0:
                     save_reconstruction(ema.model, epoch, writer, data.fixed_images, count=len(data.fixed_images))
                     save_measurements(ema.model, epoch, writer, data.test_images)
                 run.end_epoch(epoch)  # prints losses, saves checkpoints, stops if a signal is pending
-            save_summary(ema.model, args.epochs, writer, data, run.settings, run.state.means)
+            save_summary(ema.model, args.epochs, writer, data, run.settings, run.means)
     return run.folder
-
-
-def accepted_options(function, **options):
-    """Return the options that a function accepts: a student's train_aae has only the assignment's eight parameters."""
-    return {name: value for name, value in options.items() if name in inspect.signature(function).parameters}
 
 
 def cli(argv=None):
     """Run `main` from the command line and return the exit status; report user errors in one sentence."""
-    return run_program("train.py", main, parse_args, argv, "try a smaller --batch_size or --z_dim",
-                       "free disk space, check the permissions, or choose another folder with --log_dir")
+    return run_program("train.py", main, parse_args, argv, "try a smaller --batch_size or --z_dim")
 
 
 if __name__ == "__main__":

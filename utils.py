@@ -6,7 +6,8 @@ import torch
 class TensorBoardLogger:
     """Logs the mean of every value over windows of `avg_window` steps, at the last step of each window.
 
-    Values are summed on their own device; the CPU waits for it only when a window is complete.
+    Values are summed on their own device; the CPU waits for it only when a window is complete and when an epoch ends.
+    `latest` has the means of the last window that was logged.
     """
 
     def __init__(self, summary_writer, avg_window=50, name=None):
@@ -14,40 +15,63 @@ class TensorBoardLogger:
         self.avg_window = avg_window
         self.prefix = "" if name is None else f"{name}/"
         self.global_step = 0
-        self._sums = {}    # name -> sum over the open window
-        self._counts = {}  # name -> number of values in that sum
+        self.latest = {}
+        self._unread, self._window, self._epoch = {}, {}, {}  # each: name -> (sum, number of values)
 
     def add_values(self, values):
         """Add the values of one step, a dict of names to scalar tensors or numbers."""
         self.global_step += 1
-        for name, value in values.items():
-            value = value.detach().float() if torch.is_tensor(value) else value
-            self._sums[name] = self._sums.get(name, 0.0) + value
-            self._counts[name] = self._counts.get(name, 0) + 1
+        add(self._unread, {name: (value.detach().float() if torch.is_tensor(value) else value, 1)
+                           for name, value in values.items()})
         if self.global_step % self.avg_window == 0:
             self.flush()
 
     def flush(self):
         """Log the means of the open window, complete or not, and start a new one. Without values, do nothing."""
-        means = to_numbers({name: total / self._counts[name] for name, total in self._sums.items()})
-        for name, mean in means.items():
+        self._read()
+        self.latest, self._window = means(self._window), {}
+        for name, mean in self.latest.items():
             self.summary_writer.add_scalar(self.prefix + name, mean, self.global_step)
-        self._sums, self._counts = {}, {}
+
+    def end_epoch(self):
+        """Return the mean of each value over the epoch's steps that reported it, and start a new epoch."""
+        self._read()
+        epoch, self._epoch = means(self._epoch), {}
+        return epoch
+
+    def _read(self):
+        """Read the sums on the device, and add them to those of the window and of the epoch."""
+        unread, self._unread = on_cpu(self._unread), {}
+        for sums in (self._window, self._epoch):
+            add(sums, unread)
 
     def state_dict(self):
-        """Return the logger's step and open window."""
-        return {"global_step": self.global_step, "sums": to_numbers(self._sums), "counts": dict(self._counts)}
+        """Return the logger's step, its open window and its epoch."""
+        return {"global_step": self.global_step, "unread": on_cpu(self._unread), "window": dict(self._window),
+                "epoch": dict(self._epoch)}
 
     def load_state_dict(self, state):
         """Restore what `state_dict` returned."""
-        self.global_step, self._sums, self._counts = state["global_step"], dict(state["sums"]), dict(state["counts"])
+        self.global_step = state["global_step"]
+        self._unread, self._window, self._epoch = (dict(state[name]) for name in ("unread", "window", "epoch"))
 
 
-def to_numbers(values):
-    """Convert a dict's values, scalar tensors or numbers, to floats. The CPU waits for the device once."""
-    tensors = {name: value for name, value in values.items() if torch.is_tensor(value)}
+def add(sums, others):
+    """Add to each sum and its number of values those of another dict."""
+    for name, (value, number) in others.items():
+        total, count = sums.get(name, (0.0, 0))
+        sums[name] = total + value, count + number
+
+
+def means(sums):
+    return {name: total / count for name, (total, count) in sums.items()}
+
+
+def on_cpu(sums):
+    """Convert sums, scalar tensors or numbers, to floats. The CPU waits for the device once."""
+    tensors = {name: total for name, (total, _) in sums.items() if torch.is_tensor(total)}
     if tensors:
         device = next(iter(tensors.values())).device
-        numbers = torch.stack([value.to(device).reshape(()) for value in tensors.values()]).tolist()
-        values = {**values, **dict(zip(tensors, numbers, strict=True))}
-    return {name: float(value) for name, value in values.items()}
+        numbers = torch.stack([total.to(device).reshape(()) for total in tensors.values()]).tolist()
+        tensors = dict(zip(tensors, numbers, strict=True))
+    return {name: (float(tensors.get(name, total)), count) for name, (total, count) in sums.items()}

@@ -1,9 +1,8 @@
 """Evaluate a trained model:  python -m evaluation RUN  (a run's folder, or a model_checkpoint.pt).
 
-Uses MNIST's 10,000 test images, or the 299 test images of the bundled digits for a run trained on those. Prints a table
-and writes metrics.json and pictures to <run>/evaluation/; nothing else in the run changes. For a model_checkpoint.pt
-outside a run, the architecture is inferred from the weights, the test images are MNIST's, and evaluation/ is created
-next to the file.
+Prints a table and writes metrics.json and pictures to <run>/evaluation/; nothing else in the run changes. The test
+images are those of the data set that the run was trained on. For a model_checkpoint.pt outside a run, the architecture
+is inferred from the weights, the test images are MNIST's, and evaluation/ is created next to the file.
 """
 
 import training.threads  # noqa: F401 (before torch, which reads the variables that it sets)
@@ -28,8 +27,6 @@ from training.cli import OneLineParser, number, print_line, run_program
 from training.device import choose_device, device_name, keep_freed_memory, set_precision
 from training.files import png_bytes, write_atomically
 
-STAGES = ("reconstructions", "prior match", "samples", "log-likelihood", "digit classifier", "pictures")
-
 
 def main(args):
     """Evaluate as the flags specify; return the content of metrics.json.
@@ -38,7 +35,7 @@ def main(args):
     """
     started = time.monotonic()
     folder, path, settings = find_run(args.run)
-    weights, checksum = read_weights(path), hashlib.md5(path.read_bytes()).hexdigest()
+    weights = read_weights(path)
     settings = settings or settings_from_weights(path, weights)
     model = load_model(path, weights, settings)
     load_classifier()  # first, because a missing file should be reported before a minute of computing
@@ -47,18 +44,17 @@ def main(args):
     set_precision("fp32", device)
     keep_freed_memory()
     model.to(device)
-    with tqdm(total=len(STAGES), bar_format="{desc}|{bar}|{elapsed}", disable=None, leave=False) as bar:
+    with tqdm(total=6, bar_format="{desc}|{bar}|{elapsed}", disable=None, leave=False) as bar:
         def progress(stage):
-            bar.update(STAGES.index(stage) - bar.n)
             bar.set_description(stage)
+            bar.update()
 
         metrics = evaluate(model, *data, args.seed, progress)
         progress("pictures")
         for name, picture in draw_pictures(model, *data, args.seed).items():
             write_atomically(folder / "evaluation" / name, png_bytes(picture))
-    metrics = {"weights": str(path), "weights_md5": checksum,
-               "trained_on": settings["trained_on"], "z_dim": settings["z_dim"], "posterior": settings["posterior"],
-               "networks": settings["networks"], **metrics,
+    metrics = {"weights": str(path), "weights_md5": hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest(),
+               **{name: settings[name] for name in ("trained_on", "z_dim", "posterior", "networks")}, **metrics,
                "seed": args.seed, "device": device.type, "device_name": device_name(device), "torch": torch.__version__,
                "seconds": round(time.monotonic() - started, 1)}
     print_line(describe(metrics))

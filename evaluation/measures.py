@@ -2,8 +2,8 @@
 
 import torch
 
+from evaluation import metrics
 from evaluation.classifier import features_and_probabilities, load_classifier
-from evaluation.metrics import choose_sigma, frechet, frechet_to_prior, ks_distance, parzen_log_likelihood
 from evaluation.monitoring import reconstruct
 from training.cli import UserError
 from training.random_state import evaluation_mode
@@ -18,13 +18,9 @@ CONFIDENCE = 0.95      # of the classifier; the share of images that reach it is
 def evaluate(model, train_images, test_images, test_labels, seed=0, progress=lambda stage: None):
     """Return all measures of a model, as nested dicts of numbers that json can write.
 
-    Args:
-        model: see models.AdversarialAE. Its modes and all random states are restored.
-        train_images, test_images: [N, 1, 28, 28] in [-1, 1].
-        test_labels: [N], digits from 0 to 9.
-        seed: random seed.
-        progress: called with the name of each stage when it begins.
-    Raises UserError if the model returns NaN, or samples that no Parzen window fits.
+    `model` is a models.AdversarialAE, whose modes and random states are restored; images are [N, 1, 28, 28] in [-1, 1],
+    labels [N] from 0 to 9. `progress` is called with the name of each stage when it begins. Raises UserError if the
+    model returns NaN, or samples that no Parzen window fits.
     """
     with evaluation_mode(model):
         torch.manual_seed(seed)
@@ -46,7 +42,7 @@ def evaluate(model, train_images, test_images, test_labels, seed=0, progress=lam
                       "training_reconstructions": log_likelihood(seen_reconstructions, held_out, test_images),
                       "training_images": log_likelihood(seen, held_out, test_images)}
         progress("digit classifier")
-        quality = classifier_quality({"samples": samples, "reconstructions": reconstructions,
+        quality = classifier_quality({"samples": samples, "training_reconstructions": seen_reconstructions,
                                       "training_images": seen, "test_images": test_images})
     return {"test_images": len(test_images), "reconstruction": reconstruction, "prior_match": match,
             "log_likelihood": likelihood, "digit_classifier": quality}
@@ -87,7 +83,8 @@ def prior_match(sets, seed):
     generator = torch.Generator().manual_seed((seed + 1) % 2**63)  # not the seed of the directions in ks_distance
     _, perfect = torch.randn(2, *first.shape, generator=generator).to(first.device)
     return {name: {"mean": codes.double().mean(0).tolist(), "std": codes.double().std(0).tolist(),
-                   "frechet": frechet_to_prior(codes), "ks": ks_distance(codes)}
+                   "frechet": metrics.frechet_to_prior(codes), "ks": metrics.ks_distance(codes),
+                   "two_sample_accuracy": metrics.two_sample_accuracy(codes, seed)}
             for name, codes in {**sets, "prior_draws": perfect}.items()}
 
 
@@ -95,11 +92,11 @@ def log_likelihood(samples, held_out, images):
     """Return the Parzen log-likelihood of images in nats, with the best sigma for `held_out`; all are in [-1, 1]."""
     samples, held_out, images = ((part + 1) / 2 for part in (samples, held_out, images))
     try:
-        sigma = choose_sigma(samples, held_out)
+        sigma = metrics.choose_sigma(samples, held_out)
     except ValueError as error:
         raise UserError(f"the samples have no Parzen log-likelihood ({error}): the model is untrained or has "
                         f"diverged; evaluate another run") from None
-    values = parzen_log_likelihood(samples, images, sigma)
+    values = metrics.parzen_log_likelihood(samples, images, sigma)
     return {"mean": values.mean().item(), "standard_error": values.std().item() / len(values)**0.5, "sigma": sigma,
             "samples": len(samples), "sigma_images": len(held_out)}
 
@@ -116,7 +113,7 @@ def classifier_quality(sets):
     quality = {"sure_from_probability": CONFIDENCE}
     for name, (features, probabilities) in results.items():
         shares = probabilities.argmax(1).bincount(minlength=10).double() / len(probabilities)
-        quality[name] = {"images": len(features), "frechet_to_test_images": frechet(features, test_features),
+        quality[name] = {"images": len(features), "frechet_to_test_images": metrics.frechet(features, test_features),
                          "sure": (probabilities.amax(1) >= CONFIDENCE).double().mean().item(),
                          "labels": {str(label): share for label, share in enumerate(shares.tolist())}}
     del quality["test_images"]["frechet_to_test_images"]  # a set's distance to itself

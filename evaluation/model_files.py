@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 
 from mnist import load_digits, load_mnist
-from models import ENCODERS, NETWORKS
+from models import ENCODERS, NETWORKS, AdversarialAE
 from training.checkpoint import WEIGHTS, load_checked
 from training.cli import UserError
-from training.optimizers import build_model
 
 DEFAULTS = {"posterior": "deterministic", "networks": "base", "trained_on": "mnist",
             "data_dir": "../data/"}  # for what older runs and weights alone do not record
@@ -19,61 +18,57 @@ DEFAULTS = {"posterior": "deterministic", "networks": "base", "trained_on": "mni
 
 def find_run(path):
     """Return the folder for evaluation/, the file of the weights, and the run's settings (None without a run)."""
-    path = Path(path)
-    if path.is_dir():
-        weights = path / "checkpoints" / WEIGHTS
-        if not (path / "hparams.json").is_file():
-            raise UserError(f"{path} is not a run's folder, because it has no hparams.json; name a folder that "
-                            f"train.py created, or a {WEIGHTS}")
-        if not weights.is_file():
-            raise UserError(f"{path} has no checkpoints/{WEIGHTS} yet; train.py writes it at the start of a run, so "
-                            f"name another run")
-        return path, weights, read_settings(path / "hparams.json")
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; name a run's folder, or a {WEIGHTS}")
-    run = path.absolute().parent.parent
-    if path.absolute().parent.name == "checkpoints" and (run / "hparams.json").is_file():
-        return run, path, read_settings(run / "hparams.json")
-    return path.absolute().parent, path, None
+    path = Path(path).expanduser()
+    if path.is_dir() and not (path / "hparams.json").is_file():
+        raise UserError(f"{path} is not a run's folder, because it has no hparams.json; name a folder that train.py "
+                        f"created, or a {WEIGHTS}")
+    weights = path / "checkpoints" / WEIGHTS if path.is_dir() else path
+    if not weights.is_file():
+        raise UserError(f"{weights} does not exist; name a run's folder, or a {WEIGHTS}")
+    folder = weights.absolute().parent
+    if folder.name == "checkpoints" and (folder.parent / "hparams.json").is_file():
+        run = path if path.is_dir() else folder.parent
+        return run, weights, read_settings(run / "hparams.json")
+    return folder, weights, None
 
 
 def read_settings(path):
     """Return the settings in a run's hparams.json; raise UserError if those used here are invalid."""
     try:
-        settings = json.loads(path.read_bytes())
-        settings = {**DEFAULTS, **settings}
-        whole = (type(settings["z_dim"]) is int and settings["z_dim"] > 0 and settings["posterior"] in ENCODERS
-                 and settings["networks"] in NETWORKS and settings["trained_on"] in ("mnist", "digits")
-                 and isinstance(settings["data_dir"], str))
+        settings = {**DEFAULTS, **json.loads(path.read_bytes())}
+        if (type(settings["z_dim"]) is int and settings["z_dim"] > 0 and settings["posterior"] in ENCODERS
+                and settings["networks"] in NETWORKS and settings["trained_on"] in ("mnist", "digits")
+                and isinstance(settings["data_dir"], str)):
+            return settings
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; check the file and its permissions") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        whole = False
-    if not whole:
-        raise UserError(f"{path} is damaged, or not from train.py; copy the run's checkpoints/{WEIGHTS} to another "
-                        f"folder and name the copy, so that the settings are inferred from the weights")
-    return settings
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise UserError(f"{path} is damaged, or not from train.py; copy the run's checkpoints/{WEIGHTS} to another folder "
+                    f"and name the copy, so that the settings are inferred from the weights")
 
 
 def read_weights(path):
-    """Return the state_dict in a file, on the CPU; raise UserError if it is not one, or contains NaN."""
+    """Return the state_dict in a file, on the CPU, without the prefixes of names that DataParallel and compile add.
+
+    Raises UserError if there is none, or one with NaN.
+    """
     weights = load_checked(path)
     if not isinstance(weights, dict) or not all(torch.is_tensor(tensor) for tensor in weights.values()):
         raise UserError(f"{path} does not contain a model's weights; name a {WEIGHTS}")
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise UserError(f"{path} has weights that are NaN or infinite: its training has diverged; evaluate another run")
-    return weights
+    return {str(name).replace("module.", "").replace("_orig_mod.", ""): tensor for name, tensor in weights.items()}
 
 
 def settings_from_weights(path, weights):
     """Return the settings of a model without a run: inferred from its weights' shapes; the data set is MNIST."""
     for posterior, networks in itertools.product(ENCODERS, NETWORKS):
-        with contextlib.suppress(KeyError, IndexError):
+        with contextlib.suppress(KeyError, IndexError), torch.device("meta"):  # shapes without memory
             settings = {**DEFAULTS, "z_dim": weights["decoder.net.0.weight"].shape[1], "posterior": posterior,
                         "networks": networks}
-            with torch.device("meta"):  # shapes without memory
-                if fit(weights, build_model(settings["z_dim"], posterior, networks)):
-                    return settings
+            if fit(weights, AdversarialAE(settings["z_dim"], posterior, networks)):
+                return settings
     raise UserError(f"{path} has weights of another model than models.AdversarialAE; name a {WEIGHTS} of train.py")
 
 
@@ -82,7 +77,7 @@ def load_model(path, weights, settings):
 
     Without weights of the discriminator, which no measure uses, it keeps its initial ones.
     """
-    model = build_model(settings["z_dim"], settings["posterior"], settings["networks"])
+    model = AdversarialAE(settings["z_dim"], settings["posterior"], settings["networks"])
     if not fit(weights, model):
         raise UserError(f"{path} does not fit a models.AdversarialAE with z_dim {settings['z_dim']}, "
                         f"{settings['posterior']} encoder and {settings['networks']} networks: hparams.json is from "
@@ -93,9 +88,9 @@ def load_model(path, weights, settings):
 
 def fit(weights, model):
     """Return whether names and shapes of weights are the model's, with or without those of the discriminator."""
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    generator = {name: shape for name, shape in shapes.items() if not name.startswith("discriminator.")}
-    return {name: tensor.shape for name, tensor in weights.items()} in (shapes, generator)
+    needed = {name: tensor.shape for name, tensor in model.state_dict().items()
+              if name in weights or not name.startswith("discriminator.")}
+    return {name: tensor.shape for name, tensor in weights.items()} == needed
 
 
 def load_data(settings, data_dir=None):

@@ -1,11 +1,16 @@
 """Measurements of a model during training, written to TensorBoard."""
 
+import contextlib
+import io
+
 import torch
 from torch.utils.tensorboard.summary import hparams
 
 from evaluation.metrics import ks_distance
-from training.options import HYPERPARAMETERS
 from training.random_state import evaluation_mode
+
+HYPERPARAMETERS = ("z_dim", "lambda_", "posterior", "networks", "ae_lr", "drop_after", "d_lr", "d_momentum",
+                   "averaging", "batch_size", "epochs", "seed", "precision", "trained_on")  # by which runs are compared
 
 
 def reconstruct(model, images):
@@ -29,7 +34,7 @@ def measure(model, images):
 def save_measurements(model, epoch, summary_writer, images):
     """Write measurements on images to TensorBoard: curves (`test/`), and a histogram of each dimension (`codes/`).
 
-    Does nothing if `images` is None, which means that the test set is not available.
+    Does nothing if `images` is None: the test set is not available.
     """
     if images is None:
         return
@@ -51,8 +56,9 @@ def save_summary(model, epoch, summary_writer, data, settings, means):
     if data.test_images is not None:
         codes, values = measure(model, data.test_images)
         shown = torch.nn.functional.pad(codes[:1000], (0, max(0, 3 - codes.shape[1])))  # the projector needs three
-        summary_writer.add_embedding(shown, data.test_labels[:1000].tolist(),
-                                     (data.test_images[:1000].cpu() + 1) / 2, epoch, "codes")
+        with contextlib.redirect_stdout(io.StringIO()):  # a run that ends a second time is warned of its own folder
+            summary_writer.add_embedding(shown, data.test_labels[:1000].tolist(),
+                                         (data.test_images[:1000].cpu() + 1) / 2, epoch, "codes")
         results |= {f"final/test_{name}": value for name, value in values.items()}
     hyperparameters = {name: settings[name] for name in HYPERPARAMETERS}
     for summary in hparams(hyperparameters, results):  # SummaryWriter.add_hparams would create a second run

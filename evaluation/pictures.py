@@ -47,11 +47,8 @@ def nearest(samples, train_images):
 def draw_reconstructions(model, images, labels, rows=4):
     """Return a picture with a column per label: `rows` images, each above its reconstruction."""
     chosen = torch.stack([first_of(labels, label, rows) for label in labels.unique()], 1)
-    lines = []
-    for row in chosen:
-        originals = images[row].to(model.device)
-        lines += [originals, model(originals)[0]]
-    return grid(torch.cat(lines), chosen.shape[1])
+    originals = [images[row].to(model.device) for row in chosen]
+    return grid(torch.cat([part for row in originals for part in (row, model(row)[0])]), chosen.shape[1])
 
 
 def first_of(labels, label, count):
@@ -62,40 +59,31 @@ def first_of(labels, label, count):
 
 def draw_interpolations(model, images, labels, steps=10):
     """Return a picture with a row per label: one of its images, `steps` decoded codes, an image of the next label."""
-    starts = torch.cat([first_of(labels, label, 1) for label in labels.unique()])
-    images = images[starts].to(model.device)
-    codes = model(images)[1]
-    rows = []
-    for row in range(len(starts)):
-        after = (row + 1) % len(starts)
-        path = interpolate(codes[row], codes[after], torch.linspace(0, 1, steps, device=codes.device))
-        rows += [images[row:row + 1], model.decoder(path), images[after:after + 1]]
+    images = images[[first_of(labels, label, 1).item() for label in labels.unique()]].to(model.device)
+    _, codes = model(images)
+    fractions, rows = torch.linspace(0, 1, steps, device=codes.device), []
+    for start, end, code, target in zip(images, images.roll(-1, 0), codes, codes.roll(-1, 0), strict=True):
+        rows += [start[None], model.decoder(interpolate(code, target, fractions)), end[None]]
     return grid(torch.cat(rows), steps + 2)
 
 
 def interpolate(start, end, fractions):
     """Return codes [N, z_dim] at fractions [N] of the way from one code [z_dim] to another (spherical interpolation).
 
-    The direction rotates at constant speed (Shoemake 1985, "Animating rotation with quaternion curves"), and the norm
-    changes at constant speed. Samples of N(0, I) have norms near sqrt(z_dim); a straight line between two of them
-    passes through norms that are rare.
+    Direction (Shoemake 1985, "Animating rotation with quaternion curves") and norm change at constant speed. Samples of
+    N(0, I) have norms near sqrt(z_dim); a straight line between two of them passes through norms that are rare.
     """
-    fractions = fractions[:, None]
-    norms = start.norm(), end.norm()
-    directions = F.normalize(start, dim=0), F.normalize(end, dim=0)
+    fractions, directions = fractions[:, None], (F.normalize(start, dim=0), F.normalize(end, dim=0))
     angle = (directions[0] @ directions[1]).clamp(-1, 1).acos()
     if angle.sin() < 1e-3:  # equal or opposite directions, for which the path is not unique
         return torch.lerp(start, end, fractions)
     shares = ((1 - fractions) * angle).sin(), (fractions * angle).sin()
     direction = (shares[0] * directions[0] + shares[1] * directions[1]) / angle.sin()
-    return torch.lerp(*norms, fractions) * direction
+    return torch.lerp(start.norm(), end.norm(), fractions) * direction
 
 
 def draw_manifold(model, side=20):
-    """Return a picture of codes decoded by a 2-dimensional model, at the prior's quantiles (i + 1/2) / side.
-
-    The first dimension increases to the right and the second upwards, as in codes.png.
-    """
+    """Return a picture of codes at the prior's quantiles (i + 1/2) / side, decoded; the axes are those of codes.png."""
     quantiles = torch.special.ndtri((torch.arange(side) + 0.5) / side)
     second, first = torch.meshgrid(quantiles.flip(0), quantiles, indexing="ij")
     codes = torch.stack([first, second], -1).view(-1, 2)
@@ -103,10 +91,7 @@ def draw_manifold(model, side=20):
 
 
 def draw_codes(codes, labels, size=800, scale=2):
-    """Return a picture of codes [N, 2], coloured by label [N], with circles at the prior's standard deviations.
-
-    It is drawn `scale` times as large and then reduced, for smooth edges.
-    """
+    """Return a picture of codes [N, 2], coloured by label [N]; drawn `scale` times as large, for smooth edges."""
     reach = max(4.0, 1.05 * codes.abs().max().item())
     pixels = size * scale
 
@@ -116,10 +101,10 @@ def draw_codes(codes, labels, size=800, scale=2):
     picture = Image.new("RGB", (pixels + 110 * scale, pixels), "white")
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(18 * scale)
+    points = to_pixels(codes.double() * torch.tensor([1, -1])).tolist()
     order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))  # so that no label hides the others
     for index in order.tolist():
-        x, y = to_pixels(codes[index, 0].item()), to_pixels(-codes[index, 1].item())
-        draw_circle(draw, x, y, 2.2 * scale, fill=COLORS[labels[index]])
+        draw_circle(draw, *points[index], 2.2 * scale, fill=COLORS[labels[index]])
     draw_axes(draw, font, reach, to_pixels, pixels, scale)
     for label in labels.unique().tolist():
         x, y = pixels + 30 * scale, (40 + 34 * label) * scale
@@ -135,12 +120,11 @@ def draw_circle(draw, x, y, radius, **style):
 def draw_axes(draw, font, reach, to_pixels, pixels, scale):
     """Draw the axes, their numbers, and circles at 1, 2 and 3 standard deviations of the prior."""
     middle, step = to_pixels(0), max(1, round(reach / 5))
-    draw.line((0, middle, pixels, middle), "#c8c8c8", scale)
-    draw.line((middle, 0, middle, pixels), "#c8c8c8", scale)
+    for line in ((0, middle, pixels, middle), (middle, 0, middle, pixels), (pixels, 0, pixels, pixels)):
+        draw.line(line, "#c8c8c8", scale)
     for radius in (1, 2, 3):
         draw_circle(draw, middle, middle, to_pixels(radius) - middle, outline="#404040", width=scale)
     for value in range(step, int(0.95 * reach) + 1, step):  # a number at the very edge would be cut off
         for signed in (-value, value):
             draw.text((to_pixels(signed), pixels - 4 * scale), str(signed), "black", font, anchor="md")
             draw.text((4 * scale, to_pixels(-signed)), str(signed), "black", font, anchor="lm")
-    draw.line((pixels, 0, pixels, pixels), "#c8c8c8", scale)

@@ -8,7 +8,8 @@ def describe(metrics):
     match, likelihood, quality = metrics["prior_match"], metrics["log_likelihood"], metrics["digit_classifier"]
     code_sets = [match[name] for name in ("codes", "training_codes", "prior_draws")]
     windows = [likelihood, likelihood["training_reconstructions"], likelihood["training_images"]]
-    image_sets = [quality[name] for name in ("samples", "reconstructions", "training_images", "test_images")]
+    image_sets = [quality[name] for name in ("samples", "training_reconstructions", "training_images", "test_images")]
+    shares = [[f"{share:.1%}" for share in images["labels"].values()] for images in (image_sets[0], image_sets[3])]
     name = "MNIST" if metrics["trained_on"] == "mnist" else "the bundled digits"
     errors = metrics["reconstruction"]["mse_per_label"]
     return "\n".join([
@@ -21,17 +22,19 @@ def describe(metrics):
         row("  standard deviation", *(span(codes["std"]) for codes in code_sets)),
         row("  squared Frechet distance", *(f"{codes['frechet']:.4f}" for codes in code_sets)),
         row("  Kolmogorov-Smirnov distance", *(f"{codes['ks']:.4f}" for codes in code_sets)),
+        row("  classifier two-sample accuracy", *(f"{codes['two_sample_accuracy']:.3f}" for codes in code_sets)),
         "",
-        row("digit classifier's features", "samples", "reconstructions", "training images", "test images"),
+        row("", "", "reconstructed"),
+        row("digit classifier's features", "samples", "training images", "training images", "test images"),
         row("  squared Frechet distance",
             *(f"{images['frechet_to_test_images']:.2f}" for images in image_sets[:3]), "0"),
         row(f"  confidence of at least {CONFIDENCE}", *(f"{images['sure']:.1%}" for images in image_sets)),
         "",
-        f"{'label':<25}{'all':>8}" + "".join(f"{label:>8}" for label in range(10)),
-        f"{'  reconstruction error':<25}{metrics['reconstruction']['mse']:>8.4f}" +
-        "".join(f"{errors[str(label)]:>8.4f}" if str(label) in errors else f"{'-':>8}" for label in range(10)),
-        f"{'  share of samples':<33}" + shares(quality["samples"]),
-        f"{'  share of test images':<33}" + shares(quality["test_images"]),
+        label_row("label", "all", range(10)),
+        label_row("  reconstruction error", f"{metrics['reconstruction']['mse']:.4f}",
+                  (f"{errors[str(label)]:.4f}" if str(label) in errors else "-" for label in range(10))),
+        label_row("  share of samples", "", shares[0]),
+        label_row("  share of test images", "", shares[1]),
         "",
         row("Parzen log-likelihood of", "", "reconstructed"),
         row("the test images, windows around", "samples", "training images", "training images"),
@@ -44,10 +47,9 @@ def row(title, *cells):
     return f"{title:<32}" + "".join(f"{cell:>17}" for cell in cells)
 
 
+def label_row(title, total, cells):
+    return f"{title:<25}{total:>8}" + "".join(f"{cell:>8}" for cell in cells)
+
+
 def span(values):
     return f"{min(values):.2f} to {max(values):.2f}"
-
-
-def shares(images):
-    """Format the share of each label in a set of images as a row's cells."""
-    return "".join(f"{images['labels'][str(label)]:>8.1%}" for label in range(10))

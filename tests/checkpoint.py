@@ -7,8 +7,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-import training.folder
-import training.run
 from tests.common import run_contents
 from tests.resume import ResumeGroup
 from unittests import same
@@ -25,7 +23,6 @@ class Checkpoint(ResumeGroup):
             run, _ = self.train_quietly("--epochs", "1")
             run.rename(log_dir / name)
         (log_dir / "2999_01_01_00_00_00").mkdir()  # has no checkpoint
-        os.utime(log_dir / "z20" / "checkpoints" / "training_state.pt")  # as copying would
 
         def latest():
             return self.resume("latest", "--log_dir", log_dir)
@@ -33,15 +30,8 @@ class Checkpoint(ResumeGroup):
         self.assertIn(f"run:    {log_dir / 'a'}", latest()[1])
         self.assertEqual(self.resume(log_dir / "z20", "--epochs", 2)[0], 0)
         self.assertIn(f"run:    {log_dir / 'z20'}", latest()[1])
-        (log_dir / "a" / "checkpoints" / "training_state.pt").write_bytes(b"half")
-        self.assert_refused(latest(), 1, log_dir / "a", "is damaged")
-
-    def test_flag_that_an_older_run_lacks_is_its_default(self):
-        args = self.train.parse_args([])
-        settings = {name: value for name, value in vars(args).items() if name not in ("explicit_flags", "precision")}
-        self.assertEqual(self.options.resumed_args(args, settings).precision, "fp32")
-        with self.assertRaisesRegex(self.cli.FlagError, "--precision bf16 contradicts the run, which has fp32"):
-            self.options.resumed_args(self.train.parse_args(["--precision", "bf16"]), settings)
+        (log_dir / "z20" / "checkpoints" / "training_state.pt").write_bytes(b"half")
+        self.assert_refused(latest(), 1, log_dir / "z20", "is damaged")
 
     def test_contradicting_flags_are_rejected_by_name(self):
         run, _ = self.train_quietly("--epochs", "2", "--z_dim", "3")
@@ -59,13 +49,13 @@ class Checkpoint(ResumeGroup):
         for wrong in (empty, empty / "none", file, run / "checkpoints" / "model_checkpoint.pt", "latest"):
             named = empty if wrong == "latest" else wrong
             self.assert_refused(self.run_cli("--resume", wrong, "--log_dir", empty), 1, named)
+        self.change(run, format="adversarial autoencoder, training state 1")
+        self.assert_refused(self.resume(run), 1, run / "checkpoints" / "training_state.pt", "of this version")
 
-    def test_run_of_an_older_version_is_rejected_by_name(self):
-        run, _ = self.train_quietly("--epochs", "1")
+    def change(self, run, **entries):
+        """Replace entries of a run's training state."""
         file = run / "checkpoints" / "training_state.pt"
-        state = torch.load(file, weights_only=True)
-        torch.save({**state, "format": "adversarial autoencoder, training state 1"}, file)
-        self.assert_refused(self.resume(run), 1, file, "older version")
+        file.write_bytes(self.checkpoint.serialize({**torch.load(file, weights_only=True), **entries}))
 
     def test_damaged_checkpoint_is_rejected_and_the_previous_one_offered(self):
         run, _ = self.train_quietly("--epochs", "2", "--checkpoint_every", "1")
@@ -93,7 +83,7 @@ class Checkpoint(ResumeGroup):
         content[place] ^= 1 << int(random.integers(8))
         return bytes(content)
 
-    def test_checkpoint_of_another_architecture(self):
+    def test_checkpoint_of_another_architecture_or_optimizer(self):
         run, _ = self.train_quietly("--epochs", "1")
         before = run_contents(run)
 
@@ -102,68 +92,43 @@ class Checkpoint(ResumeGroup):
                 super().__init__(z_dim)
                 self.encoder.extra = nn.Linear(2, 2)
 
-        with mock.patch.object(self.optimizers, "AdversarialAE", Wider):
+        with mock.patch.object(self.train, "AdversarialAE", Wider):
             self.assert_refused(self.resume(run), 1, run, "does not fit models.py")
+        with mock.patch("torch.optim.Adam", lambda weights, lr, **_: torch.optim.RMSprop(weights, lr)):
+            self.assert_refused(self.resume(run), 1, run, "RMSprop")
         self.assert_same_contents(run_contents(run), before)
 
-    def test_checkpoint_of_another_optimizer(self):
-        run, _ = self.train_quietly("--epochs", "1")
-        build = self.train.build_optimizers
-        with mock.patch.object(self.train, "build_optimizers", lambda model, args:
-                               (torch.optim.RMSprop(model.encoder.parameters()), build(model, args)[1])):
-            self.assert_refused(self.resume(run, "--epochs", 2), 1, run, "RMSprop")
-
-    def test_a_run_of_another_device_continues_with_a_warning(self):
+    def test_state_of_another_device_and_version(self):
         run, _ = self.train_quietly("--epochs", "1")
         state = self.checkpoint.load_state(run)
-        state["settings"]["device"], state["random"]["device"] = "cuda", torch.zeros(16, dtype=torch.uint8)
-        del state["path"]
-        (run / "checkpoints" / "training_state.pt").write_bytes(self.checkpoint.serialize(state))
-        status, _, err = self.resume(run, "--epochs", 2)
-        self.assertEqual(status, 0)
-        self.assertIn("began with cuda and continues with cpu", err)
-
-    def test_moments_of_another_layout(self):
-        run, _ = self.train_quietly("--epochs", "1")
-        state = self.checkpoint.load_state(run)
-        del state["path"]
         for moments in state["optimizer_ae"]["state"].values():
             for name in ("exp_avg", "exp_avg_sq"):
                 moments[name] = moments[name].contiguous()  # the layout on CUDA
-        (run / "checkpoints" / "training_state.pt").write_bytes(self.checkpoint.serialize(state))
-        self.assertEqual(self.resume(run, "--epochs", 2)[0], 0)
+        del state["settings"]["precision"]  # as if the flag were newer than the run
+        self.change(run, optimizer_ae=state["optimizer_ae"], settings={**state["settings"], "device": "cuda"},
+                    random={**state["random"], "device": torch.zeros(16, dtype=torch.uint8)})
+        status, _, err = self.resume(run, "--epochs", 2)
+        self.assertEqual(status, 0)
+        self.assertIn("began with cuda and continues with cpu", err)
         self.assert_same_run(run, self.train_quietly("--epochs", "2")[0])
 
-    def test_weights_older_than_the_state_are_written_again(self):
-        run, weights = self.train_quietly("--epochs", "2")
-        (run / "checkpoints" / "model_checkpoint.pt").unlink()
-        self.assertEqual(self.resume(run)[0], 0)
-        self.assertTrue(same(weights, torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)))
-
-    def test_state_named_from_within_its_folder(self):
-        run, _ = self.train_quietly("--epochs", "1")
+    def test_finished_run_is_resumed_from_any_folder_and_locked(self):
+        run, weights = self.train_quietly("--epochs", "1")
+        file = run / "checkpoints" / "model_checkpoint.pt"
+        file.unlink()  # as if the run had been killed between the state and the weights
         self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(run / "checkpoints")
-        self.assertEqual(self.resume("training_state.pt")[0], 0)
-        os.chdir(run)
-        self.assertEqual(self.resume(".")[0], 0)
-
-    def test_file_system_without_locks(self):
-        if training.folder.fcntl is None:
+        for folder, name in ((run / "checkpoints", "training_state.pt"), (run, ".")):
+            os.chdir(folder)
+            self.assertEqual(self.resume(name)[0], 0)
+        self.assertTrue(same(weights, torch.load(file, weights_only=True)))
+        if self.checkpoint.fcntl is None:
             self.skipTest("runs are not locked here")
-        run, _ = self.train_quietly("--epochs", "1")
-        with mock.patch.object(training.folder.fcntl, "flock", side_effect=OSError(38, "Function not implemented")):
+        with self.checkpoint.locked(run):
+            self.assert_refused(self.resume(run), 1, run, "in use")
+        with mock.patch.object(self.checkpoint.fcntl, "flock", side_effect=OSError(38, "Function not implemented")):
             status, _, err = self.resume(run)
         self.assertEqual(status, 0)
         self.assertIn("cannot be locked", err)
-
-    def test_a_run_in_use_is_rejected(self):
-        run, _ = self.train_quietly("--epochs", "1")
-        if training.folder.fcntl is None:
-            self.skipTest("runs are not locked here")
-        with training.folder.locked(run):
-            self.assert_refused(self.resume(run), 1, run, "in use")
-        self.assertEqual(self.resume(run)[0], 0)
 
     def test_full_disk_leaves_the_last_checkpoint(self):
         log_dir, fsync = self.folder(), os.fsync
@@ -195,8 +160,3 @@ class Checkpoint(ResumeGroup):
             result = self.run_cli("--dataset", "digits", "--epochs", 2, "--no-cuda", "--log_dir", log_dir)
         self.assert_refused(result, 1, log_dir, "No such file")
         self.assertEqual([folder.name for folder in log_dir.iterdir()], ["elsewhere"])
-
-    def test_training_state_may_be_loaded_safely(self):
-        run, _ = self.train_quietly("--epochs", "1")
-        state = torch.load(run / "checkpoints" / "training_state.pt", weights_only=True)
-        self.assertEqual((state["epoch"], state["steps"]), (1, 0))

@@ -2,23 +2,20 @@
 
 import json
 import os
-import threading
 import unittest
 from argparse import Namespace
-from pathlib import Path
 from unittest import mock
 
 import torch
 
 from tests.common import TrainGroup
+from training.run import resumed_args
 
 __unittest = True
 
 
 class Flags(TrainGroup):
     """The command line: defaults, help, --base, and flags that are rejected before a run is created."""
-
-    needs = (*TrainGroup.needs, "training.options")
 
     def test_defaults(self):
         expected = {"z_dim": 8, "batch_size": 64, "lambda_": 0.995, "ae_lr": 1e-3, "d_lr": 5e-3, "data_dir": "../data/",
@@ -30,7 +27,7 @@ class Flags(TrainGroup):
     def test_help_explains_every_flag(self):
         status, out, _ = self.run_cli("--help")
         self.assertEqual(status, 0)
-        actions = self.options.make_parser()._actions
+        actions = self.train.make_parser()._actions
         self.assertGreaterEqual(len(actions), 14)
         for action in actions:
             self.assertRegex(action.help, r"\A[^\n]{10,}\Z", action.option_strings)
@@ -51,25 +48,20 @@ class Flags(TrainGroup):
             self.assertEqual((status, out), (2, ""), flags)
             self.assertRegex(err, r"\Atrain\.py: error: .+\n\Z|\A\S+: error: [^\n]+\n\Z", flags)
 
-    def test_explicit_flags_are_known(self):
-        self.assertEqual(self.train.parse_args(["--z_dim", "8", "--no-cuda"]).explicit_flags, ["z_dim", "no_cuda"])
-
     def test_base_is_short_for_its_four_flags(self):
-        short, spelled_out = (vars(self.train.parse_args(argv)) for argv in (["--base"], self.options.BASE))
+        short, spelled_out = (vars(self.train.parse_args(argv)) for argv in (["--base"], self.train.BASE))
         self.assertEqual(short, spelled_out)
         self.assertEqual(set(short["explicit_flags"]), {"networks", "drop_after", "d_momentum", "averaging"})
-
-    def test_explicit_flags_take_precedence_over_base_in_any_order(self):
         for argv in (["--base", "--d_momentum", "0.9"], ["--d_momentum", "0.9", "--base"]):
             args = self.train.parse_args(argv)
             self.assertEqual((args.networks, args.drop_after, args.d_momentum, args.averaging), ("base", 0, 0.9, 0))
 
     def test_resume_with_base_is_checked_like_its_four_flags(self):
         base, default = (vars(self.train.parse_args(argv)) for argv in (["--base"], []))
-        self.assertEqual(self.options.resumed_args(self.train.parse_args(["--base"]), base).networks, "base")
+        self.assertEqual(resumed_args(self.train.parse_args(["--base"]), base).networks, "base")
         for argv, settings in ((["--base"], default), (["--base", "--d_momentum", "0.9"], base)):
             with self.assertRaisesRegex(self.cli.FlagError, "contradicts the run"):
-                self.options.resumed_args(self.train.parse_args(argv), settings)
+                resumed_args(self.train.parse_args(argv), settings)
 
     def test_a_run_with_base_records_the_four_settings_alone(self):
         run, _ = self.train_quietly("--epochs", "1", "--base")
@@ -120,7 +112,7 @@ class BadInput(TrainGroup):
         folder = self.folder()
         raw = folder / "MNIST" / "raw"
         raw.mkdir(parents=True)
-        (raw / self.mnist.MNIST_FILES[True][0]).write_bytes(b"half")
+        (raw / "train-images-idx3-ubyte").write_bytes(b"half")
         with mock.patch("torchvision.datasets.MNIST.mirrors", []):
             for dataset in ("auto", "mnist"):
                 result = self.run_cli("--dataset", dataset, "--data_dir", folder, "--log_dir", folder / "logs")
@@ -136,22 +128,6 @@ class BadInput(TrainGroup):
         log_dir = self.folder()
         self.assert_refused(self.run_digits("--log_dir", log_dir, "--z_dim", 2**31 - 1), "not enough memory")
         self.assertEqual(list(log_dir.iterdir()), [], "a run that never trained leaves files behind")
-
-    def test_a_run_without_a_checkpoint_is_removed_except_for_foreign_files(self):
-        log_dir = self.folder()
-        for place in ("generate_and_save", "save_reconstruction", "save_measurements"):
-            with mock.patch.object(self.train, place, side_effect=OSError(28, "No space left on device")) as failing:
-                self.assert_refused(self.run_digits("--log_dir", log_dir), log_dir, "No space left")
-            self.assertTrue(failing.called)
-            self.assertEqual(list(log_dir.iterdir()), [], place)
-
-        def put_and_fail(model, epoch, writer, images):
-            Path(writer.log_dir, "results", "mine.png").write_bytes(b"mine")
-            raise MemoryError
-
-        with mock.patch.object(self.train, "save_measurements", put_and_fail):
-            self.assert_refused(self.run_digits("--log_dir", log_dir), "not enough memory")
-        self.assertEqual([file.name for file in log_dir.rglob("*") if file.is_file()], ["mine.png"])
 
     def test_gpu_that_is_full_or_busy(self):
         full = ("the GPU is full, or another program has exclusive use of it; end other programs on the GPU, "
@@ -171,17 +147,6 @@ class BadInput(TrainGroup):
                 mock.patch.object(self.train, "main", side_effect=torch.OutOfMemoryError("CUDA out of memory.")):
             self.assertIn("try a smaller --batch_size or --z_dim, or --no-cuda", self.run_cli()[2])
 
-    def test_excepthook_of_threads_is_restored(self):
-        before = threading.excepthook
-
-        def look(args):
-            self.assertIsNot(threading.excepthook, before)
-
-        with mock.patch.object(self.train, "main", side_effect=look) as main:
-            self.run_cli()
-        self.assertTrue(main.called)
-        self.assertIs(threading.excepthook, before)
-
     def test_programming_errors_keep_their_traceback(self):
         with mock.patch.object(self.train, "main", side_effect=RuntimeError("a bug")), self.assertRaises(RuntimeError):
             self.run_cli()
@@ -192,15 +157,15 @@ class BadInput(TrainGroup):
         self.assertEqual((status, err.strip()), (130, "interrupted"))
 
     def test_full_disk(self):
-        folder = self.folder()
-        with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")):
-            self.assert_refused(self.run_digits("--log_dir", folder), "hparams.json", "No space left")
-
-    def test_full_disk_for_events(self):
-        folder = self.folder()
-        with mock.patch("tensorboard.summary.writer.record_writer.RecordWriter.write",
-                        side_effect=OSError(28, "No space left on device")):
-            self.assert_refused(self.run_digits("--log_dir", folder), folder, "No space left")
+        folder, full = self.folder(), OSError(28, "No space left on device")
+        writer = "tensorboard.summary.writer.record_writer.RecordWriter.write"
+        for place, named in (("os.fsync", "hparams.json"), (writer, folder), ("train.generate_and_save", folder),
+                             ("train.save_measurements", folder)):
+            with mock.patch(place, side_effect=full):
+                self.assert_refused(self.run_digits("--log_dir", folder), named, "No space left")
 
     def test_divergence(self):
-        self.assert_refused(self.run_digits("--log_dir", self.folder(), "--ae_lr", "1e9"), "of epoch 1", "diverged")
+        flags = ("--log_dir", self.folder(), "--ae_lr", "1e9")
+        self.assert_refused(self.run_digits(*flags), "before step 3 of epoch 1", "diverged")
+        with mock.patch.object(self.train.TensorBoardLogger.__init__, "__defaults__", (1, None)):  # read at each step
+            self.assert_refused(self.run_digits(*flags, "--batch_size", 10), "of epoch 1", "diverged")

@@ -1,7 +1,7 @@
 """The training step recorded once and replayed like a CUDA graph, on the CPU."""
 
 import contextlib
-import copy
+import functools
 import io
 from unittest import mock
 
@@ -9,13 +9,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.common import TrainGroup
+from tests.common import Stop, TrainGroup
 from unittests import images_like_mnist
 
 __unittest = True
 
 SIZES = (4, 4, 3)  # batch sizes in turn, the last one partial
-REPLAYS = 30       # replayed steps of both batch sizes together
+STEPS, REPLAYS = 36, 30  # the others are the warm-up of the two batch sizes
+FIRST = 5          # replays of one batch size before the other is captured
 
 
 class RecordedGraph(TorchDispatchMode):
@@ -32,8 +33,9 @@ class RecordedGraph(TorchDispatchMode):
     Nor does it notice reads of the CPU's memory without an operation: `tolist` of a vector, or `numpy`.
     """
 
-    def __init__(self):
+    def __init__(self, before_replay=lambda: None):
         super().__init__()
+        self.before_replay = before_replay
         self.calls = []    # operation, arguments, results
         self.replays = 0
         self._before = {}  # existing storages: the storage and a copy of its content
@@ -68,6 +70,7 @@ class RecordedGraph(TorchDispatchMode):
 
     @torch.no_grad()
     def replay(self):
+        self.before_replay()
         self.replays += 1
         for operation, args, kwargs, results in self.calls:
             if not is_view(operation):
@@ -99,58 +102,92 @@ def refuse(operation, tree):
 
 
 @contextlib.contextmanager
-def cuda_on_the_cpu(model):
-    """Make a model on the CPU look like one on CUDA, with RecordedGraphs as graphs; yield their list.
+def cuda_on_the_cpu(group, failing=None):
+    """Make models on the CPU look like models on CUDA, with RecordedGraphs as graphs; yield their list and a mock.
 
-    Tensors for its device are created on the CPU.
+    Tensors for a model's device are created on the CPU; runs draw no pictures. `failing`, a number and one of "start",
+    "end" and "replay", makes this capture fail there. A capture that fails in its block raises again at its end. The
+    mock stands for torch.cuda.
     """
     graphs, tensor = [], torch.tensor
+    cuda = mock.MagicMock(default_generators={None: mock.Mock()})  # for the index of the CPU
+
+    def fail(stage):
+        if failing == (len(graphs), stage):
+            raise RuntimeError(f"CUDA error: {stage} failed\nCUDA kernel errors might be reported at some other call")
 
     def new_graph():
-        graphs.append(RecordedGraph())
+        graphs.append(RecordedGraph(functools.partial(fail, "replay")))
         return graphs[-1]
 
-    with mock.patch.object(type(model), "device", torch.device("cuda")), \
-            mock.patch("torch.version.hip", None), \
+    @contextlib.contextmanager
+    def capture(graph, stream, capture_error_mode):
+        assert (stream, capture_error_mode) == (cuda.Stream.return_value, "thread_local")
+        fail("start")
+        try:
+            with graph.record():
+                yield
+        except RuntimeError:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
+        fail("end")
+
+    cuda.configure_mock(CUDAGraph=new_graph, graph=capture, get_rng_state=torch.get_rng_state,
+                        set_rng_state=torch.set_rng_state)
+    pictures = {name: mock.Mock() for name in ("generate_and_save", "save_reconstruction", "save_measurements")}
+    with mock.patch.object(group.models.AdversarialAE, "device", torch.device("cuda")), \
+            mock.patch("torch.version.hip", None), mock.patch.multiple(group.train, **pictures), \
             mock.patch("torch.tensor", lambda *args, device=None, **options: tensor(*args, **options)), \
-            mock.patch.multiple("torch.cuda", CUDAGraph=new_graph, graph=lambda graph, **_: graph.record(),
-                                Stream=mock.Mock(), stream=mock.MagicMock(), current_stream=mock.Mock()):
-        yield graphs
+            mock.patch.multiple("torch.cuda", **{name: getattr(cuda, name) for name in (
+                "CUDAGraph", "graph", "Stream", "stream", "current_stream", "set_stream", "default_generators",
+                "get_rng_state", "set_rng_state")}):
+        yield graphs, cuda
+
+
+def parts_of_run(group, *flags):
+    """Return the arguments that main passes to train_aae for the first epoch."""
+    kept = []
+
+    def train_aae(*args):
+        kept.extend(args)
+        raise Stop
+
+    with mock.patch.object(group.train, "train_aae", train_aae), contextlib.suppress(Stop):
+        group.train_quietly(*flags)
+    return kept
 
 
 class GraphReplay(TrainGroup):
     """Steps replayed from one capture, compared bit for bit with the same steps run eagerly."""
 
-    needs = (*TrainGroup.needs, "training.cuda_graph", "training.optimizers")
+    needs = (*TrainGroup.needs, "training.cuda_graph", "training.device", "training.optimizers")
 
-    def trained(self, captured, *flags, before=None, between=None):
+    def setUp(self):
+        super().setUp()
+        self.enterContext(mock.patch.object(self.device, "set_precision"))  # bf16 on every CPU
+
+    def trained(self, captured, *flags, before=None, between=None, failing=None, replays=REPLAYS):
         """Return all tensors after 36 steps, by name.
 
-        If captured, 30 steps are replays; the first three of each batch size are eager. The learning rate drops
+        If captured, `replays` steps are replays; the first three of each batch size are eager. The learning rate drops
         halfway. `before(model, *optimizers)` is called once, `between(number, model, *optimizers)` before each step.
         """
-        torch.manual_seed(1)
-        args = self.train.parse_args(flags)
-        model = self.optimizers.build_model(args.z_dim, args.posterior, args.networks)
-        model = self.optimizers.to_device(model, torch.device("cpu"), args.precision)
-        model.capturable = captured
-        images, average = images_like_mnist(40), self.train.EMA(model, args.averaging)
-        contents = {"images": images}
-        steps = self.cuda_graph.WARM_UP * len(set(SIZES)) + REPLAYS
-        with cuda_on_the_cpu(model) as graphs:
-            optimizers = self.train.build_optimizers(model, args)
+        args, contents = self.train.parse_args(["--seed", "1", *flags]), {}
+        with cuda_on_the_cpu(self, failing) as (graphs, self.cuda):
+            _, model, _, _, _, *optimizers, _ = parts_of_run(self, "--seed", "1", *flags)
+            torch.manual_seed(1)
+            model.capturable, average, images = captured, self.train.EMA(model, args.averaging), images_like_mnist(40)
             if before:
                 before(model, *optimizers)
             step = self.train.build_step(model, *optimizers, args)
-            for number in range(steps):
+            for number in range(STEPS):
                 if between:
                     between(number, model, *optimizers)
-                self.train.set_learning_rate(optimizers[0], args.drop_after + 2 * number // steps, args)
+                self.train.set_learning_rate(optimizers[0], args.drop_after + 2 * number // STEPS, args)
                 parts = step(images[number:][:SIZES[number % len(SIZES)]])
                 contents.update({f"{name} of step {number}": value.clone()  # which the next step may overwrite
                                  for part in parts for name, value in part.items()})
                 average.update()
-        self.assertEqual([len(graphs), sum(graph.replays for graph in graphs)], [2, REPLAYS] if captured else [0, 0])
+        self.assertEqual(sum(graph.replays for graph in graphs), replays if captured else 0)
         contents.update({f"average {name}": tensor for name, tensor in average.model.state_dict().items()})
         contents.update(model.state_dict(), stream=torch.get_rng_state())
         for player, optimizer in zip(("autoencoder", "discriminator"), optimizers, strict=True):
@@ -158,9 +195,10 @@ class GraphReplay(TrainGroup):
                              optimizer.state_dict()["state"].items() for name, tensor in moments.items()})
         return contents
 
-    def differences(self, *flags, **mistake):
+    def differences(self, *flags, replays=REPLAYS, **mistake):
         """Return the names of the tensors that differ between replayed and eager steps."""
-        run, replayed = (self.trained(captured, *flags, **mistake) for captured in (False, True))
+        run = self.trained(False, *flags, **mistake)
+        replayed = self.trained(True, *flags, replays=replays, **mistake)
         self.assertEqual(run.keys(), replayed.keys())
         self.assertTrue(all(tensor.isfinite().all() for tensor in run.values()))
         return [name for name, tensor in run.items() if not torch.equal(tensor, replayed[name])]
@@ -174,6 +212,7 @@ class GraphReplay(TrainGroup):
                       "--precision bf16", "--networks base --posterior gaussian --precision bf16"):
             with self.subTest(flags=flags):
                 self.assertEqual(self.differences(*flags.split()), [])
+        self.assertEqual(self.cuda.stream.call_args_list, 6 * [mock.call(self.cuda.Stream.return_value)])  # the warm-up
 
     def test_state_loaded_before_the_capture_is_used(self):
         file = io.BytesIO()
@@ -193,6 +232,54 @@ class GraphReplay(TrainGroup):
         self.trained(False, between=save)
         self.assertEqual(self.differences(before=load), [])
 
+    # Captures that fail ----------------------------------------------------------------------------------------------
+
+    def assert_eager_after(self, cause, eager, **options):
+        """Check that a failed capture is reported with its cause, and that eager steps follow, to the bit."""
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            run = self.trained(True, "--posterior", "gaussian", **options)
+        self.assertEqual([name for name, tensor in eager.items() if not torch.equal(tensor, run[name])], [])
+        self.assertRegex(err.getvalue(), rf"\AWARNING: .*capturing a step failed \({cause}\); --no-graph, or .*\n\Z")
+        [generator] = self.cuda.default_generators.values()
+        self.assertEqual(self.cuda.set_stream.call_args_list, [mock.call(self.cuda.current_stream.return_value)])
+        self.assertEqual(generator.graphsafe_set_state.call_args_list, [mock.call(generator.clone_state.return_value)])
+
+    def test_training_goes_on_after_a_capture_that_fails(self):
+        def before(model, optimizer_ae, optimizer_disc):  # reads a number when both players have gradients
+            weight = optimizer_disc.param_groups[0]["params"][0]
+            optimizer_disc.register_step_pre_hook(lambda *_: self.assertTrue(weight.grad.isfinite().all().item()))
+
+        eager = self.trained(False, "--posterior", "gaussian")
+        for stage in ("start", "end", "replay"):
+            self.assert_eager_after(f"CUDA error: {stage} failed", eager, failing=(1, stage), replays=0)
+        self.assert_eager_after("CUDA error: end failed", eager, failing=(2, "end"), replays=FIRST)  # of the other size
+        self.assert_eager_after("aten._local_scalar_dense.default: the CPU would have to wait for the device", eager,
+                                before=before, replays=0)
+
+    def test_a_full_or_busy_gpu_ends_the_run(self):
+        for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+                      RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
+                      RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")):
+            step = mock.Mock(side_effect=[{}] * self.cuda_graph.WARM_UP + [error])
+            with self.subTest(str(error)), cuda_on_the_cpu(self), self.assertRaises(type(error)) as caught:
+                captured = self.cuda_graph.CapturedStep(step)
+                for _ in range(self.cuda_graph.WARM_UP + 1):
+                    captured(torch.zeros(2))
+            self.assertIs(caught.exception, error)
+
+    def test_no_graph_on_other_devices(self):
+        args = self.train.parse_args([])
+        with cuda_on_the_cpu(self):
+            parts = model, *_ = [parts_of_run(self)[index] for index in (1, 5, 6)]
+            for device, hip, capturable, expected in (("cuda", None, True, True), ("cuda", "6.4.43482", True, False),
+                                                      ("cuda", None, False, False), ("mps", None, True, False),
+                                                      ("cpu", None, True, False)):
+                model.capturable = capturable
+                with mock.patch.object(type(model), "device", torch.device(device)), \
+                        mock.patch("torch.version.hip", hip):
+                    step = self.train.build_step(*parts, args)
+                self.assertEqual(isinstance(step, self.train.CapturedStep), expected, (device, hip, capturable))
+
     # What a graph cannot capture, one test each ----------------------------------------------------------------------
 
     def test_float_learning_rate_is_frozen(self):
@@ -200,18 +287,6 @@ class GraphReplay(TrainGroup):
             optimizer_ae.param_groups[0]["lr"] = 1e-3
 
         self.assertEqual(self.first_difference(before=before), 19)  # it drops at step 18; the next values show it
-
-    def test_python_counter_is_frozen(self):
-        def before(model, *optimizers):
-            loss, calls = model.get_loss_autoencoder, []
-
-            def weighted(x, recon_x, z_fake, lambda_):
-                calls.append(x)
-                return loss(x, recon_x, z_fake, lambda_ ** len(calls))
-
-            model.get_loss_autoencoder = weighted
-
-        self.assertEqual(self.first_difference(before=before), 6)  # the second from the graph captured for step 4
 
     def test_gradients_zeroed_outside_are_summed(self):
         def between(number, model, *optimizers):
@@ -222,35 +297,9 @@ class GraphReplay(TrainGroup):
 
         self.assertEqual(self.first_difference(between=between), 7)
 
-    def test_state_loaded_after_the_capture_is_ignored(self):
-        states = []
-
-        def between(number, model, *optimizers):
-            if number == 2:
-                states.extend(copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers)
-            if number == 20:
-                for optimizer in optimizers:
-                    self.optimizers.load_optimizer(optimizer, states.pop(0))
-
-        self.assertEqual(self.first_difference(between=between), 21)
-
     def test_capture_without_warm_up_zeroes_the_moments_at_each_replay(self):
         with mock.patch.object(self.cuda_graph, "WARM_UP", 0):
-            self.assertEqual(self.first_difference(), 2)
-
-    def test_number_read_from_the_device_is_rejected(self):
-        def before(model, *optimizers):
-            loss = model.get_loss_autoencoder
-
-            def with_number(*args):
-                value, values = loss(*args)
-                return value, {**values, "recon_loss": values["recon_loss"].item()}
-
-            model.get_loss_autoencoder = with_number
-
-        self.trained(False, before=before)
-        with self.assertRaisesRegex(self.cli.UserError, r"cannot be captured .*_local_scalar_dense"):
-            self.trained(True, before=before)
+            self.assertEqual(self.first_difference(replays=STEPS), 2)
 
     def test_operations_that_cuda_rejects_are_rejected(self):
         x, mask = torch.zeros(3), torch.ones(3, dtype=torch.bool)

@@ -1,13 +1,14 @@
-"""TensorBoardLogger and atomic files."""
+"""TensorBoardLogger and the files of a run."""
 
 import json
+import os
 from unittest import mock
 
 import numpy as np
 import torch
 
-import training.files as files
 from tests.common import read_events
+from training import cli, files
 from unittests import Group
 
 __unittest = True
@@ -34,14 +35,32 @@ class Logging(Group):
         self.assertEqual([step for step, _ in points], [step for step, _ in expected])
         np.testing.assert_allclose([value for _, value in points], [value for _, value in expected], rtol=1e-6)
 
-    def test_state_carries_the_open_window(self):
-        logger, other = (self.utils.TensorBoardLogger(self.writer, avg_window=4, name="part") for _ in range(2))
-        for i in range(3):
-            logger.add_values({"value": torch.tensor(float(i))})
-        other.load_state_dict(json.loads(json.dumps(logger.state_dict())))
-        other.add_values({"value": 7})
-        self.assertEqual(other.global_step, 4)
-        self.assert_points("part/value", [(4, 2.5)])
+    def test_a_restored_logger_continues_to_the_bit(self):
+        values = [torch.rand(()) for _ in range(9)]
+        for stop in range(9):
+            logger, other, whole = (self.utils.TensorBoardLogger(mock.MagicMock(), avg_window=4) for _ in range(3))
+            for number, value in enumerate(values):
+                if number == stop:
+                    other.load_state_dict(json.loads(json.dumps(logger.state_dict())))
+                whole.add_values({"value": value})
+                (logger if number < stop else other).add_values({"value": value})
+            self.assertEqual((other.global_step, other.end_epoch()), (9, whole.end_epoch()))
+            points = [*logger.summary_writer.add_scalar.call_args_list, *other.summary_writer.add_scalar.call_args_list]
+            self.assertEqual(points, whole.summary_writer.add_scalar.call_args_list)
+
+    def test_means_of_epochs_whatever_the_window(self):
+        logger = self.utils.TensorBoardLogger(self.writer, avg_window=4)
+        for epoch in (0, 1):
+            for i in range(7):
+                logger.add_values({"always": epoch + i} if i % 2 else {"always": epoch + i, "seldom": 2.0})
+            self.assertEqual(logger.end_epoch(), {"always": epoch + 3.0, "seldom": 2.0})
+        self.assertEqual(logger.latest, {"always": 3.5, "seldom": 2.0})  # of steps 9 to 12
+
+    def test_values_of_a_step_may_be_overwritten_by_the_next(self):  # as a replayed CUDA graph does
+        logger, value = self.utils.TensorBoardLogger(self.writer), torch.zeros(())
+        for step in range(50):
+            logger.add_values({"loss": value.fill_(step)})
+        self.assert_points("loss", [(50, 24.5)])
 
     def test_means_of_windows(self):
         logger = self.utils.TensorBoardLogger(self.writer, avg_window=4, name="part")
@@ -64,18 +83,12 @@ class Logging(Group):
         self.assert_points("always", [(4, 1.5)])
         self.assert_points("seldom", [(4, 10)])
 
-    def test_default_window_is_50(self):
-        logger = self.utils.TensorBoardLogger(self.writer)
-        for i in range(120):
-            logger.add_values({"i": i})
-        self.assert_points("i", [(50, 24.5), (100, 74.5)])
-
     def test_values_are_read_once_per_window(self):
         logger = self.utils.TensorBoardLogger(self.writer)
-        with mock.patch.object(self.utils, "to_numbers", wraps=self.utils.to_numbers) as to_numbers:
+        with mock.patch.object(self.utils, "on_cpu", wraps=self.utils.on_cpu) as on_cpu:
             for _ in range(120):
                 logger.add_values({"loss": torch.ones((), device="cpu"), "accuracy": torch.ones(())})
-        self.assertEqual(to_numbers.call_count, 2)
+        self.assertEqual(on_cpu.call_count, 2)
 
     def test_any_shape_and_precision_of_a_scalar(self):
         values = {"a": torch.ones(1), "b": torch.ones((), dtype=torch.float64), "c": torch.tensor(1),
@@ -96,7 +109,45 @@ class Logging(Group):
         self.assertEqual(path.with_name("old").read_bytes(), b"zeroth")
         path.with_name("old").unlink()
         with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")), \
-                self.assertRaises(OSError) as caught:
+                self.assertRaisesRegex(cli.UserError, f"{path} cannot be written: No space left on device; free disk"):
             files.write_atomically(path, b"second")
-        self.assertEqual(caught.exception.filename, str(path))
         self.assertEqual([(file.name, file.read_bytes()) for file in path.parent.iterdir()], [("file", b"first")])
+
+    def test_a_folder_that_cannot_be_synced(self):  # shared folders of virtual machines, CIFS
+        path, fsync, is_folder = self.folder() / "file", os.fsync, []
+
+        def refuse(descriptor):
+            is_folder.append(os.path.samestat(os.fstat(descriptor), os.stat(path.parent)))
+            if is_folder[-1]:
+                raise OSError(22, "Invalid argument")
+            fsync(descriptor)
+
+        with mock.patch("os.fsync", refuse):
+            files.write_atomically(path, b"content")
+        self.assertEqual((path.read_bytes(), is_folder), (b"content", [False, True] if os.name != "nt" else [False]))
+
+    def test_a_rename_that_is_refused_once_is_tried_again(self):  # on Windows, while another program reads the file
+        path, rename, refusals = self.folder() / "file", os.replace, [PermissionError(13, "Access is denied")]
+
+        def replace(*args):
+            if refusals:
+                raise refusals.pop()
+            rename(*args)
+
+        with mock.patch("os.replace", replace):
+            files.write_atomically(path, b"content")
+        self.assertEqual((path.read_bytes(), refusals), (b"content", []))
+        with mock.patch("os.replace", side_effect=PermissionError(13, "Access is denied")), \
+                mock.patch("time.monotonic", side_effect=range(100)), \
+                self.assertRaisesRegex(cli.UserError, "Access is denied"):
+            files.write_atomically(path, b"other")
+
+    def test_errors_of_other_files_pass_through(self):
+        run = self.folder() / "run"
+        for error, caught in ((OSError(28, "No space left on device"), True),
+                              (FileNotFoundError(2, "No such file", str(run / "x")), True),
+                              (FileNotFoundError(2, "No such file", str(run.with_name("run2"))), False),
+                              (FileNotFoundError(2, "No such file", "students.txt"), False)):
+            with self.subTest(str(error)), self.assertRaises(cli.UserError if caught else FileNotFoundError), \
+                    files.writing(run):
+                raise error

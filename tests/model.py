@@ -89,7 +89,7 @@ class Promises(ModelGroup):
             for codes, repeated in ((z, again), evaluated):
                 self.assertEqual(torch.equal(codes, repeated), posterior == "deterministic", posterior)
         self.assertRaises(KeyError, self.models.AdversarialAE, posterior="normal")
-        self.assertRaises(ValueError, self.models.AdversarialAE, networks="other")
+        self.assertRaises(KeyError, self.models.AdversarialAE, networks="other")
 
     def test_gaussian_codes_have_the_networks_mean_and_variance(self):
         encoder = self.models.ENCODERS["gaussian"](2)

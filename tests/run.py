@@ -1,24 +1,18 @@
-"""Whole runs."""
+"""Whole runs of main."""
 
 import contextlib
 import io
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import unittest
 from argparse import Namespace
 from unittest import mock
 
 import numpy as np
 import torch
-import torch.nn as nn
 
-import training.folder
 from tests.common import TrainGroup, read_events, read_png
-from unittests import HERE, images_like_mnist, same
+from training.checkpoint import create_run_folder
+from unittests import images_like_mnist, same
 
 __unittest = True
 
@@ -29,67 +23,53 @@ class WholeRun(TrainGroup):
     needs = (*TrainGroup.needs, "evaluation.metrics")
 
     def test_everything_is_written(self):
-        run, state = self.train_quietly("--epochs", "6", "--z_dim", "3")
+        from tensorboard.plugins.hparams import plugin_data_pb2
+
+        run, weights = self.train_quietly("--epochs", "6", "--z_dim", "3")
         self.assertRegex(run.name, r"\A\d{4}(_\d\d){5}\Z")
-        self.assertEqual({file.name for file in (run / "results/Prior_samples").iterdir()},
-                         {f"samples_epoch_{epoch}.png" for epoch in range(7)})
-        self.assertEqual({file.name for file in (run / "results/Reconstruction").iterdir()},
-                         {f"reconstruction_{epoch}.png" for epoch in (0, 1, 5)})
-        self.models.AdversarialAE(z_dim=3).load_state_dict(state)
+        for folder, name, epochs in (("Prior_samples", "samples_epoch", range(7)),
+                                     ("Reconstruction", "reconstruction", (0, 1, 5))):
+            self.assertEqual({file.name for file in (run / "results" / folder).iterdir()},
+                             {f"{name}_{epoch}.png" for epoch in epochs})
+        self.assertEqual([file.name for file in run.rglob("*.tmp")], [])
+        self.assertEqual(len(list(run.rglob("events.out.tfevents.*"))), 1)
         events = read_events(run)
-        expected = {"generator/gen_loss", "generator/recon_loss", "generator/ae_loss", "discriminator/disc_loss",
-                    "discriminator/loss_real", "discriminator/loss_fake", "discriminator/accuracy"}
-        self.assertLessEqual(expected, set(events.Tags()["scalars"]))
-        for tag in expected:  # 12 steps, fewer than a window
-            self.assertEqual([event.step for event in events.Scalars(tag)], [12])
+        for tag in ("generator/gen_loss", "generator/recon_loss", "generator/ae_loss", "discriminator/disc_loss",
+                    "discriminator/loss_real", "discriminator/loss_fake", "discriminator/accuracy"):
+            self.assertEqual([event.step for event in events.Scalars(tag)], [12])  # fewer steps than a window
         self.assertEqual([event.step for event in events.Images("samples")], list(range(7)))
         self.assertEqual([event.step for event in events.Images("reconstructions")], [0, 1, 5])
-        settings = json.loads((run / "hparams.json").read_text())
-        self.assertEqual((settings["z_dim"], settings["lambda_"], settings["trained_on"], settings["fallback"]),
-                         (3, 0.995, "digits", None))
-        self.assertEqual([file.name for file in run.rglob("*.tmp")], [])
-
-    def outputs_on_test_images(self, state):
-        """Return test images, labels, reconstructions and codes of a 3-dimensional model with these weights."""
-        images, labels = self.mnist.load_digits(train=False)
-        model = self.models.AdversarialAE(z_dim=3).eval()
-        model.load_state_dict(state)
-        with torch.no_grad():
-            return images, labels, *model(images)
-
-    def test_metrics_of_test_images_are_logged(self):
-        run, state = self.train_quietly("--epochs", "6", "--z_dim", "3")
-        images, _, recon_x, codes = self.outputs_on_test_images(state)
-        events = read_events(run)
         for tag in ("test/recon_loss", "test/ks_distance"):
             self.assertEqual([event.step for event in events.Scalars(tag)], [0, 1, 5])
         for dimension in range(3):
             histograms = events.Histograms(f"codes/{dimension}")
             self.assertEqual([(event.step, event.histogram_value.num) for event in histograms], [(1, 299), (5, 299)])
+        content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+        settings = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+        self.assertEqual((settings["z_dim"].number_value, settings["posterior"].string_value), (3, "deterministic"))
+        settings = json.loads((run / "hparams.json").read_text())
+        self.assertEqual((settings["z_dim"], settings["lambda_"], settings["trained_on"], settings["fallback"]),
+                         (3, 0.995, "digits", None))
+        self.check_final_measurements(events, run, weights)
+
+    def check_final_measurements(self, events, run, weights):
+        """Compare the results on test images, and the projector's files, with those of a model with these weights."""
+        images, labels = self.mnist.load_digits(train=False)
+        model = self.models.AdversarialAE(z_dim=3).eval()
+        model.load_state_dict(weights)
+        with torch.no_grad():
+            recon_x, codes = model(images)
         [loss], [distance] = events.Scalars("final/test_recon_loss"), events.Scalars("final/test_ks_distance")
         self.assertEqual((loss.step, distance.step), (6, 6))
         self.check_close(loss.value, (recon_x - images).square().mean(),
                          "the reconstruction loss of the test images is wrong", 1e-4)
         self.check_close(distance.value, self.metrics.ks_distance(codes), "the KS distance is wrong", 1e-4)
-
-    def test_settings_and_results_are_in_the_same_run(self):
-        from tensorboard.plugins.hparams import plugin_data_pb2
-
-        run, _ = self.train_quietly("--epochs", "1", "--z_dim", "3")
-        self.assertEqual(len(list(run.rglob("events.out.tfevents.*"))), 1)
-        content = read_events(run).SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-        settings = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
-        self.assertEqual((settings["z_dim"].number_value, settings["posterior"].string_value), (3, "deterministic"))
-
-    def test_projector_has_codes_pictures_and_labels(self):
-        run, state = self.train_quietly("--epochs", "1", "--z_dim", "3")
-        images, labels, _, codes = self.outputs_on_test_images(state)
-        folder = run / "00001" / "codes"
+        folder = run / "00006" / "codes"
         np.testing.assert_allclose(np.loadtxt(folder / "tensors.tsv"), codes, rtol=1e-3, atol=1e-4)
         self.assertEqual((folder / "metadata.tsv").read_text().split(), [str(label) for label in labels.tolist()])
         sprite = read_png(folder / "sprite.png")
         np.testing.assert_allclose(sprite[:28, 28:56], 127.5 * (images[1, 0] + 1), atol=1.5)
-        self.assertIn("00001/codes/tensors.tsv", (run / "projector_config.pbtxt").read_text())
+        self.assertIn("00006/codes/tensors.tsv", (run / "projector_config.pbtxt").read_text())
 
     def test_projector_of_two_dimensions_has_a_third(self):  # without it, TensorBoard shows nothing
         run, _ = self.train_quietly("--epochs", "1", "--z_dim", "2")
@@ -118,9 +98,8 @@ class WholeRun(TrainGroup):
     def test_deterministic_kernels_are_set_per_run(self):
         self.addCleanup(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
         for flags in (["--deterministic"], []):
-            run, _ = self.train_quietly("--epochs", "1", *flags)
-            self.assertEqual(json.loads((run / "hparams.json").read_text())["deterministic"],
-                             torch.are_deterministic_algorithms_enabled())
+            self.parts(*flags)
+            self.assertEqual(torch.are_deterministic_algorithms_enabled(), bool(flags))
 
     def test_inputs_of_reconstructions_stay_the_same_and_have_all_labels(self):
         run, _ = self.train_quietly("--epochs", "1")
@@ -141,54 +120,15 @@ class WholeRun(TrainGroup):
         self.assertEqual(len(losses), 3)
         self.assertLess(losses[2], 0.12, f"reconstruction losses of three epochs: {losses}")
 
-    def test_same_seed_same_bits(self):
-        runs = [self.train_quietly("--epochs", "2", "--seed", seed)[1] for seed in ("3", "3", "4")]
-        self.assertTrue(same(runs[0], runs[1]), "two runs with the same seed have different weights")
-        self.assertFalse(same(runs[0], runs[2]), "two seeds give the same weights")
+    def test_seed_and_drop_of_the_rate_determine_the_weights(self):
+        def weights(*flags):
+            return self.train_quietly("--epochs", "2", *flags)[1]
 
-    def test_pictures_do_not_affect_training(self):
-        _, with_pictures = self.train_quietly("--epochs", "2")
-        with mock.patch.object(self.train, "generate_and_save"), mock.patch.object(self.train, "save_reconstruction"):
-            _, without = self.train_quietly("--epochs", "2")
-        self.assertTrue(same(with_pictures, without))
-
-    def test_recommended_optimizers(self):
-        args = self.train.parse_args([])
-        optimizer_ae, optimizer_disc = self.train.build_optimizers(self.models.AdversarialAE(), args)
-        self.assertIsInstance(optimizer_ae, torch.optim.Adam)
-        self.assertIsInstance(optimizer_disc, torch.optim.SGD)
-        adam, sgd = optimizer_ae.defaults, optimizer_disc.defaults
-        self.assertEqual((adam["lr"], adam["betas"][0], sgd["lr"], sgd["momentum"]), (1e-3, 0.5, 5e-3, 0.95))
-        self.assertEqual(args.averaging, 0.999)
-
-    def test_discriminators_gradient_is_clipped(self):
-        model, x = self.models.AdversarialAE(), images_like_mnist(16)
-        nn.init.constant_(model.discriminator.net[-1].weight, 10.0)
-        optimizers = self.train.build_optimizers(model, self.train.parse_args(["--d_momentum", "0"]))
-        before = nn.utils.parameters_to_vector(model.discriminator.parameters()).clone()
-        self.train.train_step(model, *optimizers, 0.5, x)
-        moved = (nn.utils.parameters_to_vector(model.discriminator.parameters()) - before).norm()
-        self.check_close(moved, 5e-3 * self.train.MAX_GRAD_NORM,
-                         "a large gradient of the discriminator is not clipped", 1e-4)
-
-    def test_rate_drops_after_the_epochs_of_the_flag(self):
-        for on_device in (False, True):  # on CUDA, the rate is a tensor that a captured graph reads
-            args = self.train.parse_args(["--drop_after", "10"])
-            optimizer, _ = self.train.build_optimizers(self.models.AdversarialAE(), args)
-            if on_device:
-                optimizer.param_groups[0]["lr"] = torch.tensor(args.ae_lr)
-            before = optimizer.param_groups[0]["lr"]
-            for epoch, expected in ((1, 1e-3), (10, 1e-3), (11, 1e-4), (40, 1e-4)):
-                self.train.set_learning_rate(optimizer, epoch, args)
-                self.check_close(1e3 * optimizer.param_groups[0]["lr"], 1e3 * expected,
-                                 f"the learning rate of epoch {epoch} is wrong")
-            self.assertTrue(not on_device or optimizer.param_groups[0]["lr"] is before)
-        self.train.set_learning_rate(optimizer, 1000, self.train.parse_args(["--drop_after", "0"]))
-        self.check_close(1e3 * optimizer.param_groups[0]["lr"], 1, "the learning rate drops with --drop_after 0")
-
-    def test_rate_drops_in_a_run(self):
-        runs = [self.train_quietly("--epochs", "2", "--drop_after", str(after))[1] for after in (1, 2)]
-        self.assertFalse(same(*runs), "--drop_after does not affect the second epoch")
+        reference = weights("--seed", "3")
+        self.assertTrue(same(reference, weights("--seed", "3")), "two runs with the same seed have different weights")
+        self.assertFalse(same(reference, weights("--seed", "4")), "two seeds give the same weights")
+        self.assertFalse(same(reference, weights("--seed", "3", "--drop_after", "1")),
+                         "--drop_after does not affect the second epoch")
 
     def test_namespace_of_the_assignments_flags_alone(self):
         args = Namespace(z_dim=2, batch_size=64, lambda_=1.0, ae_lr=1e-3, d_lr=5e-3, data_dir=str(self.folder()),
@@ -224,41 +164,4 @@ class WholeRun(TrainGroup):
 
     def test_two_runs_in_one_second_have_two_folders(self):
         log_dir = self.folder()
-        self.assertNotEqual(*(training.folder.create_run_folder(log_dir) for _ in range(2)))
-
-    def test_closed_standard_output_does_not_end_a_run(self):
-        log_dir = self.folder()
-        command = [sys.executable, str(HERE / "train.py"), "--dataset", "digits", "--epochs", "1", "--no-cuda",
-                   "--log_dir", str(log_dir)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            process.stdout.close()
-            err = process.stderr.read()
-        self.assertEqual((process.returncode, err), (0, ""))
-        self.assertEqual(len(list(log_dir.glob("*/checkpoints/model_checkpoint.pt"))), 1)
-
-    @unittest.skipIf(os.name == "nt", "Windows has no SIGINT to send")
-    def test_interrupted_run_leaves_everything_readable(self):
-        log_dir = self.folder()
-        command = [sys.executable, str(HERE / "train.py"), "--dataset", "digits", "--epochs", "1000", "--no-cuda",
-                   "--log_dir", str(log_dir)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            try:
-                for line in process.stdout:
-                    if line.startswith("epoch 2"):
-                        process.send_signal(signal.SIGINT)
-                        break
-                _, err = process.communicate(timeout=60)
-            finally:
-                process.kill()
-        run, = log_dir.iterdir()
-        self.assertEqual(process.returncode, 130, err)
-        self.assertRegex(err, rf"stopped by SIGINT after \d+ epochs and \d+ steps; resume it with: "
-                              rf"python .*train.py --resume {run}")
-        weights = torch.load(run / "checkpoints/model_checkpoint.pt", weights_only=True)
-        self.models.AdversarialAE().load_state_dict(weights)
-        events = read_events(run)
-        self.assertGreaterEqual(len(events.Images("samples")), 2)
-        self.assertGreaterEqual(events.Scalars("generator/recon_loss")[-1].step, 48)
-        pictures = list((run / "results").rglob("*"))
-        self.assertGreaterEqual(len([read_png(file) for file in pictures if file.is_file()]), 4)
-        self.assertEqual([file for file in pictures if file.suffix == ".tmp"], [])
+        self.assertNotEqual(*(create_run_folder(log_dir) for _ in range(2)))

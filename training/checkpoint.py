@@ -1,7 +1,7 @@
-"""The training state, everything that a resume needs, in one file: <run>/checkpoints/training_state.pt.
+"""A run's folder, and its training state: everything that a resume needs, in <run>/checkpoints/training_state.pt.
 
-It is written atomically, and the previous one is kept as training_state.previous.pt. model_checkpoint.pt, in the same
-folder, has only the averaged weights, for other uses.
+The state is written atomically, and the previous one is kept as training_state.previous.pt. model_checkpoint.pt, in the
+same folder, has only the averaged weights, for other uses.
 """
 
 import io
@@ -9,33 +9,40 @@ import os
 import re
 import time
 import zipfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 
 import torch
 
-from training.cli import UserError
-from training.files import sync, write_atomically
+from training.cli import UserError, shell_command, warn
+from training.files import replace, write_atomically
 
-FORMAT = "adversarial autoencoder, training state 2"
-OLD_FORMAT = "adversarial autoencoder, training state 1"  # without averaged weights
+try:
+    import fcntl
+except ImportError:  # Windows: runs are not locked there
+    fcntl = None
+
+FORMAT = "adversarial autoencoder, training state 3"
 CURRENT, PREVIOUS, WEIGHTS = "training_state.pt", "training_state.previous.pt", "model_checkpoint.pt"
-PICTURES = {"results/Prior_samples": "samples_epoch_{}.png", "results/Reconstruction": "reconstruction_{}.png"}
-PROJECTOR_FILES = ("tensors.tsv", "metadata.tsv", "sprite.png")  # SummaryWriter.add_embedding's, in <step>/codes/
 EVENT_FILE = re.compile(r"events\.out\.tfevents\.\d+\..+\.\d+\.\d+")  # of SummaryWriter: time, host, process, number
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be read, or a run that cannot be resumed."""
 
 
+# Training states -----------------------------------------------------------------------------------------------------
+
 def save_state(run, state, weights, keep=True):
     """Save the training state, a dict of tensors, numbers, strings, lists and dicts, and the averaged `weights`.
 
-    If `keep`, the current state becomes the previous one; otherwise it is overwritten.
+    If `keep`, the current state becomes the previous one; otherwise it is overwritten. Raises UserError if a file
+    cannot be written.
     """
     folder = Path(run) / "checkpoints"
-    state = {"format": FORMAT, "events": sync_event_files(run), "saved": time.time(), **state}
+    state = {"format": FORMAT, "events": sync_event_files(run), **state}
     write_atomically(folder / CURRENT, serialize(state), keep=folder / PREVIOUS if keep else None)
     write_atomically(folder / WEIGHTS, serialize(weights))
 
@@ -62,12 +69,9 @@ def load_state(resume):
 def read_state(path):
     """Return the training state in a file; raise CheckpointError if it is damaged or not a training state."""
     state = load_checked(path)
-    if isinstance(state, dict) and state.get("format") == OLD_FORMAT:
-        raise CheckpointError(f"{path} is from an older version of the program, without averaged weights, and cannot "
-                              f"be resumed; start a new run (python -m evaluation still accepts this one)")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a training state of this version of the program; name a {CURRENT}, not "
-                              f"a {WEIGHTS}")
+        raise CheckpointError(f"{path} is not a training state of this version of the program; name a {CURRENT} of "
+                              f"this version, or start a new run")
     return {**state, "path": str(path)}
 
 
@@ -96,19 +100,14 @@ def serialize(value):
     return content.getvalue()
 
 
-# Files that the program has written to a run's folder, identified by their full names ---------------------------------
-
 def rewind(run, state):
-    """Rewind a run to the moment when a training state was saved: remove everything it has written since then.
+    """Rewind a run to the moment when a training state was saved: remove the events that it has logged since then.
 
-    Other files in the folder are not touched.
+    A resumed run writes everything else again. Other files in the folder are not touched.
     """
-    run = Path(run)
-    current = run / "checkpoints" / CURRENT
+    current = Path(run) / "checkpoints" / CURRENT
     if os.path.abspath(state["path"]) != os.path.abspath(current):
-        os.replace(state["path"], current)
-    remove_files([*temporary_files(run), *pictures_after(run, state["epoch"])])
-    remove_projector(run)
+        replace(state["path"], current)
     for file in event_files(run):
         if file.name not in state["events"]:
             file.unlink()
@@ -116,60 +115,87 @@ def rewind(run, state):
             os.truncate(file, state["events"][file.name])
 
 
-def remove_unstarted(run):
-    """Remove the folder of a new run that ended before its first checkpoint, unless it contains other files."""
-    run = Path(run)
-    remove_files([*temporary_files(run), *pictures_after(run, -1), *event_files(run)])
-    remove_files([run / "hparams.json", run / ".lock"])
-    for folder in (*(run / name for name in PICTURES), run / "results", run / "checkpoints", run):
-        remove_if_empty(folder)
-
-
-def temporary_files(run):
-    """Return the temporary files that `write_atomically` may have left behind when the run was killed."""
-    files = [run / "hparams.json", *(run / "checkpoints" / name for name in (CURRENT, WEIGHTS))]
-    return [*(file.with_name(file.name + ".tmp") for file in files), *pictures_after(run, -1, ".tmp")]
-
-
-def pictures_after(run, epoch, ending=""):
-    """Return the files of the run's pictures of later epochs."""
-    files = []
-    for folder, name in PICTURES.items():
-        for file in (run / folder).glob(name.format("*") + ending):
-            before, after = (name + ending).split("{}")
-            number = file.name[len(before):-len(after)]
-            if number.isdecimal() and str(int(number)) == number and int(number) > epoch:
-                files.append(file)
-    return files
-
-
-def remove_projector(run):
-    """Remove the test codes that a finished run has written for TensorBoard's projector."""
-    for folder in run.glob("[0-9][0-9][0-9][0-9][0-9]/codes"):
-        remove_files(folder / name for name in PROJECTOR_FILES)
-        remove_if_empty(folder)
-        remove_if_empty(folder.parent)
-    remove_files([run / "projector_config.pbtxt"])
-
-
 def event_files(run):
     return [file for file in Path(run).glob("events.out.tfevents.*") if EVENT_FILE.fullmatch(file.name)]
-
-
-def remove_files(files):
-    for file in files:
-        if file.is_file():
-            file.unlink()
-
-
-def remove_if_empty(folder):
-    with suppress(OSError):  # it is not empty, or does not exist
-        folder.rmdir()
 
 
 def sync_event_files(run):
     """Force the run's event files to disk and return their sizes in bytes."""
     files = event_files(run)
-    for file in files:
-        sync(file)
-    return {file.name: file.stat().st_size for file in files}
+    for path in files:
+        with open(path, "ab") as file:
+            os.fsync(file.fileno())
+    return {path.name: path.stat().st_size for path in files}
+
+
+# A run's folder ------------------------------------------------------------------------------------------------------
+
+def create_run_folder(log_dir):
+    """Create <log_dir>/<YYYY_mm_dd_HH_MM_SS>/ and return its path. If it exists, wait for the next second."""
+    while True:
+        run = Path(log_dir) / datetime.now().strftime("%Y_%m_%d_%H_%M_%S")
+        try:
+            run.parent.mkdir(parents=True, exist_ok=True)
+            run.mkdir()
+            return run
+        except FileExistsError:
+            if not run.is_dir():
+                raise UserError(f"{log_dir} is not a folder; choose another one with --log_dir") from None
+            time.sleep(0.1)
+        except OSError as error:
+            raise UserError(f"no folder can be created in {log_dir}: {error.strerror}; choose another one with "
+                            f"--log_dir, or free disk space or check the permissions there") from None
+
+
+def run_folder(resume):
+    """Return the run's folder, given that folder or one of its training states."""
+    path = Path(resume)
+    if path.is_dir():
+        if not has_state(path):
+            raise CheckpointError(f"{path} cannot be resumed, because it has no checkpoints/{CURRENT}; name another "
+                                  f"run's folder, or start a new run")
+        return path
+    folder = Path(os.path.abspath(path)).parent
+    if path.is_file() and folder.name == "checkpoints" and path.name in (CURRENT, PREVIOUS):
+        return folder.parent
+    raise CheckpointError(f"{path} is not a run; name a run's folder, or the {CURRENT} or {PREVIOUS} in its "
+                          f"checkpoints/")
+
+
+def has_state(run):
+    """Return whether a run has saved a training state."""
+    return any((Path(run) / "checkpoints" / name).exists() for name in (CURRENT, PREVIOUS))
+
+
+def latest_run(log_dir):
+    """Return the folder of the run in `log_dir` that was saved last; raise CheckpointError if there is none."""
+    states = [state for name in (CURRENT, PREVIOUS) for state in Path(log_dir).glob(f"*/checkpoints/{name}")]
+    if not states:
+        raise CheckpointError(f"{log_dir} has no run to resume; name the run's folder, or set --log_dir")
+    return max(states, key=lambda state: state.stat().st_mtime).parent.parent
+
+
+def resume_hint(run):
+    """Return a clause on how to resume a run."""
+    if not has_state(run):
+        return "it had no checkpoint yet, so start a new run"
+    train = TRAIN
+    with suppress(ValueError):  # on Windows, if it is on another drive
+        train = os.path.relpath(TRAIN)
+    return f"resume it with: {shell_command('python', str(train), '--resume', str(run))}"
+
+
+@contextmanager
+def locked(run):
+    """Lock a run; raise CheckpointError if another process has locked it. The lock ends with the process."""
+    if fcntl is None:
+        yield
+        return
+    with open(Path(run) / ".lock", "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{run} is in use by another process; wait until it ends, or stop it") from None
+        except OSError as error:  # a file system without locks
+            warn(f"{run} cannot be locked ({error.strerror}); make sure that no other process resumes it")
+        yield

@@ -5,7 +5,9 @@ import contextlib
 import math
 import os
 import re
+import shlex
 import signal
+import subprocess
 import sys
 import threading
 
@@ -71,6 +73,8 @@ def number(convert, low, high=2**31 - 1):
     return parse
 
 
+# Messages ------------------------------------------------------------------------------------------------------------
+
 def print_line(text, stream=None):
     """Print a line; if that fails, as with a closed pipe or a full disk, continue without output."""
     stream = stream or sys.stdout
@@ -84,52 +88,50 @@ def warn(text):
     print_line(f"WARNING: {text}", sys.stderr)
 
 
-def duration(seconds):
-    """Format seconds, for example as 1 h 02 min 03 s."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min {seconds:02} s" if hours else f"{minutes} min {seconds:02} s"
+def shell_command(*words):
+    """Return a command as a user types it in the system's shell, with quotes where they are needed."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
-def run_program(program, main, parse, argv, memory_advice, disk_advice="free disk space or check the permissions"):
+# The frame of every program ------------------------------------------------------------------------------------------
+
+def run_program(program, main, parse, argv, memory_advice):
     """Run `main(parse(argv))` and return the exit status; report user errors in one sentence."""
-    with silent_writer_threads():
-        try:
-            main(parse(argv))
-            return 0
-        except RunStopped as stopped:
-            print_line(f"\n{stopped}", sys.stderr)
-            return 128 + stopped.signum
-        except KeyboardInterrupt as interruption:
-            print_line(f"\n{str(interruption) or 'interrupted'}", sys.stderr)
-            return 128 + signal.SIGINT
-        except Exception as error:
-            return report_error(program, error, memory_advice, disk_advice)
-
-
-@contextlib.contextmanager
-def silent_writer_threads():
-    """Hide OSErrors, such as a full disk, of TensorBoard's thread: its writer raises them in the main thread, too."""
-    before = threading.excepthook
-
-    def hook(failure):
-        if not issubclass(failure.exc_type, OSError):
-            before(failure)
-
-    threading.excepthook = hook
+    prepare_streams()
+    threading.excepthook = hide_os_error
     try:
-        yield
-    finally:
-        threading.excepthook = before
+        main(parse(argv))
+        return 0
+    except RunStopped as stopped:
+        print_line(f"\n{stopped}", sys.stderr)
+        return 128 + stopped.signum
+    except KeyboardInterrupt as interruption:
+        print_line(f"\n{str(interruption) or 'interrupted'}", sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        return report_error(program, error, memory_advice)
 
 
-def report_error(program, error, memory_advice, disk_advice):
+def prepare_streams():
+    """Let no message end a program: discard those to a missing stream, and escape characters that it cannot encode."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell, or pythonw on Windows
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (it stays open)
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def hide_os_error(failure):
+    """Replace threading.excepthook: TensorBoard's thread fails on a full disk, and its writer raises that again."""
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
+
+
+def report_error(program, error, memory_advice):
     """Print what is wrong and what to do in one sentence, and return the exit status; re-raise programming errors."""
-    status = getattr(error, "status", 1)
     if isinstance(error, (UserError, DataError)):  # two classes, as mnist.py imports nothing of the project
         message = str(error)
-    elif isinstance(error, OSError):
-        message = f"{error.filename or 'a file'} cannot be written: {error.strerror}; {disk_advice}"
     elif gpu_is_taken(error):
         message = gpu_memory_message(memory_advice)
     elif isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "allocate memory" in str(error):
@@ -137,7 +139,7 @@ def report_error(program, error, memory_advice, disk_advice):
     else:
         raise error
     print_line(f"{program}: error: {message}", sys.stderr)
-    return status
+    return getattr(error, "status", 1)
 
 
 def gpu_is_taken(error):

@@ -1,4 +1,4 @@
-"""The training and test data of a run, and batches that report each step."""
+"""The training and test data of a run."""
 
 from typing import NamedTuple
 
@@ -19,13 +19,13 @@ class Data(NamedTuple):
     test_labels: torch.Tensor | None
 
 
-def load_data(args, device, settings=None):
-    """Return the Data that the flags specify, or, given a resumed run's `settings`, the Data of that run."""
-    loader, name, warning = load_training_set(args, device, settings)
+def load_data(args, device, resumed=None):
+    """Return the Data that the flags specify, or, given a resumed run's training state, the Data of that run."""
+    loader, name, warning = load_training_set(args, device, resumed and resumed["settings"])
     return Data(loader, name, warning, one_of_each_label(loader.dataset), *load_test_set(args, name, device))
 
 
-def load_training_set(args, device, settings=None):
+def load_training_set(args, device, settings):
     """Return the loader, the data set's name, and a warning if the bundled digits replace MNIST, else None."""
     dataset, warning = (settings["trained_on"], settings["fallback"]) if settings else (args.dataset, None)
     if dataset == "digits":
@@ -54,22 +54,3 @@ def one_of_each_label(dataset):
     """Return the first image of each label of a TensorDataset, in the order of the labels."""
     images, labels = dataset.tensors
     return torch.stack([images[(labels == label).nonzero()[0, 0]] for label in labels.unique()])
-
-
-class Batches:
-    """Wraps a loader for any train_aae, and calls `after_step` when the step on a batch is done."""
-
-    def __init__(self, loader, after_step):
-        self.loader = loader
-        self.after_step = after_step
-
-    def __len__(self):
-        return len(self.loader)
-
-    def __iter__(self):
-        for batch in self.loader:
-            yield batch
-            self.after_step()  # runs when the next batch is requested
-
-    def __getattr__(self, name):
-        return getattr(self.loader, name)

@@ -1,11 +1,31 @@
-"""Atomic writing of files, and images as files."""
+"""Files of a run: written atomically; images as PNG files."""
 
+import contextlib
+import errno
 import io
 import os
-from contextlib import suppress
+import time
 from pathlib import Path
 
 from torchvision.utils import make_grid
+
+from training.cli import UserError
+
+ADVICE = "free disk space, check the permissions, or choose another folder"
+FULL = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EIO", "EROFS", "EFBIG") if hasattr(errno, name)}
+
+
+@contextlib.contextmanager
+def writing(folder):
+    """Raise UserError for errors of writing to a folder: of a file in it, or of the disk. Other errors pass through."""
+    try:
+        yield
+    except OSError as error:
+        path = os.fsdecode(error.filename) if error.filename else str(folder)
+        inside = error.filename and Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
+        if not inside and error.errno not in FULL:
+            raise
+        raise UserError(f"{path} cannot be written: {error.strerror}; {ADVICE}") from None
 
 
 def write_atomically(path, content, keep=None):
@@ -13,7 +33,7 @@ def write_atomically(path, content, keep=None):
 
     The previous content is kept as the file `keep`, if given. The file's folder is created if it is missing, but not
     the folder's parent: a run's folder that somebody has removed does not come back incomplete.
-    Raises OSError with the path as its `filename`.
+    Raises UserError if the file cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -24,20 +44,32 @@ def write_atomically(path, content, keep=None):
             file.flush()
             os.fsync(file.fileno())
         if keep and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
-        sync(path.parent)
+            replace(path, keep)
+        replace(temporary, path)
+        sync_folder(path.parent)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise UserError(f"{path} cannot be written: {error.strerror}; {ADVICE}") from None
     finally:
-        with suppress(OSError):  # exists only if something failed
+        with contextlib.suppress(OSError):  # exists only if something failed
             temporary.unlink()
 
 
-def sync(path):
-    """Force a file, or the names in a folder, to disk (fsync). Does nothing on Windows, which cannot sync folders."""
-    if os.name != "nt":
-        descriptor = os.open(path, os.O_RDONLY)
+def replace(source, target, seconds=2.0):
+    """Rename a file; if that is refused, as on Windows while another program reads it, try again for a while."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+
+
+def sync_folder(folder):
+    """Force the names in a folder to disk, where the system can: Windows and some shared folders cannot."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
