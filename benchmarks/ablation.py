@@ -1,17 +1,15 @@
 """Measure the effect of each change to the base networks and their training:  python -m benchmarks.ablation
 
 Every variant is trained by train.py on the first 55,000 training images of MNIST and evaluated, with the metrics of
-python -m evaluation, on the last 5,000, so that the test set influences no choice. Variants in --results are not
-repeated. docs/ABLATION.md has the table of docs/results/ablation.json.
+python -m evaluation, on the last 5,000, so that the test set influences no choice. The figures go into
+docs/results/ablation.json; what is there is not repeated. docs/ABLATION.md has the table.
 """
 
-import argparse
 import contextlib
 import functools
 import json
 import sys
 import tempfile
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -19,21 +17,18 @@ import torch.nn as nn
 
 import mnist
 import train
+from benchmarks.report import FIGURES, PROJECT
 from benchmarks.tables import ablation, figures_of
 from evaluation.measures import evaluate
 from evaluation.model_files import find_run, load_model, read_weights
 from models import AdversarialAE
 from training.checkpoint import load_state
-from training.cli import FlagError, RunStopped, UserError
-from training.device import choose_device
+from training.cli import OneLineParser, run_program
 from training.files import write_atomically
 
-PROJECT = Path(__file__).resolve().parent.parent
+RESULTS = FIGURES / "ablation.json"
 HELD_OUT = 5_000  # of the training images
-
-
-def unchanged(model):
-    pass
+EPOCHS, SEEDS = 6, (42, 1, 2)
 
 
 def without_batch_norm(model):
@@ -55,13 +50,13 @@ def without_residual_blocks(model):
 
 
 VARIANTS = {  # name: flags of train.py, function that changes the model
-    "base": (["--base"], unchanged),
-    "final": ([], unchanged),
-    "final without momentum": (["--d_momentum", "0"], unchanged),
-    "final without averaging": (["--averaging", "0"], unchanged),
+    "base": (["--base"], None),
+    "final": ([], None),
+    "final without momentum": (["--d_momentum", "0"], None),
+    "final without averaging": (["--averaging", "0"], None),
     "final without batch normalisation": ([], without_batch_norm),
     "final without residual blocks": ([], without_residual_blocks),
-    "final, rate divided by 10 in the last epoch": (["--drop_after", "5"], unchanged),
+    "final, rate divided by 10 in the last epoch": (["--drop_after", str(EPOCHS - 1)], None),
 }
 
 
@@ -73,58 +68,51 @@ def changed(change):
     @functools.wraps(init)
     def changed_init(model, *args, **options):
         init(model, *args, **options)
-        change(model)
+        if change:
+            change(model)
 
-    def most_of_mnist(root, train=True, *others):
-        tensors = load_mnist(root, train, *others)
-        return tuple(tensor[:-HELD_OUT] for tensor in tensors) if train else tensors
+    def most_of_mnist(root, train=True, download=True):
+        tensors = load_mnist(root, train, download)
+        return [tensor[:-HELD_OUT] for tensor in tensors] if train else tensors
 
     with (mock.patch.object(AdversarialAE, "__init__", changed_init),
           mock.patch.object(mnist, "load_mnist", most_of_mnist)):
         yield
 
 
-def run_variant(name, seed, args):
+def run_variant(flags, change, data_dir):
     """Train and evaluate a variant; return its figures."""
-    flags, change = VARIANTS[name]
     with tempfile.TemporaryDirectory() as folder, changed(change):
-        run = train.main(train.parse_args([
-            *flags, "--epochs", str(args.epochs), "--seed", str(seed), "--precision", args.precision, "--dataset",
-            "mnist", "--data_dir", args.data_dir, "--log_dir", folder, *["--no-cuda"] * args.no_cuda]))
-        accuracy = load_state(run)["means"]["accuracy"]
+        run = train.main(train.parse_args([*flags, "--dataset", "mnist", "--data_dir", data_dir, "--log_dir", folder]))
         _, path, settings = find_run(run)
-        model = load_model(path, read_weights(path), settings).to(choose_device(args.no_cuda, mps=False))
-    images, labels = mnist.load_mnist(args.data_dir)
+        model = load_model(path, read_weights(path), settings).to(settings["device"])
+        accuracy = load_state(run)["means"]["accuracy"]
+    images, labels = mnist.load_mnist(data_dir)
     metrics = evaluate(model, images[:-HELD_OUT], images[-HELD_OUT:], labels[-HELD_OUT:])
     return {**figures_of(metrics), "accuracy": accuracy}
 
 
-def main():
-    parser = argparse.ArgumentParser("python -m benchmarks.ablation", description="Measure each change to the base.")
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
-                        help=f"variants: {'; '.join(VARIANTS)}")
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2])
-    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
-    parser.add_argument("--data_dir", default=str(PROJECT.parent / "data"), help="MNIST's folder")
-    parser.add_argument("--results", type=Path, default=PROJECT / "docs" / "results" / "ablation.json",
-                        help="file with the figures of finished variants")
-    parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA")
-    args = parser.parse_args()
-    figures = json.loads(args.results.read_text()) if args.results.is_file() else {}
+def main(args):
+    """Train and measure what is not in RESULTS, and print the table."""
+    figures = json.loads(RESULTS.read_text())
     for name in args.only:
-        for seed in args.seeds:
-            key = f"{name}; {args.epochs} epochs; seed {seed}; {args.precision}"
+        for seed in SEEDS:
+            key, (flags, change) = f"{name}; {EPOCHS} epochs; seed {seed}; {args.precision}", VARIANTS[name]
             if key not in figures:
-                try:
-                    figures[key] = run_variant(name, seed, args)
-                except (FlagError, RunStopped, mnist.DataError) as error:
-                    sys.exit(f"{parser.prog}: error: {error}")
-                except UserError as error:  # training has diverged
-                    figures[key] = {"failed": str(error)}
-                write_atomically(args.results, (json.dumps(figures, indent=1) + "\n").encode())
+                flags = [*flags, "--epochs", str(EPOCHS), "--seed", str(seed), "--precision", args.precision]
+                figures[key] = run_variant(flags, change, args.data_dir)
+                write_atomically(RESULTS, (json.dumps(figures, indent=1) + "\n").encode())
     print(f"\n{ablation({'ablation': figures})}")
 
 
+def parse_args(argv=None):
+    parser = OneLineParser("python -m benchmarks.ablation", "Measure the effect of each change to the base.")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
+                        help=f"variants: {'; '.join(VARIANTS)}")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="bf16", help="see train.py")
+    parser.add_argument("--data_dir", default=str(PROJECT.parent / "data"), help="MNIST's folder")
+    return parser.parse_args(argv)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("python -m benchmarks.ablation", main, parse_args, None, "end other programs"))

@@ -1,15 +1,16 @@
-"""The pictures of docs/results/ that are made from the folder of a run; results.py writes them."""
+"""The pictures of docs/results/ that are made from the folder of a run, by matplotlib; results.py writes them."""
 
 import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.plots import ORANGE, plt, small_png
+from benchmarks.plots import ORANGE, plt, save
 from evaluation.model_files import find_run, load_data, load_model, read_weights
 from evaluation.monitoring import reconstruct
 from training.files import image_grid
 from training.random_state import evaluation_mode
 
+SAMPLES = "results/Prior_samples/samples_epoch_{}.png"
 SHOWN = (0, 20, 50, 100)  # epochs of a run's picture
 STRIP, STRIP_EPOCHS, STRIP_SAMPLES = "z8", (0, 1, 5, 20, 100), 16  # run, epochs and samples of strip.png
 STEPS, LABELS = 12, (2, 5, 7)  # images in a row of interpolations.png, and the first labels of the rows shown
@@ -19,26 +20,19 @@ COLORS = ("#ffa90e", "#717581", "#bd1f01", "#3f90da", "#832db6", "#a96b59", "#94
           "#92dadd")  # of the labels: ten that colour-blind readers can tell apart (Petroff, arXiv:2107.02270)
 
 
-def draw_run(name, run, data_dir):
-    """Return the pictures of a finished run, a dict of file names to the bytes of PNG files."""
-    figures = {f"{name}.png": draw_progress(run)}
+def draw_run(name, run, data_dir, folder):
+    """Write the pictures of a finished run into a folder."""
+    save(draw_progress(run), folder / f"{name}.png")
     if name == STRIP:
-        figures["strip.png"] = draw_strip(run)
+        save(draw_strip(run), folder / "strip.png")
     _, path, settings = find_run(run)
     if settings["z_dim"] == 2:
         model = load_model(path, read_weights(path), settings)
-        figures[f"{name}-codes.png"] = draw_codes(model, *load_data(settings, data_dir)[1:])
-    pictures = {file: small_png(figure) for file, figure in figures.items()}
-    plt.close("all")
-    return pictures
+        save(draw_codes(model, *load_data(settings, data_dir)[1:]), folder / f"{name}-codes.png")
 
 
 def pixels(file):
     return np.asarray(Image.open(file).convert("L"))
-
-
-def samples_after(run, epoch):
-    return pixels(run / f"results/Prior_samples/samples_epoch_{epoch}.png")
 
 
 def tiles(picture, indices):
@@ -50,20 +44,19 @@ def tiles(picture, indices):
 
 def show(panel, picture):
     panel.imshow(picture, cmap="gray", vmin=0, vmax=255)
-    panel.set(xticks=[], yticks=[])
+    panel.set(xticks=[], yticks=[], anchor="N")
     panel.spines[:].set_visible(False)
+    panel.grid(False)
 
 
 def draw_progress(run):
     """Return a figure of the samples of a run over its reconstructions, side by side after the epochs SHOWN."""
-    pairs = "results/Reconstruction/reconstruction_{}.png"
-    epochs = [epoch for epoch in SHOWN if not epoch or (run / pairs.format(epoch)).is_file()]
-    figure, panels = plt.subplots(2, len(epochs), figsize=(10, 4), height_ratios=(242, 62), squeeze=False)
-    for epoch, (above, below) in zip(epochs, panels.T, strict=True):
+    figure, panels = plt.subplots(2, 4, figsize=(10, 4.2), height_ratios=(242, 62), width_ratios=(1, 4, 4, 4))
+    for epoch, (above, below) in zip(SHOWN, panels.T, strict=True):
         above.set_title(f"epoch {epoch}")
-        show(above, samples_after(run, epoch))
+        show(above, pixels(run / SAMPLES.format(epoch)))
         if epoch:
-            show(below, pixels(run / pairs.format(epoch)))
+            show(below, pixels(run / f"results/Reconstruction/reconstruction_{epoch}.png"))
         else:
             below.set_axis_off()  # before training, there is none
     return figure
@@ -71,8 +64,9 @@ def draw_progress(run):
 
 def draw_strip(run):
     """Return a figure of samples of the same codes, a row an epoch, over interpolations between test images."""
-    figure, panels = plt.subplots(2, figsize=(9.2, 4.8), height_ratios=(5 / 16, 3 / 12))
-    show(panels[0], np.concatenate([tiles(samples_after(run, epoch), range(STRIP_SAMPLES)) for epoch in STRIP_EPOCHS]))
+    figure, panels = plt.subplots(2, figsize=(9.2, 4.6), height_ratios=(5 / 16, 3 / 12), layout="compressed")
+    samples = [pixels(run / SAMPLES.format(epoch)) for epoch in STRIP_EPOCHS]
+    show(panels[0], np.concatenate([tiles(picture, range(STRIP_SAMPLES)) for picture in samples]))
     panels[0].set_yticks([CELL * (row + 0.5) for row in range(len(STRIP_EPOCHS))],
                          [f"epoch {epoch}" for epoch in STRIP_EPOCHS])
     paths = pixels(run / "evaluation" / "interpolations.png")[::2, ::2]  # they are twice as large
@@ -89,7 +83,7 @@ def draw_codes(model, images, labels):
     with evaluation_mode(model):
         _, codes = reconstruct(model, images)
         manifold = image_grid(model.decoder(torch.stack([first, second], -1).view(-1, 2)), SIDE)[0]
-    figure, panels = plt.subplots(1, 2, figsize=(9.2, 5.1), sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(9.2, 5.4), sharey=True, layout="compressed")
     panels[0].set(title="codes of test images, by label", ylabel="second code dimension")
     scatter(panels[0], codes, labels, 3.5)
     figure.legend(loc="outside lower center", ncols=10, handlelength=0.5, columnspacing=1.2, markerscale=4)

@@ -1,31 +1,25 @@
 """The plots of docs/results/ that are made from measured figures; report.py writes them.
 
-Their colours can be told apart by colour-blind readers (Okabe and Ito, jfly.uni-koeln.de/color) and differ in marker
-or line style too; their letters can be read at half the picture's size.
+They need matplotlib: pip install -r benchmarks/requirements.txt. Their colours can be told apart by colour-blind
+readers (Okabe and Ito, jfly.uni-koeln.de/color); their letters can be read at half the picture's size.
 """
 
-import io
-import sys
 from statistics import mean, median
 
-try:
-    import matplotlib
-except ImportError:
-    sys.exit("benchmarks.plots: error: matplotlib is missing: pip install -r benchmarks/requirements.txt")
-matplotlib.use("agg")
-# isort: split
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image
 
-from benchmarks.tables import BASE, SEEDS, STAGES, after, by_variant, epoch_seconds, timed_on, way_name
+from benchmarks.tables import BASE, SEEDS, STAGES, after, by_variant, epoch_seconds, timed_on
 
+plt.switch_backend("agg")  # opens no windows
 ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE, GREY = (
     "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8c8c8c")
 plt.rcParams.update({
     "font.size": 13, "axes.titlesize": 13, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "axes.axisbelow": True, "grid.color": "#e4e4e4", "lines.linewidth": 2, "lines.markersize": 6,
-    "legend.frameon": False, "legend.handlelength": 2.6, "figure.constrained_layout.use": True, "figure.dpi": 130})
+    "legend.frameon": False, "legend.handlelength": 2.6, "figure.constrained_layout.use": True, "figure.dpi": 110})
 CURVES = {  # label: runs, colour, line style
     "8 dimensions, default (3 seeds)": (SEEDS, BLUE, "-"),
     "8 dimensions, base": ([BASE], VERMILLION, "--"),
@@ -39,19 +33,15 @@ CURVES = {  # label: runs, colour, line style
 def write_plots(figures, folder):
     """Write every plot into a folder."""
     for draw in (quality, loss, speed, ablation):
-        figure = draw(figures)
-        (folder / f"{draw.__name__}.png").write_bytes(small_png(figure))
-        plt.close(figure)
+        save(draw(figures), folder / f"{draw.__name__}.png")
 
 
-def small_png(figure):
-    """Return a figure as a PNG with a palette, a third as large."""
-    content = io.BytesIO()
-    figure.savefig(content)
-    picture = Image.open(content).convert("RGB").quantize(128, dither=Image.Dither.NONE)
-    content = io.BytesIO()
-    picture.save(content, "png", optimize=True)
-    return content.getvalue()
+def save(figure, file):
+    """Write a figure to a PNG with a palette, a fifth as large as one without."""
+    figure.canvas.draw()
+    picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+    picture.quantize(128, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(file, optimize=True)
+    plt.close(figure)
 
 
 # Curves --------------------------------------------------------------------------------------------------------------
@@ -60,7 +50,7 @@ def quality(figures):
     """Distance of samples and reconstructions over epochs, base against default."""
     figure, panel = plt.subplots(figsize=(9.2, 4.6))
     for name, runs, color, marker in (("base", [BASE], VERMILLION, "s"), ("default", SEEDS, BLUE, "o")):
-        stages = {epochs: after(figures["results"], runs, epochs) for epochs in STAGES}
+        stages = {epochs: after(figures, runs, epochs) for epochs in STAGES}
         for what, key, style in (("samples", "frechet_samples", "-"),
                                  ("reconstructed test images", "frechet_reconstructions", "--")):
             draw_curve(panel, stages, [[stage[key] for stage in found] for found in stages.values()], style,
@@ -98,7 +88,6 @@ def draw_curve(panel, x, points, style, color, **options):
 
 
 def use_round_log_ticks(axis):
-    """Put ticks at 1, 2 and 5 times the powers of ten, with plain numbers."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -110,15 +99,14 @@ def speed(figures):
     """Seconds per epoch of each way, median of the rounds, with the range."""
     seconds = epoch_seconds(figures["speed"])
     colors = [GREY if way.startswith("plain") else BLUE for way in seconds]
-    return draw_bars({way_name(way).replace("`", ""): values for way, values in seconds.items()}, median, colors,
+    return draw_bars(seconds, median, colors,
                      f"seconds per epoch, median and range ({timed_on(figures['speed'])})")[0]
 
 
 def ablation(figures):
     """The samples' distance of each variant, sorted, with the range of the default's seeds as a band."""
     (epochs, precision), variants = next(iter(by_variant(figures["ablation"]).items()))
-    distances = {name: [run["frechet_samples"] for run in runs] for name, runs in variants.items()
-                 if not any("failed" in run for run in runs)}
+    distances = {name: [run["frechet_samples"] for run in runs] for name, runs in variants.items()}
     distances = dict(sorted(distances.items(), key=lambda item: mean(item[1])))
     colors = [{"final": BLUE, "base": VERMILLION}.get(name, SKY) for name in distances]
     figure, panel = draw_bars(distances, mean, colors, f"squared Fréchet distance of samples after {epochs} "

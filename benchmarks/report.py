@@ -16,12 +16,8 @@ TABLE = re.compile(rf"(?<=^<!-- )(\S+)({START}\n)((?:(?!<!--).)*?)(?=^<!-- end o
 
 
 def updated_pages():
-    """Return the texts of README.md and docs/ with the tables as the figures say, by their files.
-
-    Raises ValueError for a mark without its end, and KeyError for one whose name is not in TABLES.
-    """
-    figures = read_figures(FIGURES)
-    pages = {}
+    """Return the texts of README.md and docs/ with the tables as the figures say, by their files."""
+    figures, pages = read_figures(FIGURES), {}
     for file in (PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))):
         text = file.read_text(encoding="utf-8")
         if text.count(START) != len(TABLE.findall(text)):

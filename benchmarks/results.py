@@ -5,6 +5,7 @@ resumed, a finished one only measured again. The figures go into docs/results/re
 the weights of z8 into assets/; report.py then writes the tables and plots of README.md and docs/.
 """
 
+import functools
 import hashlib
 import json
 import signal
@@ -19,7 +20,7 @@ from benchmarks.report import FIGURES, PROJECT
 from benchmarks.tables import BASE, SEEDS, STAGES, figures_of, read_figures
 from evaluation.model_files import find_run, load_data, load_model, read_weights
 from training.checkpoint import WEIGHTS, CheckpointError, load_checked, load_state, serialize
-from training.cli import OneLineParser, number
+from training.cli import OneLineParser, run_program
 from training.files import write_atomically
 
 RUNS = {  # name: flags of train.py
@@ -36,21 +37,16 @@ RUNS = {  # name: flags of train.py
     "z20-universal": ["--z_dim", "20", "--posterior", "universal"],
 }
 CODE = ("mnist.py", "models.py", "train.py", "utils.py", "training", "evaluation")  # what runs depend on
-CURVES = {"reconstruction loss": "generator/recon_loss",  # key in results.json: TensorBoard tag
-          "discriminator accuracy": "discriminator/accuracy"}
+CURVES = {"reconstruction loss": "generator/recon_loss", "discriminator accuracy": "discriminator/accuracy"}  # tags
 POINTS = 100  # of a curve
 PRETRAINED = PROJECT / "assets" / "autoencoder.pt"  # the weights of z8
 
 
 def finished_run(name, args):
-    """Train and evaluate a run, or what is left of it; return its folder.
-
-    The runs of the base and the default are also measured after the epochs in STAGES: training to epoch 5 and resuming
-    to 10 is training to 10.
-    """
+    """Train and evaluate a run, those of base and default after each epoch in STAGES; return its folder."""
     folder = args.runs.absolute() / name
     run, done = last_run(folder)
-    for epochs in sorted({args.epochs, *(min(epoch, args.epochs) for epoch in STAGES if name in (*SEEDS, BASE))}):
+    for epochs in STAGES if name in (*SEEDS, BASE) else STAGES[-1:]:
         if done < epochs:
             check_code(folder, name)
             flags = ["--resume", run] if run else ["--log_dir", folder, "--dataset", "mnist", *RUNS[name]]
@@ -69,12 +65,12 @@ def last_run(folder):
 
 
 def check_code(folder, name):
-    """Note commit and flags in a run's folder; raise CheckpointError if others have begun it."""
-    file, begun = folder / "code.json", {"commit": git("log", "-1", "--format=%H", "--", *CODE),
-                                         "flags": " ".join(RUNS[name])}
-    if git("status", "--porcelain", "--", *CODE):
-        raise CheckpointError(f"{PROJECT} has changes that are not committed; commit them, so that results.json can "
-                              f"name the code that made the runs")
+    """Note the commit and the flags in a run's folder; raise CheckpointError if others have begun it."""
+    git = functools.partial(subprocess.run, cwd=PROJECT, stdout=subprocess.PIPE, text=True, check=True)
+    if git(["git", "status", "--porcelain", "--", *CODE]).stdout:
+        raise CheckpointError(f"{PROJECT} has changes; commit them, so that results.json can name the runs' code")
+    commit = git(["git", "log", "-1", "--format=%H", "--", *CODE]).stdout.strip()
+    file, begun = folder / "code.json", {"commit": commit, "flags": " ".join(RUNS[name])}
     if not folder.exists():
         folder.mkdir(parents=True)
         write_atomically(file, json.dumps(begun).encode())
@@ -83,14 +79,9 @@ def check_code(folder, name):
                               f"another folder with --runs")
 
 
-def git(*arguments):
-    return subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def call(program, args, *flags):
     """Run one of the project's programs, whose progress bar and errors are seen; end with its status if it fails."""
-    command = [sys.executable, *program, *map(str, flags), "--data_dir", args.data_dir, *["--no-cuda"] * args.no_cuda]
-    print("+", *command, file=sys.stderr)
+    command = [sys.executable, *program, *map(str, flags), "--data_dir", args.data_dir]
     status = subprocess.run(command, cwd=PROJECT, stdout=subprocess.DEVNULL).returncode
     if status:
         sys.exit(status)
@@ -108,17 +99,16 @@ def collect(run, data_dir):
     """Return what a run has come to, with its commit, settings, curves and the figures after the epochs in STAGES."""
     names = ("z_dim", "lambda_", "posterior", "networks", "seed", "precision", "device", "device_name", "torch")
     settings, last = load_state(run)["settings"], figures(run)
-    files = [run.parent / f"epoch_{epochs}.json" for epochs in STAGES if epochs < last["epochs"]]
+    files = [run.parent / f"epoch_{epochs}.json" for epochs in STAGES[:-1]]
     return {**json.loads((run.parent / "code.json").read_text()), **{name: settings[name] for name in names}, **last,
             **measure_codes(run, data_dir), "curves": {key: curve(run, tag) for key, tag in CURVES.items()},
             "stages": [json.loads(file.read_text()) for file in files if file.is_file()]}
 
 
 def measure_codes(run, data_dir, count=2000):
-    """Return two figures on the codes of test images, of which the evaluation knows nothing.
+    """Return the standard deviation of an image's code (root mean square over images and dimensions) as `noise`.
 
-    noise: the standard deviation of a code of the same image, as root mean square over images and dimensions.
-    gradients: the mean norm of the gradients of an image's recon_loss and gen_loss with respect to its code.
+    And as `gradients` the mean norm of the gradients of an image's recon_loss and gen_loss with respect to its code.
     """
     _, path, settings = find_run(run)
     model = load_model(path, read_weights(path), settings).eval()
@@ -143,12 +133,11 @@ def curve(run, tag):
 
 def keep(name, run, args):
     """Write the pictures of a finished run, and its figures into results.json; for z8 the weights, too."""
-    for picture, content in pictures.draw_run(name, run, args.data_dir).items():
-        write_atomically(FIGURES / picture, content)
+    pictures.draw_run(name, run, args.data_dir, FIGURES)
     results = {**read_figures(FIGURES)["results"], name: collect(run, args.data_dir)}
     if name == "z8":
-        weights = {key: tensor.half() if tensor.is_floating_point() else tensor
-                   for key, tensor in load_checked(run / "checkpoints" / WEIGHTS).items()
+        weights = load_checked(run / "checkpoints" / WEIGHTS).items()
+        weights = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in weights
                    if not key.startswith("discriminator.")}
         write_atomically(PRETRAINED, serialize(weights))
         results[name]["pretrained_md5"] = hashlib.md5(PRETRAINED.read_bytes(), usedforsecurity=False).hexdigest()
@@ -156,22 +145,21 @@ def keep(name, run, args):
     write_atomically(FIGURES / "results.json", (json.dumps(results, indent=1) + "\n").encode())
 
 
-def main():
-    parser = OneLineParser("python -m benchmarks.results", "Train, measure and show the runs of all questions.")
-    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN", help=", ".join(RUNS))
-    parser.add_argument("--epochs", type=number(int, 1), default=100)
-    parser.add_argument("--runs", type=Path, default=PROJECT / "AAE_logs" / "results", help="folder of the runs")
-    parser.add_argument("--data_dir", default=str(PROJECT.parent / "data"), help="folder where MNIST is")
-    parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA")
-    args = parser.parse_args()
+def main(args):
+    """Finish and show the runs, and write the tables and plots."""
     signal.signal(signal.SIGINT, lambda *_: None)  # train.py saves its state, and its status ends this program
-    try:
-        for name in args.only:
-            keep(name, finished_run(name, args), args)
-    except CheckpointError as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    for name in args.only:
+        keep(name, finished_run(name, args), args)
     report.main()
 
 
+def parse_args(argv=None):
+    parser = OneLineParser("python -m benchmarks.results", "Train, measure and show the runs of all questions.")
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN", help=", ".join(RUNS))
+    parser.add_argument("--runs", type=Path, default=PROJECT / "AAE_logs" / "results", help="folder of the runs")
+    parser.add_argument("--data_dir", default=str(PROJECT.parent / "data"), help="folder where MNIST is")
+    return parser.parse_args(argv)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("python -m benchmarks.results", main, parse_args, None, "end other programs"))

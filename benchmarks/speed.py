@@ -1,13 +1,11 @@
 """Compare the time of train.py's steps with that of a plain training loop:  python -m benchmarks.speed
 
-The ways are timed in turn, for several rounds, each in a process of its own: `main` of train.py with the flags in WAYS,
-stopped after the timed steps, and the loop in `plain_steps`. The latter is what most implementations have: the same
-networks and optimizers in fp32, torchvision's MNIST decoded image by image, a DataLoader, and .item() on every loss at
-every step. With --profile, the slowest operations of each way are shown instead. docs/SPEED.md has the results.
+The ways are timed in turn, in processes of their own: `main` of train.py with the flags in WAYS, and `plain_steps`,
+which is what most implementations have: the same networks and optimizers in fp32, torchvision's MNIST decoded image by
+image, a DataLoader, and .item() on every loss at every step.
 """
 
 import argparse
-import functools
 import itertools
 import json
 import os
@@ -22,30 +20,26 @@ from unittest import mock
 import torch
 
 from benchmarks import tables
-from mnist import DataError
-from training.cli import OneLineParser, UserError, number
+from training.cli import OneLineParser, number, run_program
 from training.device import device_name
 from training.threads import usable_cpus
 
 PROJECT = Path(__file__).resolve().parent.parent
-WAYS = {"fp32": [], "bf16": ["--precision", "bf16"], "base": ["--base"]}  # name: flags of train.py
-CUDA_WAYS = {"tf32": ["--precision", "tf32"], "eager": ["--no-graph"], "deterministic": ["--deterministic"]}
-UNSUPPORTED = 2  # exit status where the hardware has no units for a way's precision
+WAYS = ("default", "--precision bf16", "--base")  # train.py with these flags
+CUDA_WAYS = ("--precision tf32", "--no-graph", "--deterministic")
+UNSUPPORTED = 2  # status of a process where the hardware has no units for the precision
 
 
 class Finished(Exception):
-    """Ends `main`; has the result."""
+    """Ends `main`; has what `measure` returned."""
 
 
 # One way, in this process --------------------------------------------------------------------------------------------
 
 def time_way(args):
-    """Return the seconds per step of args.way, the memory above torch's own in MB, and the device.
-
-    With args.profile, return a table of the slowest operations instead.
-    """
+    """Return the seconds per step of args.way, the memory above torch's own in MB, and the device, or a profile."""
     memory = peak_memory()
-    plain = re.fullmatch(r"plain, (\d+) workers", args.way)
+    plain = re.fullmatch(r"plain loop, (\d+) workers", args.way)
     result = plain_steps(args, int(plain[1])) if plain else main_steps(args)
     if args.profile:
         return result
@@ -54,24 +48,24 @@ def time_way(args):
 
 
 def main_steps(args):
-    """Run train.py's `main` on MNIST until `measure` has called its train_aae; return what `measure` returns."""
+    """Return what `measure` returns for the train_aae of train.py's `main`, which then ends."""
     import train
 
     train_aae = train.train_aae
 
-    @functools.wraps(train_aae)
-    def few_steps(epoch, model, train_loader, *others, **options):
+    def few_steps(epoch, model, train_loader, *others):
         batches = iter(train_loader)
 
         def steps():
-            train_aae(epoch, model, itertools.islice(batches, args.steps), *others, **options)
+            train_aae(epoch, model, itertools.islice(batches, args.steps), *others)
 
         raise Finished(measure(steps, args, model.device))
 
+    flags = ["--dataset", "mnist", "--data_dir", args.data_dir, *["--no-cuda"] * args.no_cuda,
+             *args.way.removeprefix("default").split()]
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(train, "train_aae", few_steps):
         try:
-            train.main(train.parse_args(["--dataset", "mnist", "--data_dir", args.data_dir, "--log_dir", folder,
-                                         *["--no-cuda"] * args.no_cuda, *{**WAYS, **CUDA_WAYS}[args.way]]))
+            train.main(train.parse_args(["--log_dir", folder, *flags]))
         except Finished as finished:
             return finished.args[0]
 
@@ -117,16 +111,12 @@ def measure(steps, args, device):
         with torch.profiler.profile() as profile:
             steps()
         return profile.key_averages().table(sort_by=f"self_{side}_time_total", row_limit=12, max_name_column_width=50)
-    wait(device)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
     start = time.perf_counter()
     steps()
-    wait(device)
+    synchronize()
     return {"step": (time.perf_counter() - start) / args.steps, "device": f"{device.type} ({device_name(device)})"}
-
-
-def wait(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def peak_memory():
@@ -139,9 +129,9 @@ def peak_memory():
 
 def in_own_process(args, way):
     """Return what `time_way` returns in a new process; None if the hardware does not support the way."""
-    flags = [*["--no-cuda"] * args.no_cuda, *["--profile"] * args.profile]
-    process = subprocess.run([sys.executable, "-m", "benchmarks.speed", "--way", way, "--steps", str(args.steps),
-                              "--data_dir", args.data_dir, *flags], cwd=PROJECT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.run([sys.executable, "-m", "benchmarks.speed", f"--way={way}", f"--steps={args.steps}",
+                              f"--data_dir={args.data_dir}", *["--no-cuda"] * args.no_cuda,
+                              *["--profile"] * args.profile], cwd=PROJECT, stdout=subprocess.PIPE, text=True)
     if process.returncode not in (0, UNSUPPORTED):
         sys.exit(process.returncode)
     return None if process.returncode else json.loads(process.stdout.splitlines()[-1])
@@ -155,36 +145,36 @@ def compare(args, ways):
         rounds.append({way: timing for way, timing in timings.items() if timing})
         print(*(f"{way}: {1000 * timing['step']:.2f} ms a step" for way, timing in rounds[-1].items()), sep="; ",
               flush=True)
-    figures = {"rounds": rounds, "steps_timed": args.steps}
-    print(f"\n{tables.speed({'speed': figures})}")
-    return figures
+    return {"rounds": rounds, "steps_timed": args.steps}
 
 
-def main():
+def main(args):
+    """Time args.way in this process, or all ways in processes of their own."""
+    cuda = torch.cuda.is_available() and not args.no_cuda
+    ways = [*WAYS, *(CUDA_WAYS if cuda else ()), *(f"plain loop, {count} workers" for count in (0, usable_cpus()))]
+    if args.way:
+        print(json.dumps(time_way(args)))
+    elif args.profile:
+        for way in ways[:-1]:
+            print(f"\n{way}, {args.steps} steps:\n{in_own_process(args, way) or ''}", flush=True)
+    else:
+        figures = compare(args, ways)
+        print(f"\n{tables.speed({'speed': figures})}")
+        if args.json:
+            args.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def parse_args(argv=None):
     parser = OneLineParser("python -m benchmarks.speed", "Compare train.py's steps with those of a plain loop.")
     parser.add_argument("--rounds", type=number(int, 1), default=3, help="rounds over all ways")
     parser.add_argument("--steps", type=number(int, 1, 468), default=200, help="timed, after as many to warm up")
     parser.add_argument("--data_dir", type=os.path.abspath, default=PROJECT.parent / "data", help="MNIST's folder")
     parser.add_argument("--json", type=Path, help="save the results to this file")
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA")
-    parser.add_argument("--profile", action="store_true", help="instead, show the slowest operations of a step")
+    parser.add_argument("--profile", action="store_true", help="instead, show the slowest operations of each way")
     parser.add_argument("--way", help=argparse.SUPPRESS)  # set by this program for its processes
-    args = parser.parse_args()
-    cuda = torch.cuda.is_available() and not args.no_cuda
-    ways = [*WAYS, *(CUDA_WAYS if cuda else ()), "plain, 0 workers", f"plain, {usable_cpus()} workers"]
-    if args.way:
-        try:
-            print(json.dumps(time_way(args)))
-        except (UserError, DataError) as error:
-            parser.exit(getattr(error, "status", 1), f"{args.way} is not timed: {error}\n")
-    elif args.profile:
-        for way in ways[:-1]:
-            print(f"\n{way}, {args.steps} steps:\n{in_own_process(args, way) or ''}", flush=True)
-    else:
-        figures = compare(args, ways)
-        if args.json:
-            args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("python -m benchmarks.speed", main, parse_args, None, "end other programs"))

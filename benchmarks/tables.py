@@ -36,14 +36,6 @@ COLUMNS = {  # heading: key in results.json and ablation.json, format
 MATCH = ("KS", "two-sample accuracy", "Fréchet, samples", "Fréchet, reconstructed training images",
          "Fréchet, reconstructed test images")
 ALL = ("epochs", "test MSE", *MATCH, "samples, confidence ≥ 0.95", "Parzen, nats")
-WAYS = {  # of speed.json; the plain loop has its number of workers in its name
-    "fp32": "`python train.py`",
-    "tf32": "`--precision tf32`",
-    "bf16": "`--precision bf16`",
-    "base": "`--base`",
-    "eager": "`--no-graph`",
-    "deterministic": "`--deterministic`",
-}
 
 
 # Figures -------------------------------------------------------------------------------------------------------------
@@ -80,15 +72,9 @@ def epoch_seconds(speed):
     return {way: values for way, values in seconds.items() if way not in plain[1:]}
 
 
-def way_name(way):
-    """Return what a way of speed.json is called in the docs."""
-    workers = re.match(r"plain, (\d+) workers", way)
-    return WAYS[way] if not workers else f"plain loop, {workers[1].replace('0', 'no', 1)} workers"
-
-
 def timed_on(speed):
     """Return the device that speed.json is of."""
-    device = next(iter(speed["rounds"][0].values()))["device"]  # such as cpu (AMD EPYC, 2 threads)
+    device = speed["rounds"][0]["default"]["device"]  # such as cpu (AMD EPYC, 2 threads)
     return re.fullmatch(r"\w+ \((.*)\)", device)[1].replace(", 1 threads", ", 1 thread")
 
 
@@ -147,25 +133,18 @@ def base_and_default(figures, stages, columns):
 
 
 def all_runs(figures):
-    """Return a table of all runs at their last epochs, and the spread of the default's seeds."""
+    """Return a table of all runs at their last epochs."""
     runs = [{"run": name, **run, "flags": f"`{run['flags'] or 'none'}`"} for name, run in figures["results"].items()]
-    named = ("test MSE", "KS", "Fréchet, samples", "Fréchet, reconstructed test images", "Parzen, nats")
-    return "\n\n".join([
-        table(("run", "flags", "epochs", "reconstruction loss", "test MSE", "KS of training codes", *ALL[2:]), runs),
-        "KS is not comparable between numbers of dimensions: random projections of many dimensions look normal anyway.",
-        "The default with three seeds, mean and range: test MSE {}, KS {}, Fréchet distance of samples {} and of "
-        "reconstructed test images {}, Parzen {}.".format(*cells(named, after(figures, SEEDS)))])
+    columns = ("run", "flags", "epochs", "reconstruction loss", "test MSE", "KS of training codes", *ALL[2:])
+    return (f"{table(columns, runs)}\n\nKS is not comparable between numbers of dimensions: random projections of many "
+            f"dimensions look normal anyway.")
 
 
 def provenance(figures):
     """Return the commits, versions and devices that made the runs, in a sentence."""
-    makers = {}
-    for name, run in figures["results"].items():
-        device = run["device_name"].replace(", 1 threads", ", 1 thread")
-        maker = f"commit `{run['commit'][:7]}` with torch {run['torch'].partition('+')[0]} on {device}"
-        makers.setdefault(maker, []).append(name)
-    runs = [maker + f" ({', '.join(names)})" * (len(makers) > 1) for maker, names in makers.items()]
-    return f"The runs were made by {'; '.join(runs)}."
+    makers = {f"commit `{run['commit'][:7]}` with torch {run['torch'].partition('+')[0]} on "
+              f"{run['device_name'].replace(', 1 threads', ', 1 thread')}" for run in figures["results"].values()}
+    return f"The runs were made by {'; '.join(sorted(makers))}."
 
 
 def gradients(figures):
@@ -186,7 +165,7 @@ def speed(figures):
     for way, values in seconds.items():
         ratios = [slow / fast for slow, fast in zip(seconds[plain], values, strict=True)]
         memory, gpu = (max(timings[way][kind] for timings in measured["rounds"]) for kind in ("memory", "gpu_memory"))
-        rows.append([way_name(way), f"{1000 * median(values) / STEPS:.2f}",
+        rows.append([way, f"{1000 * median(values) / STEPS:.2f}",
                      f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})",
                      f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if way != plain else "1",
                      f"{memory:.0f}" + f" + {gpu:.0f} on the GPU" * (gpu > 0)])
@@ -204,12 +183,9 @@ def ablation(figures):
     for (epochs, precision), variants in by_variant(figures["ablation"]).items():
         rows = []
         for name, runs in variants.items():
-            if any("failed" in run for run in runs):
-                rows.append([name, "diverged", *[""] * (len(columns) - 1)])
-                continue
             apart = [differ(runs, variants.get("final", runs), COLUMNS[column][0]) for column in columns]
-            texts = zip(cells(columns, runs), apart, strict=True)
-            rows.append([name, *(f"**{text}**" if bold else text for text, bold in texts)])
+            rows.append([name, *(f"**{text}**" if bold else text
+                                 for text, bold in zip(cells(columns, runs), apart, strict=True))])
         tables.append(markdown([f"{epochs}, {precision}", *columns], rows))
     return "\n\n".join(tables)
 
