@@ -50,7 +50,7 @@ def stop(process):
 def summary(student, status, text):
     """Return the line of a result; a submission has passed only if every mistake was looked for."""
     found = re.findall(r"^AssertionError: Mistake (\d+):", text, re.MULTILINE)
-    unchecked = [line for line in re.findall(r"^skipped: (.+)", text, re.MULTILINE) if "by TrainMistakes" not in line]
+    unchecked = re.findall(r"^skipped: (.+)", text, re.MULTILINE)
     ends = re.findall(r"^(?:OK|FAILED).*", text, re.MULTILINE) or ["ended early"]
     result = "failed" if status or not ends[-1].startswith("OK") else "incomplete" if unchecked else "passed"
     missed = {int(number) for line in unchecked for number in re.findall(r"Mistake (\d+)", line)}
