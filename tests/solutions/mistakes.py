@@ -28,7 +28,7 @@ MISTAKES = (
     (8, "discriminator_first", "-F.logsigmoid(logits if label else -logits).mean()",
      "-torch.log(torch.sigmoid(logits if label else -logits) + 1e-15).mean()"),
     (8, "main_evaluates", "nn.BCEWithLogitsLoss()", "nn.BCELoss()"),
-    (8, "module_device", "= Discriminator(z_dim)", "= Discriminator(z_dim).append(nn.ELU())"),
+    (8, "module_device", "= Discriminator(z_dim)", "= nn.Sequential(Discriminator(z_dim), nn.ELU())"),
     (9, "slow_import", "lambda_ * recon_loss + (1 - lambda_) * gen", "(1 - lambda_) * recon_loss + lambda_ * gen"),
     (9, "both_backward_first", "torch.lerp(gen_loss, recon_loss,", "torch.lerp(recon_loss, gen_loss,"),
     (10, "discriminator_first", "nn.Linear(784, 64), nn.GELU()", "nn.Linear(784, 64)"),

@@ -26,10 +26,6 @@ class Network(nn.Module):
     def device(self):
         return next(self.parameters()).device
 
-    def append(self, layer):
-        self.layers.append(layer)
-        return self
-
 
 class ConvEncoder(Network):
     def __init__(self, z_dim):

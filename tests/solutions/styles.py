@@ -131,8 +131,8 @@ STYLES = {
         "class ConvEncoder": layers("nn.LazyConv2d(8, 4, 4), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(z_dim)"),
         "class ConvDecoder": layers("nn.LazyLinear(784), nn.LazyBatchNorm1d(), " + IMAGES),
         "class Discriminator": layers("nn.LazyLinear(64), nn.ReLU(), nn.LazyLinear(1)"), "save(model.sample": EVALUATED,
-        "optimizer_ae =": "model.discriminator(model(next(iter(loader))[0])[1])\n"
-                          "optimizer_ae = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()])"},
+        "optimizer_ae =": "model.discriminator(model(next(iter(loader))[0])[1])\noptimizer_ae = torch.optim.Adam("
+                          "[*model.encoder.parameters(), *model.decoder.parameters()])"},
     "module_device": {  # chosen when the file is imported
         "from utils": "from utils import TensorBoardLogger\nDEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'",
         "z_real =": "z_real = torch.randn(z_fake.shape, device=DEVICE)",
