@@ -1,144 +1,108 @@
-"""GPUs that cannot be used, with mocks of torch.cuda: what the user is told, and when."""
+"""Tests that need an NVIDIA GPU."""
 
 import contextlib
-import warnings
+import functools
+import io
+from importlib import import_module
 from unittest import mock
 
 import torch
 
 from tests.common import TrainGroup
+from unittests import images_like_mnist, same
 
 __unittest = True
 
-TORCH_2_15 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
-TORCH_2_7 = ["sm_50", "sm_60", "sm_61", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
-TOO_OLD = ("CUDA initialization: The NVIDIA driver on your system is too old (found version {}). Please update your "
-           "GPU driver by downloading and installing a new version from the URL: http://www.nvidia.com/Download "
-           "Alternatively, go to: https://pytorch.org to install a PyTorch version that has been compiled with your "
-           "version of the CUDA driver. (Triggered internally at CUDAFunctions.cpp:119.)")
 
+class Cuda(TrainGroup):
+    """Training, evaluation and pictures on the GPU, compared with the CPU."""
 
-class Gpu(TrainGroup):
-    """Old and new GPUs, drivers, and torch without CUDA."""
+    needs = (*TrainGroup.needs, "training.device", "training.cuda_graph")
 
-    needs = (*TrainGroup.needs, "training.device")
+    def setUp(self):  # asks here: at import, CUDA would start in every process
+        super().setUp()
+        if not torch.cuda.is_available() or torch.version.hip:
+            self.skipTest("there is no NVIDIA GPU")
+        self.addCleanup(torch.use_deterministic_algorithms, False)
 
-    def test_which_kernels_run_on_which_gpu(self):
-        for capability, architectures, expected in (
-                ((6, 1), TORCH_2_15, False), ((7, 0), TORCH_2_15, False), ((7, 5), TORCH_2_15, True),
-                ((8, 0), TORCH_2_15, True), ((8, 9), TORCH_2_15, True), ((9, 0), TORCH_2_15, True),
-                ((10, 3), TORCH_2_15, True), ((11, 0), TORCH_2_15, False), ((12, 1), TORCH_2_15, True),
-                ((13, 0), TORCH_2_15, False), ((6, 1), TORCH_2_7, True), ((3, 5), TORCH_2_7, False),
-                ((12, 0), TORCH_2_7, False), ((12, 0), [*TORCH_2_7, "compute_90"], True),
-                ((3, 5), ["compute_50"], False),
-                ((6, 0), ["sm_61"], False), ((6, 2), ["sm_61"], True), ((7, 0), ["sm_61"], False),
-                ((9, 0), ["sm_90a"], True), ((9, 1), ["sm_90a"], False), ((10, 0), ["sm_90a"], False),
-                ((10, 3), ["compute_100a"], False), ((10, 3), ["sm_100f"], True), ((12, 0), ["sm_100f"], False),
-                ((12, 0), ["compute_100f"], False), ((9, 0), [], None), ((9, 0), ["gfx90a"], None)):
-            self.assertIs(self.device.has_kernels(capability, architectures), expected, (capability, architectures))
+    def train_quietly(self, *flags):
+        """Run `main` on the GPU; return the run's folder and saved weights."""
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            run = self.train.main(self.train.parse_args(["--dataset", "digits", "--log_dir", str(self.folder()),
+                                                         *flags]))
+        self.assertIn("device: cuda", out.getvalue())
+        return run, torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)
 
-    def on_gpu(self, capability=(9, 0), architectures=TORCH_2_15, **stand_ins):
-        """Make torch see a GPU of this capability."""
-        return mock.patch.multiple("torch.cuda", **{
-            "is_available": lambda: True, "get_device_capability": lambda *_: capability,
-            "get_arch_list": lambda: architectures, "get_device_name": lambda *_: "NVIDIA Something", **stand_ins})
+    def steps(self, *flags, before=None):
+        """Return the losses of 40 steps with two batch sizes, the weights after them, and the step."""
+        args = self.train.parse_args(["--deterministic", *flags])
+        _, model, _, _, _, *optimizers, _ = self.parts("--deterministic", *flags)
+        torch.manual_seed(0)
+        if before:
+            before(*optimizers)
+        step, images = self.train.build_step(model, *optimizers, args.lambda_), images_like_mnist(64).cuda()
+        values = []
+        for number in range(40):
+            self.train.set_learning_rate(optimizers[0], 90 + number // 20, args)  # drops after the captures
+            parts = step(images[:32] if number % 3 == 2 else images)
+            values.append(torch.stack([value.clone() for part in parts for value in part.values()]))
+        return torch.stack(values).cpu(), model.state_dict(), step
 
-    def refused(self, *flags):
-        """Return the sentence with which a run is rejected before a folder is created."""
-        log_dir = self.folder()
-        status, out, err = self.run_cli("--dataset", "digits", "--epochs", 1, "--log_dir", log_dir, *flags)
-        self.assertEqual((status, out, err.count("\n"), list(log_dir.iterdir())), (1, "", 1, []), err)
-        return err
+    def test_every_precision_trains_and_the_checkpoint_is_on_the_cpu(self):
+        ampere = torch.cuda.get_device_capability() >= (8, 0)
+        for precision in ("fp32", "tf32", "bf16") if ampere else ("fp32",):
+            _, weights = self.train_quietly("--epochs", "2", "--precision", precision)
+            self.models.AdversarialAE().load_state_dict(weights)
+            self.assertTrue(all(tensor.isfinite().all() and tensor.device.type == "cpu" and tensor.dtype in
+                                (torch.float32, torch.int64) for tensor in weights.values()))
 
-    def test_a_gpu_without_kernels_is_reported_with_a_remedy(self):
-        pip = 'pip install "torch==2.7.1" "torchvision==0.22.1"'
-        for capability, words in (
-                ((6, 1), f"is too old for torch {torch.__version__}, which needs 7.5 or higher; install the last "
-                         f"version that supports it: {pip}, or train on the CPU with --no-cuda"),
-                ((3, 5), f"is too old for torch {torch.__version__}, which needs 7.5 or higher; train on the CPU "
-                         f"with --no-cuda"),
-                ((13, 0), f"is too new for torch {torch.__version__}, which has no kernels for it; upgrade: pip "
-                          f"install --upgrade torch torchvision, or train on the CPU with --no-cuda")):
-            with self.on_gpu(capability):
-                name = f"NVIDIA Something (compute capability {capability[0]}.{capability[1]})"
-                self.assertEqual(self.refused(), f"train.py: error: {name} {words}\n")
+    def test_runs_are_repeated_and_resumed_to_the_bit_with_deterministic_kernels(self):
+        (_, weights), (_, repeated) = (self.train_quietly("--epochs", "2", "--deterministic") for _ in range(2))
+        self.check(same(weights, repeated), "a second run has other weights")
+        stopped, _ = self.train_quietly("--epochs", "1", "--deterministic")
+        self.assertEqual(self.run_cli("--resume", stopped, "--epochs", 2)[0], 0)
+        resumed = torch.load(stopped / "checkpoints" / "model_checkpoint.pt", weights_only=True)
+        self.check(same(weights, resumed), "a resumed run has other weights")
 
-    def test_errors_of_the_first_convolution_are_explained(self):
-        no_kernel = RuntimeError("CUDA error: no kernel image is available for execution on the device")
-        full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
-        busy = RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
-        for error, words in ((no_kernel, "has no kernels for it"), (full, "the GPU is full"),
-                             (busy, "another program has exclusive use")):
-            with self.on_gpu(), mock.patch("torch.ones", side_effect=error) as ones:
-                self.assertIn(words, self.refused())
-            self.assertTrue(ones.called)
-        with self.on_gpu(), mock.patch("torch.ones", side_effect=RuntimeError("a bug")):
-            self.assertRaises(RuntimeError, self.device.choose_device)
+    def test_pictures_do_not_change_random_states(self):
+        model, writer = self.models.AdversarialAE().cuda(), self.writer()
+        before = torch.get_rng_state(), torch.cuda.get_rng_state()
+        self.train.generate_and_save(model, 0, writer)
+        model.sample = lambda count: model.decoder(torch.randn(count, model.z_dim, device="cuda"))
+        self.train.generate_and_save(model, 1, writer)
+        for state, after in zip(before, (torch.get_rng_state(), torch.cuda.get_rng_state()), strict=True):
+            self.assertTrue(torch.equal(state, after))
 
-    def test_warnings_of_torch_are_hidden(self):
-        def capability(*_):
-            warnings.warn("Found GPU0 which is of cuda capability 6.1.", stacklevel=1)
-            return 9, 0
+    def test_losses_and_evaluation_agree_with_the_cpu(self):
+        measures, pictures = import_module("evaluation.measures"), import_module("evaluation.pictures")
+        self.device.set_precision("fp32", torch.device("cuda"))
+        model, (images, labels), results = self.models.AdversarialAE(), self.mnist.load_digits(train=False), []
+        with mock.patch.object(measures, "SAMPLES", 300):
+            for device in ("cpu", "cuda"):
+                x = images[:16].to(device)
+                loss, _ = model.to(device).eval().get_loss_autoencoder(x, *model(x), 0.5)
+                results.append({"loss": loss.item(), **measures.evaluate(model, images, images, labels)})
+                pictures.draw_pictures(model, images, images, labels)
+        for names in (("loss",), ("reconstruction", "mse"), ("prior_match", "codes", "ks"), ("log_likelihood", "mean"),
+                      ("digit_classifier", "samples", "frechet_to_test_images")):
+            values = [functools.reduce(dict.get, names, result) for result in results]
+            self.check_close(values[1], values[0], f"{'/'.join(names)} on CUDA differs from that on the CPU", 1e-3)
 
-        with self.on_gpu(get_device_capability=capability), warnings.catch_warnings(record=True) as caught, \
-                mock.patch("torch.ones", return_value=torch.zeros(1, 1, 3, 3)):
-            warnings.simplefilter("always")
-            self.assertEqual(self.device.choose_device(), torch.device("cuda"))
-        self.assertEqual(caught, [])
+    def test_steps_of_a_graph_are_the_eager_steps(self):
+        values, weights, step = self.steps()
+        eager_values, eager_weights, _ = self.steps("--no-graph")
+        self.assertTrue(step.capturable, "the capture failed")
+        torch.testing.assert_close(values, eager_values, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(weights, eager_weights, rtol=1e-3, atol=1e-4)
 
-    def test_no_cuda_never_touches_the_gpu(self):
-        touched = mock.Mock(side_effect=AssertionError("the GPU was touched"))
-        names = ("get_device_capability", "get_arch_list", "get_device_name", "init", "_lazy_init")
-        with mock.patch.multiple("torch.cuda", **dict.fromkeys(names, touched)), \
-                mock.patch.object(self.device, "has_nvidia_driver", touched):
-            self.train_quietly("--epochs", "1")
-            with mock.patch("torch.cuda.is_available", touched):  # torch's optimizers call it
-                self.device.setup_device(self.train.parse_args(["--no-cuda"]))
-        self.assertFalse(touched.called)
+    def test_training_goes_on_after_a_capture_that_fails(self):  # the last one, as it may spoil later captures
+        def read(optimizer_ae, optimizer_disc):  # a number, which ends a capture
+            weight = optimizer_disc.param_groups[0]["params"][0]
+            optimizer_disc.register_step_pre_hook(lambda *_: self.assertLess(weight.grad.sum().item(), 1e9))
 
-    def warned(self, words, *patches):
-        """Check that a run warns about its GPU at the start and at the end, and trains on the CPU."""
-        with contextlib.ExitStack() as stack, self.few_digits:
-            for patch in patches:
-                stack.enter_context(patch)
-            status, out, err = self.run_cli("--dataset", "digits", "--epochs", 1, "--log_dir", self.folder())
-        self.assertEqual((status, err.count("WARNING: "), err.count(words)), (0, 2, 2), err)
-        self.assertIn("device: cpu", out)
-
-    def test_a_driver_that_is_too_old(self):
-        for version, words in ((11040, "its driver supports CUDA 11.4"), (12080, "its driver supports CUDA 12.8")):
-            def is_available(version=version):
-                warnings.warn(TOO_OLD.format(version), stacklevel=1)
-                return False
-
-            self.warned(words, mock.patch("torch.cuda.is_available", is_available),
-                        mock.patch("torch.backends.cuda.is_built", return_value=True))
-        self.assertIn("torch==2.7.1", self.device.driver_message(TOO_OLD.format(12080), "13.2"))
-        self.assertNotIn("torch==2.7.1", self.device.driver_message(TOO_OLD.format(11040), "13.2"))
-        message = self.device.driver_message(
-            "CUDA initialization: CUDA unknown error - this may be due to an incorrectly set up environment, e.g. "
-            "changing env variable. Setting the available devices to be zero. (Triggered internally)", "13.2")
-        self.assertRegex(message, r"CUDA unknown error .* changing env variable\Z")
-        self.assertIsNone(self.device.driver_message("", "13.2"))
-
-    def test_torch_without_cuda_on_a_machine_with_an_nvidia_gpu(self):
-        no_cuda = (mock.patch("torch.cuda.is_available", return_value=False),
-                   mock.patch("torch.backends.cuda.is_built", return_value=False))
-        driver = mock.patch.object(self.device, "has_nvidia_driver", lambda: True)
-        self.warned("is built without CUDA", *no_cuda, driver)
-        for has_driver in (True, False):
-            driver = mock.patch.object(self.device, "has_nvidia_driver", return_value=has_driver)
-            with no_cuda[0], no_cuda[1], driver:
-                self.assertEqual(self.device.unused_gpu_warning(False) is not None, has_driver)
-                self.assertIsNone(self.device.unused_gpu_warning(True))
-
-    def test_tf32_before_torch_2_9(self):
-        class Matmul:  # before 2.9, without fp32_precision
-            allow_tf32 = None
-
-        cudnn = mock.Mock(spec=["allow_tf32"])
-        with mock.patch("torch.backends.cuda.matmul", Matmul), mock.patch("torch.backends.cudnn", cudnn), \
-                mock.patch("torch.cuda.get_device_capability", return_value=(8, 0)):
-            for precision in ("tf32", "bf16", "fp32"):
-                self.device.set_precision(precision, torch.device("cuda"))
-                self.assertEqual((Matmul.allow_tf32, cudnn.allow_tf32), (precision == "tf32",) * 2)
+        eager, weights, _ = self.steps("--posterior", "gaussian", "--no-graph")
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            values, same_weights, step = self.steps("--posterior", "gaussian", before=read)
+        self.assertRegex(err.getvalue(), r"\AWARNING: .*capturing a step failed \(CUDA error: .*--no-graph.*\n\Z")
+        self.assertEqual((step.capturable, torch.cuda.current_stream()), (False, torch.cuda.default_stream()))
+        self.assertTrue(torch.equal(values, eager) and same(weights, same_weights))

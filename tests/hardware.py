@@ -1,286 +1,156 @@
-"""Precisions, CUDA graphs, and tests that need a GPU."""
+"""Devices, precisions and threads, with mocks of torch.cuda."""
 
-import contextlib
-import functools
+import ast
 import importlib
-import io
 import json
 import os
-import unittest
+import sys
+import warnings
 from unittest import mock
 
 import torch
 
 from tests.common import TrainGroup
-from unittests import images_like_mnist, same
+from unittests import HERE, Group, same
 
 __unittest = True
 
 
 class Hardware(TrainGroup):
-    """Precisions and CUDA graphs, as far as they can be tested without the hardware."""
+    """What the user is told about the hardware, and how it is set up."""
 
-    needs = (*TrainGroup.needs, "training.device", "training.cuda_graph")
+    needs = (*TrainGroup.needs, "training.device")
 
     def processor(self, text):
         """Replace /proc/cpuinfo by this text."""
         file = self.folder() / "cpuinfo"
         file.write_text(text)
-        patch = mock.patch.object(self.device, "CPUINFO", file)
-        patch.start()
-        self.addCleanup(patch.stop)
+        self.enterContext(mock.patch.object(self.device, "CPUINFO", file))
 
-    def assert_refused(self, precision, words):
+    def assert_refused(self, status, words, *flags):
+        """Check that a run is rejected in one sentence before a folder is created."""
         log_dir = self.folder()
-        status, _, err = self.run_cli("--dataset", "digits", "--no-cuda", "--epochs", 1, "--precision", precision,
-                                      "--log_dir", log_dir)
-        self.assertEqual((status, err.count("\n"), list(log_dir.iterdir())), (2, 1, []))
+        result, out, err = self.run_cli("--dataset", "digits", "--epochs", 1, "--log_dir", log_dir, *flags)
+        self.assertEqual((result, out, err.count("\n"), list(log_dir.iterdir())), (status, "", 1, []), err)
         self.assertIn(words, err)
 
     def test_unsupported_precisions_are_rejected(self):
-        self.assert_refused("tf32", "needs an NVIDIA GPU")
-        self.processor("model name\t: Old\nflags\t\t: fpu avx2 avx512f avx512_bf16x\n")
+        self.assert_refused(2, "needs an NVIDIA GPU", "--no-cuda", "--precision", "tf32")
+        for text in ("model name\t: Old\nflags\t\t: fpu avx2 avx512f avx512_bf16x\n", "nothing\n"):
+            self.processor(text)
+            self.assert_refused(2, "AVX512-BF16", "--no-cuda", "--precision", "bf16")
+        self.processor("model name\t: Old\n")
         self.assertEqual(self.device.device_name(torch.device("cpu")), f"Old, {torch.get_num_threads()} threads")
-        self.assert_refused("bf16", "AVX512-BF16")
-        self.processor("nothing\n")
-        self.assert_refused("bf16", "AVX512-BF16")
+        with mock.patch("torch.cuda.get_device_capability", return_value=(7, 5)):
+            for precision in ("tf32", "bf16"):
+                self.assertRaises(self.device.PrecisionError, self.device.set_precision, precision,
+                                  torch.device("cuda"))
 
     def test_bf16_run_is_repeated_and_resumed_to_the_bit(self):
         self.processor("flags\t\t: fpu amx_bf16\n")
-        flags = ("--epochs", "2", "--precision", "bf16")
-        with mock.patch.object(self.train, "train_step", wraps=self.train.train_step) as step:
-            run, weights = self.train_quietly(*flags)
-        self.assertEqual({call.kwargs["precision"] for call in step.call_args_list}, {"bf16"})
+        run, weights = self.train_quietly("--epochs", "2", "--precision", "bf16")
         self.assertEqual(json.loads((run / "hparams.json").read_text())["precision"], "bf16")
-        stopped, _ = self.train_quietly("--epochs", "1", *flags[2:])
-        with mock.patch.object(self.device, "cpu_multiplies_bf16", return_value=False), self.few_digits:
-            status, _, err = self.run_cli("--resume", stopped, "--epochs", 2)
+        self.check(not same(self.train_quietly("--epochs", "2")[1], weights), "--precision bf16 changes nothing")
+        stopped, _ = self.train_quietly("--epochs", "1", "--precision", "bf16")
+        self.enterContext(self.few_digits)
+        self.processor("")
+        status, _, err = self.run_cli("--resume", stopped, "--epochs", 2)
         self.assertEqual((status, err.count("\n")), (1, 1))
         self.assertIn(f"{stopped} was trained with --precision bf16", err)
-        with self.few_digits:
-            self.assertEqual(self.run_cli("--resume", stopped, "--epochs", 2)[0], 0)
+        self.processor("flags\t\t: fpu avx512_bf16\n")
+        self.assertEqual(self.run_cli("--resume", stopped, "--epochs", 2)[0], 0)
         resumed = torch.load(stopped / "checkpoints" / "model_checkpoint.pt", weights_only=True)
         self.check(same(resumed, weights), "a resumed bf16 run has other weights than an uninterrupted one")
 
-    @unittest.skipUnless(hasattr(torch.backends.cudnn, "conv"), "torch before 2.9 has other flags (see group Gpu)")
     def test_tf32_is_set_for_tf32_alone(self):
-        cuda, before = torch.device("cuda"), torch.backends.cudnn.conv.fp32_precision
-        self.addCleanup(setattr, torch.backends.cudnn.conv, "fp32_precision", before)
-        matmul = torch.backends.cuda.matmul
-        self.addCleanup(setattr, matmul, "fp32_precision", matmul.fp32_precision)
-        with mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)):
-            for precision, expected in (("tf32", "tf32"), ("bf16", "ieee"), ("fp32", "ieee")):
-                self.device.set_precision(precision, cuda)
-                self.assertEqual(torch.backends.cudnn.conv.fp32_precision, expected)
-                self.assertEqual(torch.backends.cuda.matmul.fp32_precision, expected)
-        with mock.patch("torch.cuda.get_device_capability", return_value=(7, 5)):
-            for precision in ("tf32", "bf16"):
-                self.assertRaises(self.device.PrecisionError, self.device.set_precision, precision, cuda)
+        old, new = (mock.Mock(spec=["allow_tf32"]), mock.Mock(spec=["allow_tf32"])), (mock.Mock(), mock.Mock())
+        for precision in ("tf32", "bf16", "fp32"):
+            for matmul, cudnn in (old, new):  # before torch 2.9 and since
+                with mock.patch("torch.backends.cuda.matmul", matmul), mock.patch("torch.backends.cudnn", cudnn), \
+                        mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)):
+                    self.device.set_precision(precision, torch.device("cuda"))
+            self.assertEqual([part.allow_tf32 for part in old], [precision == "tf32"] * 2)
+            expected = "tf32" if precision == "tf32" else "ieee"
+            self.assertEqual([new[0].fp32_precision, new[1].conv.fp32_precision], [expected] * 2)
 
-    def test_every_batch_is_trained_once_eagerly_or_replayed(self):
-        capturing, trained = [], []
+    def test_gpus_that_cannot_be_used_are_explained(self):
+        full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+        busy = RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
+        old = RuntimeError("CUDA error: no kernel image is available for execution on the device")
+        sentence = (f"train.py: error: torch {torch.__version__} has no kernels for NVIDIA Something (compute "
+                    f"capability 6.1); install a version that has them (for 5.0 to 9.0: pip install torch==2.7.1 "
+                    f"torchvision==0.22.1; above: the latest), or train on the CPU with --no-cuda\n")
+        with mock.patch.multiple("torch.cuda", is_available=lambda: True, get_device_capability=lambda *_: (6, 1),
+                                 get_device_name=lambda *_: "NVIDIA Something"):
+            for error, words in ((old, sentence), (full, "the GPU is full"),
+                                 (busy, "another program has exclusive use")):
+                with mock.patch("torch.ones", side_effect=error):
+                    self.assert_refused(1, words)
+            with mock.patch("torch.ones", side_effect=RuntimeError("a bug")):
+                self.assertRaises(RuntimeError, self.device.choose_device)
 
-        class Graph:
-            """Records the step during the capture, and repeats it on the current content of its input."""
+    def test_no_cuda_never_touches_the_gpu(self):
+        touched = mock.Mock(side_effect=AssertionError("the GPU was touched"))
+        names = ("get_device_capability", "get_device_name", "init", "_lazy_init")
+        with mock.patch.multiple("torch.cuda", **dict.fromkeys(names, touched)), mock.patch("shutil.which", touched):
+            self.train_quietly("--epochs", "1")
+            with mock.patch("torch.cuda.is_available", touched):  # torch's optimizers call it
+                self.device.setup_device(self.train.parse_args(["--no-cuda"]))
+        self.assertFalse(touched.called)
 
-            def replay(self):
-                self.recorded()
+    def test_torch_without_cuda_on_a_machine_with_an_nvidia_gpu(self):
+        self.enterContext(mock.patch("torch.cuda.is_available", return_value=False))
+        self.enterContext(mock.patch("torch.backends.cuda.is_built", return_value=False))
+        for has_driver in (True, False):
+            with mock.patch.object(self.device, "NVIDIA_DRIVER", HERE if has_driver else HERE / "none"), \
+                    mock.patch("shutil.which", return_value=None), self.few_digits:
+                status, out, err = self.run_cli("--dataset", "digits", "--epochs", 1, "--log_dir", self.folder())
+                self.assertIsNone(self.device.unused_gpu_warning(True))
+            self.assertEqual((status, err.count("is built without CUDA")), (0, 2 * has_driver), err)  # start and end
+            self.assertIn("device: cpu", out)
 
-        def step(x):
-            def run():
-                trained.append(x.tolist())
-                return values.fill_(x.sum())
+    def test_warnings_of_torch_reach_the_user(self):
+        def is_available():
+            warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old", stacklevel=1)
+            return False
 
-            values = torch.zeros(())
-            if not capturing:
-                return run()
-            capturing[-1].recorded = run
-            return values
-
-        @contextlib.contextmanager
-        def capture(graph, stream):
-            capturing.append(graph)
-            yield
-            capturing.remove(graph)
-
-        batches = [torch.arange(start, start + count).float()
-                   for start in range(0, 600, 100) for count in (4, 4, 3)]
-        with mock.patch.multiple("torch.cuda", CUDAGraph=Graph, graph=capture, Stream=mock.Mock(),
-                                 stream=mock.MagicMock(), current_stream=mock.Mock()):
-            captured = self.cuda_graph.CapturedStep(step)
-            sums = [float(captured(batch)) for batch in batches]
-            with mock.patch("torch.cuda.graph", side_effect=RuntimeError("copy")), \
-                    self.assertRaisesRegex(self.cli.UserError, r"\(copy\)"):
-                refused = self.cuda_graph.CapturedStep(lambda x: x)
-                for _ in range(4):
-                    refused(batches[0])
-        self.assertEqual(trained, [batch.tolist() for batch in batches])
-        self.assertEqual(sums, [float(batch.sum()) for batch in batches])
-
-    def captured(self, step):
-        """Call a step until it is captured; return the mock of torch.cuda. A failed capture raises again at its end."""
-
-        class Graph:
-            def __init__(self, graph, **_):
-                pass
-
-            def __enter__(self):
-                pass
-
-            def __exit__(self, kind, *_):
-                if kind:
-                    raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
-
-        cuda = mock.MagicMock()
-        cuda.graph.side_effect = Graph
-        with mock.patch.multiple("torch.cuda", **{name: getattr(cuda, name) for name in
-                                                  ("CUDAGraph", "graph", "Stream", "stream", "current_stream")}):
-            call = self.cuda_graph.CapturedStep(step)
-            for _ in range(self.cuda_graph.WARM_UP + 1):
-                call(torch.zeros(2))
-        return cuda
-
-    def test_capture_is_on_the_stream_of_the_warm_up(self):
-        cuda = self.captured(lambda x: x)
-        stream = cuda.Stream.return_value
-        self.assertEqual(cuda.stream.call_args_list, [mock.call(stream)] * self.cuda_graph.WARM_UP)
-        self.assertEqual(cuda.graph.call_args_list, [mock.call(cuda.CUDAGraph.return_value, stream=stream)])
-
-    def test_full_memory_in_a_capture_is_not_the_fault_of_the_loss(self):
-        full = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 10.91 GiB"
-        for error, raised in ((torch.OutOfMemoryError(full), torch.OutOfMemoryError),
-                              (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), RuntimeError),
-                              (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), RuntimeError),
-                              (RuntimeError("CUDA error: operation not permitted\nCUDA"), self.cli.UserError)):
-            calls = iter([None] * self.cuda_graph.WARM_UP + [error])
-            with self.subTest(str(error)), self.assertRaises(raised) as caught:
-                self.captured(lambda x, calls=calls: self.raised(next(calls)))
-            if raised is self.cli.UserError:
-                self.assertIn("as a CUDA graph (CUDA error: operation not permitted): a loss", str(caught.exception))
-            else:
-                self.assertIs(caught.exception, error)
-
-    def raised(self, error):
-        if error:
-            raise error
-
-    def test_no_graph_on_other_devices(self):
-        model, args = self.models.AdversarialAE(), self.train.parse_args([])
-        for device, hip, capturable, expected in (("cuda", None, True, True), ("cuda", "6.4.43482", True, False),
-                                                  ("cuda", None, False, False), ("mps", None, True, False),
-                                                  ("cpu", None, True, False)):
-            model.capturable = capturable
-            with mock.patch.object(type(model), "device", torch.device(device)), mock.patch("torch.version.hip", hip), \
-                    mock.patch("torch.cuda.Stream"):
-                step = self.train.build_step(model, None, None, args)
-            self.assertEqual(isinstance(step, self.train.CapturedStep), expected, (device, hip, capturable))
-
-    def test_counters_of_the_average_are_copied_in_one_call(self):
-        for networks, calls in (("residual", 1), ("base", 0)):
-            model = self.models.AdversarialAE(networks=networks)
-            average = self.train.EMA(model, 0.5)
-            model(images_like_mnist(2))
-            with mock.patch("torch._foreach_copy_", wraps=torch._foreach_copy_) as copy:
-                average.update()
-            self.assertEqual(copy.call_count, calls)
-            for name, counter in average.model.named_buffers():
-                self.assertTrue(not name.endswith("tracked") or counter == 1, name)
+        with mock.patch("torch.cuda.is_available", is_available), self.assertWarnsRegex(UserWarning, "too old"):
+            self.assertEqual(self.device.choose_device(), torch.device("cpu"))
 
 
-@unittest.skipUnless(torch.cuda.is_available(), "CUDA is not available")
-class Cuda(TrainGroup):
-    """Tests that need a GPU."""
+class Threads(Group):
+    """A container's CPU quota, and the variables that are set before torch is imported."""
 
-    needs = (*TrainGroup.needs, "training.device", "training.cuda_graph")
+    def configured(self, quota="max 100000", system="linux", **environment):
+        """Return what `configure` sets and returns on a machine of four CPUs."""
+        threads, file = importlib.import_module("training.threads"), self.folder() / "cpu.max"
+        if quota is not None:
+            file.write_text(quota)
+        with mock.patch.dict(os.environ, environment, clear=True), mock.patch("sys.platform", system), \
+                mock.patch("os.sched_getaffinity", lambda _: range(4), create=True), \
+                mock.patch.object(threads, "CPU_MAX", file):
+            returned = threads.configure()
+            return {name: value for name, value in os.environ.items() if environment.get(name) != value}, returned
 
-    def setUp(self):
-        super().setUp()
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matrix product
-        self.device.set_precision("fp32", torch.device("cuda"))
+    def test_settings_of_the_user_are_kept(self):
+        spin = {"GOMP_SPINCOUNT": "1000"}
+        for environment, expected in (({}, spin), ({"GOMP_SPINCOUNT": "7"}, {}), ({"OMP_WAIT_POLICY": "PASSIVE"}, {})):
+            self.assertEqual(self.configured(**environment), (expected, None))
+        self.assertEqual(self.configured(system="darwin"), ({}, None))
+        self.assertEqual(self.configured("200000 100000", OMP_NUM_THREADS="8"), (spin, None))
 
-    def train_on_cuda(self, *flags):
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            run = self.train.main(self.train.parse_args(["--dataset", "digits", "--epochs", "2", "--log_dir",
-                                                         str(self.folder()), *flags]))
-        self.assertIn("device: cuda", out.getvalue())
-        return torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)
+    def test_no_more_threads_than_the_quota_allows(self):
+        for quota, threads, returned in (("50000 100000", "1", 0.5), ("100000 100000\n", "1", 1.0),
+                                         ("390000 100000", "3", 3.9), ("400000 100000", None, None),
+                                         ("max 100000", None, None), ("nonsense", None, None), (None, None, None)):
+            environment = {"OMP_NUM_THREADS": threads} if threads else {}
+            self.assertEqual(self.configured(quota, GOMP_SPINCOUNT="7"), (environment, returned), quota)
 
-    def test_checkpoint_is_on_the_cpu(self):
-        state = self.train_on_cuda()
-        self.assertEqual({tensor.device.type for tensor in state.values()}, {"cpu"})
-        self.models.AdversarialAE().load_state_dict(state)
-
-    def test_same_bits_with_deterministic_kernels(self):
-        self.addCleanup(torch.use_deterministic_algorithms, False)
-        self.assertTrue(same(*(self.train_on_cuda("--deterministic") for _ in range(2))))
-
-    def test_pictures_do_not_change_random_states(self):
-        model, writer = self.models.AdversarialAE().cuda(), self.writer()
-        before = torch.get_rng_state(), torch.cuda.get_rng_state()
-        self.train.generate_and_save(model, 0, writer)
-        model.sample = lambda count: model.decoder(torch.randn(count, model.z_dim, device="cuda"))
-        self.train.generate_and_save(model, 1, writer)
-        for state, after in zip(before, (torch.get_rng_state(), torch.cuda.get_rng_state()), strict=True):
-            self.assertTrue(torch.equal(state, after))
-
-    def test_losses_agree_with_the_cpu(self):
-        model, x = self.models.AdversarialAE(), images_like_mnist(16)
-        losses = []
-        for device in ("cpu", "cuda"):
-            model, x = model.to(device), x.to(device)
-            recon_x, z = model(x)
-            losses.append(model.get_loss_autoencoder(x, recon_x, z, 0.5)[0].item())
-        self.check_close(losses[1], losses[0], "the autoencoder's loss on CUDA differs from that on the CPU", 1e-3)
-
-    def test_evaluation_agrees_with_the_cpu(self):
-        measures, pictures = (importlib.import_module(f"evaluation.{name}") for name in ("measures", "pictures"))
-        model, (images, labels) = self.models.AdversarialAE(), self.mnist.load_digits(train=False)
-        results = []
-        with mock.patch.object(measures, "SAMPLES", 300):
-            for device in ("cpu", "cuda"):
-                results.append(measures.evaluate(model.to(device), images, images, labels))
-                pictures.draw_pictures(model, images, images, labels)
-        for names in (("reconstruction", "mse"), ("prior_match", "codes", "ks"),
-                      ("log_likelihood", "mean"), ("digit_classifier", "samples", "frechet_to_test_images")):
-            values = [functools.reduce(dict.get, names, result) for result in results]
-            self.check_close(values[1], values[0], f"{'/'.join(names)} on CUDA differs from that on the CPU", 1e-3)
-
-    def trained_for_200_steps(self, capturable):
-        """Return weights and values after 200 steps, captured or not, with two batch sizes and a fixed seed."""
-        torch.manual_seed(0)
-        model, images = self.models.AdversarialAE().cuda(), images_like_mnist(64).cuda()
-        model.capturable = capturable
-        args = self.train.parse_args([])
-        optimizers = self.train.build_optimizers(model, args)
-        step = self.train.build_step(model, *optimizers, args)
-        self.assertEqual(isinstance(step, self.train.CapturedStep), capturable and not torch.version.hip)
-        values = []
-        for number in range(200):
-            self.train.set_learning_rate(optimizers[0], 90 + number // 100, args)  # drops when the graphs are captured
-            parts = step(images[:32] if number % 4 == 3 else images)
-            values.append(torch.stack([value.clone() for part in parts for value in part.values()]))
-        return model.state_dict(), torch.stack(values).cpu()
-
-    def test_captured_step_is_the_eager_step(self):
-        self.addCleanup(torch.use_deterministic_algorithms, False)
-        self.device.choose_device(deterministic=True)
-        self.device.set_precision("fp32", torch.device("cuda"))
-        weights, values = self.trained_for_200_steps(capturable=True)
-        eager_weights, eager_values = self.trained_for_200_steps(capturable=False)
-        torch.testing.assert_close(values, eager_values, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(weights, eager_weights, rtol=1e-3, atol=1e-4)
-
-    def test_every_precision_trains(self):
-        for precision in ("fp32", "tf32", "bf16"):
-            state = self.train_on_cuda("--precision", precision)
-            self.assertTrue(all(tensor.isfinite().all() and tensor.dtype in (torch.float32, torch.int64)
-                                for tensor in state.values()))
-
-    def test_resumed_to_the_bit(self):
-        self.addCleanup(torch.use_deterministic_algorithms, False)
-        weights = self.train_on_cuda("--deterministic")
-        log_dir = self.folder()
-        self.run_cli("--dataset", "digits", "--epochs", 1, "--deterministic", "--log_dir", log_dir)
-        self.assertEqual(self.run_cli("--resume", "latest", "--epochs", 2, "--log_dir", log_dir)[0], 0)
-        [file] = log_dir.glob("*/checkpoints/model_checkpoint.pt")
-        self.assertTrue(same(torch.load(file, weights_only=True), weights))
+    def test_every_program_sets_it_before_torch_is_imported(self):
+        for name in ("train.py", "unittests.py", "evaluation/__main__.py", "benchmarks/__init__.py"):
+            nodes = [node for node in ast.walk(ast.parse((HERE / name).read_text(encoding="utf-8")))
+                     if isinstance(node, (ast.Import, ast.ImportFrom))]
+            names = [getattr(node, "module", None) or node.names[0].name
+                     for node in sorted(nodes, key=lambda node: node.lineno)]
+            names = [name for name in names if name.partition(".")[0] not in sys.stdlib_module_names]
+            self.assertEqual(names[0], "training.threads", name)

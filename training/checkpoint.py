@@ -33,13 +33,10 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be read, or a run that cannot be resumed."""
 
 
-# Training states -----------------------------------------------------------------------------------------------------
-
 def save_state(run, state, weights, keep=True):
-    """Save the training state, a dict of tensors, numbers, strings, lists and dicts, and the averaged `weights`.
+    """Save the training state, of tensors, numbers and strings in lists and dicts, and the averaged `weights`.
 
-    If `keep`, the current state becomes the previous one; otherwise it is overwritten. Raises UserError if a file
-    cannot be written.
+    If `keep`, the current state becomes the previous one; otherwise it is overwritten.
     """
     folder = Path(run) / "checkpoints"
     state = {"format": FORMAT, "events": sync_event_files(run), **state}
@@ -48,10 +45,7 @@ def save_state(run, state, weights, keep=True):
 
 
 def load_state(resume):
-    """Return the training state at `resume`, a run's folder or a file, with the file's path under "path".
-
-    Raises CheckpointError if it is damaged or not a training state.
-    """
+    """Return the training state at `resume`, a run's folder or a file, with the file's path under "path"."""
     if Path(resume).is_file():
         return read_state(resume)
     current, previous = (Path(resume) / "checkpoints" / name for name in (CURRENT, PREVIOUS))
@@ -135,12 +129,9 @@ def create_run_folder(log_dir):
     while True:
         run = Path(log_dir) / datetime.now().strftime("%Y_%m_%d_%H_%M_%S")
         try:
-            run.parent.mkdir(parents=True, exist_ok=True)
-            run.mkdir()
+            run.mkdir(parents=True)
             return run
         except FileExistsError:
-            if not run.is_dir():
-                raise UserError(f"{log_dir} is not a folder; choose another one with --log_dir") from None
             time.sleep(0.1)
         except OSError as error:
             raise UserError(f"no folder can be created in {log_dir}: {error.strerror}; choose another one with "
@@ -150,16 +141,13 @@ def create_run_folder(log_dir):
 def run_folder(resume):
     """Return the run's folder, given that folder or one of its training states."""
     path = Path(resume)
-    if path.is_dir():
-        if not has_state(path):
-            raise CheckpointError(f"{path} cannot be resumed, because it has no checkpoints/{CURRENT}; name another "
-                                  f"run's folder, or start a new run")
-        return path
     folder = Path(os.path.abspath(path)).parent
     if path.is_file() and folder.name == "checkpoints" and path.name in (CURRENT, PREVIOUS):
         return folder.parent
-    raise CheckpointError(f"{path} is not a run; name a run's folder, or the {CURRENT} or {PREVIOUS} in its "
-                          f"checkpoints/")
+    if not has_state(path):
+        raise CheckpointError(f"{path} cannot be resumed, because it has no checkpoints/{CURRENT}; name a run's folder "
+                              f"or a training state in one, or start a new run")
+    return path
 
 
 def has_state(run):

@@ -1,6 +1,5 @@
 """A run of train.py, from its folder to its last checkpoint: everything in `main` that is not training."""
 
-import argparse
 import contextlib
 import json
 import math
@@ -9,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from argparse import Namespace
 
 import torch
 from tqdm import tqdm
@@ -28,18 +28,16 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # Ctrl-C; kill, batch queues; a batc
 @contextlib.contextmanager
 def open_run(args):
     """Yield the Run that the flags specify: a new one, or with --resume a stopped one, locked and its state loaded."""
-    for name in ("data_dir", "log_dir", "resume"):
-        setattr(args, name, getattr(args, name) and os.path.expanduser(getattr(args, name)))
-    args.data_dir = os.path.abspath(args.data_dir)  # hparams.json is read in other folders, too
+    args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir))  # hparams.json is read in other folders, too
+    args.log_dir = os.path.expanduser(args.log_dir)
     with contextlib.ExitStack() as stack:
         folder = state = None
         if args.resume:
-            resume = checkpoint.latest_run(args.log_dir) if args.resume == "latest" else args.resume
+            resume = checkpoint.latest_run(args.log_dir) if args.resume == "latest" else os.path.expanduser(args.resume)
             folder = checkpoint.run_folder(resume)
             stack.enter_context(checkpoint.locked(folder))
             state = checkpoint.load_state(resume)
-            args = resumed_args(args, state["settings"])
-            args.resume = str(folder)
+            args = Namespace(**{**vars(resumed_args(args, state["settings"])), "resume": str(folder)})
         run = Run(args, stack, folder, state)
         try:
             yield run
@@ -63,7 +61,7 @@ def resumed_args(args, settings):
         raise FlagError(f"--epochs {args.epochs} is less than the run's {settings['epochs']}; give a larger "
                         f"number, or omit the flag")
     kept = set(vars(args)) & set(settings) - (explicit & (RESUME_OVERRIDES | {"epochs"}))
-    return argparse.Namespace(**{**vars(args), **{name: settings[name] for name in kept}})
+    return Namespace(**{**vars(args), **{name: settings[name] for name in kept}})
 
 
 class Run:

@@ -12,6 +12,11 @@ CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # "QUOTA PERIOD" or "max PERIOD": a co
 SPIN_COUNT = 1000  # iterations of a waiting loop; libgomp's default is 300,000 (see GOMP_SPINCOUNT in its manual)
 
 
+def usable_cpus():
+    """Return the number of CPUs in this process's affinity mask."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def configure():
     """Unless the user has, set a short spin and limit the threads to the CPU quota; return the quota if it binds."""
     if sys.platform == "linux" and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
@@ -20,8 +25,7 @@ def configure():
         quota, period = map(int, CPU_MAX.read_text(encoding="utf-8").split())
     except (OSError, ValueError):  # no file, or no limit
         return None
-    cpus = len(os.sched_getaffinity(0))  # exists on Linux
-    if quota >= cpus * period or "OMP_NUM_THREADS" in os.environ:
+    if quota >= usable_cpus() * period or "OMP_NUM_THREADS" in os.environ:
         return None
     os.environ["OMP_NUM_THREADS"] = str(max(1, quota // period))
     return quota / period
