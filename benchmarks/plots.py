@@ -51,11 +51,14 @@ def quality(figures):
     figure, panel = plt.subplots(figsize=(9.2, 4.6))
     for name, runs, color, marker in (("base", [BASE], VERMILLION, "s"), ("default", SEEDS, BLUE, "o")):
         stages = {epochs: after(figures, runs, epochs) for epochs in STAGES}
-        for what, key, style in (("samples", "frechet_samples", "-"),
-                                 ("reconstructed test images", "frechet_reconstructions", "--")):
-            draw_curve(panel, stages, [[stage[key] for stage in found] for found in stages.values()], style,
-                       color=color, marker=marker, label=f"{name}, {what}",
-                       markerfacecolor=color if what == "samples" else "white")
+        for what, key, style, face in (
+                ("samples", "frechet_samples", "-", color),
+                ("reconstructed training images", "frechet_training_reconstructions", "-.", color),
+                ("reconstructed test images", "frechet_reconstructions", "--", "white")):
+            points = [[stage.get(key) for stage in found] for found in stages.values()]
+            if None not in sum(points, []):  # measured in all stages
+                draw_curve(panel, stages, points, style, color=color, marker=marker, markerfacecolor=face,
+                           label=f"{name}, {what}")
     panel.set(xscale="log", yscale="log", xlabel="epochs", ylabel="squared Fréchet distance")
     for axis in (panel.xaxis, panel.yaxis):
         use_round_log_ticks(axis)
