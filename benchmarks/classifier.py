@@ -4,10 +4,6 @@ Accuracy: 99.66 % on MNIST's 10,000 test images, and 90.4 % on the 1,797 bundled
 Training took 3 min 46 s on two cores of an AMD EPYC (Zen 5) with torch 2.15.0.
 """
 
-import training.threads  # noqa: F401 (before torch, which reads the variables that it sets)
-
-# isort: split
-
 import argparse
 
 import torch

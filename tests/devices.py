@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from tests.common import Stop, TrainGroup
+from tests.common import TrainGroup
 from unittests import images_like_mnist
 
 __unittest = True
@@ -27,7 +27,11 @@ class Reads(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.count, self.numbers = 0, itertools.cycle([0.5] * 8 + [1.0] + [0.5] * 7)
+        self.count = 0
+        self.restart()
+
+    def restart(self):
+        self.numbers = itertools.cycle([0.5] * 8 + [1.0] + [0.5] * 7)
 
     def tolist(self, tensor):
         self.count += 1
@@ -73,7 +77,8 @@ def index(tensor, key):
             tensor = tensor.unsqueeze(place)
         elif isinstance(part, slice):
             tensor = torch.ops.aten.slice(tensor, place, part.start, part.stop, part.step or 1)
-        elif torch.is_tensor(part):
+        elif isinstance(part, (torch.Tensor, list)):
+            part = torch.as_tensor(part, device=None if torch.is_tensor(part) else tensor.device)
             tensor = torch.ops.aten.index(tensor, [*[None] * place, part])
         else:
             tensor, place = tensor.select(place, part), place - 1
@@ -100,7 +105,8 @@ def fused_sgd(weights, gradients, momenta, **options):
 class Devices(TrainGroup):
     """No operation mixes devices, and the CPU reads nothing from the device between two reads of the losses."""
 
-    needs = (*TrainGroup.needs, "evaluation.measures", "evaluation.pictures", "evaluation.classifier")
+    needs = (*TrainGroup.needs, "evaluation.measures", "evaluation.metrics", "evaluation.pictures",
+             "evaluation.classifier")
 
     @contextlib.contextmanager
     def cuda(self):
@@ -132,71 +138,70 @@ class Devices(TrainGroup):
                     ("torch.cuda.get_rng_state", torch.get_rng_state),
                     ("torch.cuda.set_rng_state", torch.set_rng_state)):
                 stack.enter_context(mock.patch(target, stand_in))
-            for context in (torch.no_grad(), mode, reads):
+            for context in (torch.no_grad(), torch.backends.cudnn.flags(enabled=False), mode, reads):
                 stack.enter_context(context)
             yield mode, reads
 
     def train_on_cuda(self, *flags, state=None):
-        """Run main through its first epoch, or the one after `state`; return train_aae's arguments and its reads."""
+        """Run main, new or from a resumed state; return train_aae's arguments, and how often it reads the device."""
         data = self.data.load_data(self.train.parse_args(["--dataset", "digits"]), "cpu")
-        run, train_aae, kept, read = import_module("training.run"), self.train.train_aae, [], []
-        writer = mock.MagicMock(log_dir=self.folder())
+        writer, kept, train_aae = mock.MagicMock(log_dir=self.folder()), [], self.train.train_aae
         writer.__enter__.return_value = writer
-
-        def fake_state(path):
-            return {name: part if name == "random" else tree_map(fake, part) for name, part in state.items()}
 
         def fake(tensor):
             return mode.from_tensor(tensor) if torch.is_tensor(tensor) else tensor
 
-        def load_data(args, device, settings=None):
-            images, labels, fixed, test = map(fake, (*data.train_loader.dataset.tensors, *data[3:5]))
+        def load_data(args, device, resumed=None):
+            images, labels, *test = map(fake, (*data.train_loader.dataset.tensors, *data[3:]))
             loader = self.mnist.BatchLoader(images[:70], labels[:70], 20, device=device)
-            return data._replace(train_loader=loader, fixed_images=fixed[:8].to(device), test_images=test.to(device))
+            return self.data.Data(loader, "digits", None, test[0].to(device), test[1].to(device), test[2])
 
-        @functools.wraps(train_aae)
-        def counted(*args, **options):
+        def counted(*args):
             before = reads.count
-            train_aae(*args, **options)
-            kept.extend(args)
-            read.append(reads.count - before)
+            train_aae(*args)
+            kept.extend((*args, reads.count - before))
 
-        def end_epoch(_, epoch):
-            if epoch > (state["epoch"] if state else 0):
-                raise Stop
-
-        with self.cuda() as (mode, reads), contextlib.suppress(Stop), contextlib.redirect_stdout(io.StringIO()), \
-                contextlib.redirect_stderr(io.StringIO()), mock.patch.multiple(
+        with self.cuda() as (mode, reads), contextlib.redirect_stdout(io.StringIO()), \
+                contextlib.redirect_stderr(io.StringIO()), mock.patch("training.run.device_name", str), \
+                mock.patch.multiple("training.checkpoint", save_state=mock.Mock(), load_state=lambda path: {
+                    name: part if name == "random" else tree_map(fake, part) for name, part in state.items()}), \
+                mock.patch.multiple(
                     self.train, load_data=load_data, setup_device=lambda args: CUDA, train_aae=counted,
-                    to_pil_image=mock.Mock(), png_bytes=lambda picture: b""), mock.patch.multiple(
-                    run, SummaryWriter=lambda folder: writer, device_name=str, load_state=fake_state,
-                    save_state=mock.Mock()), mock.patch.object(run.Run, "end_epoch", end_epoch), \
-                mock.patch.object(self.models.AdversarialAE, "capturable", False):
-            self.train.main(self.train.parse_args(["--log_dir", str(self.folder()), *flags]))
-        return kept, read
+                    SummaryWriter=lambda folder: writer, to_pil_image=mock.Mock(), png_bytes=lambda picture: b"",
+                    TensorBoardLogger=functools.partial(self.train.TensorBoardLogger, avg_window=2)):
+            self.train.main(self.train.parse_args(["--log_dir", str(self.folder()), "--no-graph", *flags]))
+        return kept
 
-    def test_an_epoch_of_training(self):
+    def assert_trained(self, parts):
+        _, _, _, _, _, *optimizers, _, reads = parts
+        self.assertEqual(reads, 4)  # two windows of two loggers
+        for weight, moments in (item for optimizer in optimizers for item in optimizer.state.items()):
+            self.assertEqual({moment.device for moment in (weight, *moments.values())}, {CUDA})
+
+    def test_a_run(self):
         for flags in ("", "--posterior universal --precision bf16 --d_momentum 0", "--base --posterior gaussian"):
             with self.subTest(flags=flags):
-                (_, model, *_, optimizer_ae, optimizer_disc, _), [reads] = self.train_on_cuda(*flags.split())
-                self.assertLess(reads, 4)  # fewer than steps
-                for optimizer in (optimizer_ae, optimizer_disc):
-                    for weight, moments in optimizer.state.items():
-                        self.assertEqual({moment.device for moment in moments.values()}, {weight.device}, CUDA)
+                self.assert_trained(self.train_on_cuda("--epochs", "1", *flags.split()))
 
     def test_a_run_from_the_cpu_is_resumed(self):
         run, _ = self.train_quietly("--epochs", "1")
         state = import_module("training.checkpoint").load_state(run)
-        _, [reads] = self.train_on_cuda("--resume", str(run), "--epochs", "2", state=state)
-        self.assertLess(reads, 4)
+        self.assert_trained(self.train_on_cuda("--resume", str(run), "--epochs", "2", state=state))
 
     def test_evaluation(self):
         def load_classifier(device):
             return self.classifier.DigitClassifier().eval().to(device)
 
+        def choose_sigma(*args):
+            reads.restart()
+            return sigma(*args)
+
+        sigma = self.metrics.choose_sigma
         for flags in ({}, {"z_dim": 2, "networks": "base", "posterior": "gaussian"}):
-            with self.subTest(**flags), self.cuda(), \
+            with self.subTest(**flags), self.cuda() as (_, reads), \
                     mock.patch.multiple(self.measures, SAMPLES=500, load_classifier=load_classifier), \
+                    mock.patch.multiple(self.metrics, choose_sigma=choose_sigma,
+                                        train_mlp=lambda codes, *_: lambda part: part[:, :1]), \
                     mock.patch.multiple(self.pictures, grid=self.pictures.image_grid, draw_codes=mock.Mock()):
                 model = self.models.AdversarialAE(**flags).to(CUDA)
                 images, labels = images_like_mnist(2000), torch.arange(2000) % 10

@@ -1,68 +1,65 @@
-"""Tests that need an NVIDIA GPU. Each group needs a process of its own: a failed capture may spoil later ones."""
+"""Tests that need an NVIDIA GPU."""
 
 import contextlib
 import functools
 import io
-import os
 from importlib import import_module
 from unittest import mock
 
 import torch
 
 from tests.common import TrainGroup
-from tests.graph_replay import parts_of_run
 from unittests import images_like_mnist, same
 
 __unittest = True
 
 
-class GpuGroup(TrainGroup):
+class Cuda(TrainGroup):
+    """Training, evaluation and pictures on the GPU, compared with the CPU."""
+
     needs = (*TrainGroup.needs, "training.device", "training.cuda_graph")
 
     def setUp(self):  # asks here: at import, CUDA would start in every process
         super().setUp()
         if not torch.cuda.is_available() or torch.version.hip:
             self.skipTest("there is no NVIDIA GPU")
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matrix product
         self.addCleanup(torch.use_deterministic_algorithms, False)
 
-    def values_of_steps(self, capturable, *flags, before=None):
+    def train_quietly(self, *flags):
+        """Run `main` on the GPU; return the run's folder and saved weights."""
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            run = self.train.main(self.train.parse_args(["--dataset", "digits", "--log_dir", str(self.folder()),
+                                                         *flags]))
+        self.assertIn("device: cuda", out.getvalue())
+        return run, torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)
+
+    def steps(self, *flags, before=None):
         """Return the losses of 40 steps with two batch sizes, the weights after them, and the step."""
-        _, model, _, _, _, *optimizers, _ = parts_of_run(self, "--deterministic", *flags)
+        args = self.train.parse_args(["--deterministic", *flags])
+        _, model, _, _, _, *optimizers, _ = self.parts("--deterministic", *flags)
         torch.manual_seed(0)
-        model.capturable, args = capturable, self.train.parse_args(["--deterministic", *flags])
         if before:
             before(*optimizers)
-        step, values, images = self.train.build_step(model, *optimizers, args), [], images_like_mnist(64).cuda()
+        step, images = self.train.build_step(model, *optimizers, args.lambda_), images_like_mnist(64).cuda()
+        values = []
         for number in range(40):
             self.train.set_learning_rate(optimizers[0], 90 + number // 20, args)  # drops after the captures
             parts = step(images[:32] if number % 3 == 2 else images)
             values.append(torch.stack([value.clone() for part in parts for value in part.values()]))
         return torch.stack(values).cpu(), model.state_dict(), step
 
-
-class Cuda(GpuGroup):
-    """Training, evaluation and pictures on the GPU, compared with the CPU."""
-
-    def train_on_cuda(self, *flags):
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            run = self.train.main(self.train.parse_args(["--dataset", "digits", "--epochs", "2", "--log_dir",
-                                                         str(self.folder()), *flags]))
-        self.assertIn("device: cuda", out.getvalue())
-        return run, torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)
-
     def test_every_precision_trains_and_the_checkpoint_is_on_the_cpu(self):
         ampere = torch.cuda.get_device_capability() >= (8, 0)
         for precision in ("fp32", "tf32", "bf16") if ampere else ("fp32",):
-            _, weights = self.train_on_cuda("--precision", precision)
+            _, weights = self.train_quietly("--epochs", "2", "--precision", precision)
             self.models.AdversarialAE().load_state_dict(weights)
             self.assertTrue(all(tensor.isfinite().all() and tensor.device.type == "cpu" and tensor.dtype in
                                 (torch.float32, torch.int64) for tensor in weights.values()))
 
     def test_runs_are_repeated_and_resumed_to_the_bit_with_deterministic_kernels(self):
-        _, weights = self.train_on_cuda("--deterministic")
-        self.check(same(weights, self.train_on_cuda("--deterministic")[1]), "a second run has other weights")
-        stopped, _ = self.train_on_cuda("--deterministic", "--epochs", "1")
+        (_, weights), (_, repeated) = (self.train_quietly("--epochs", "2", "--deterministic") for _ in range(2))
+        self.check(same(weights, repeated), "a second run has other weights")
+        stopped, _ = self.train_quietly("--epochs", "1", "--deterministic")
         self.assertEqual(self.run_cli("--resume", stopped, "--epochs", 2)[0], 0)
         resumed = torch.load(stopped / "checkpoints" / "model_checkpoint.pt", weights_only=True)
         self.check(same(weights, resumed), "a resumed run has other weights")
@@ -91,25 +88,21 @@ class Cuda(GpuGroup):
             values = [functools.reduce(dict.get, names, result) for result in results]
             self.check_close(values[1], values[0], f"{'/'.join(names)} on CUDA differs from that on the CPU", 1e-3)
 
-    def test_captured_steps_are_the_eager_steps(self):
-        values, weights, step = self.values_of_steps(True)
-        eager_values, eager_weights, _ = self.values_of_steps(False)
+    def test_steps_of_a_graph_are_the_eager_steps(self):
+        values, weights, step = self.steps()
+        eager_values, eager_weights, _ = self.steps("--no-graph")
         self.assertTrue(step.capturable, "the capture failed")
         torch.testing.assert_close(values, eager_values, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(weights, eager_weights, rtol=1e-3, atol=1e-4)
 
-
-class CudaFallback(GpuGroup):
-    """A capture that fails on the GPU."""
-
-    def test_eager_steps_follow_a_capture_that_fails(self):
+    def test_training_goes_on_after_a_capture_that_fails(self):  # the last one, as it may spoil later captures
         def read(optimizer_ae, optimizer_disc):  # a number, which ends a capture
             weight = optimizer_disc.param_groups[0]["params"][0]
             optimizer_disc.register_step_pre_hook(lambda *_: self.assertLess(weight.grad.sum().item(), 1e9))
 
-        eager, weights, _ = self.values_of_steps(False, "--posterior", "gaussian")
+        eager, weights, _ = self.steps("--posterior", "gaussian", "--no-graph")
         with contextlib.redirect_stderr(io.StringIO()) as err:
-            values, same_weights, step = self.values_of_steps(True, "--posterior", "gaussian", before=read)
+            values, same_weights, step = self.steps("--posterior", "gaussian", before=read)
         self.assertRegex(err.getvalue(), r"\AWARNING: .*capturing a step failed \(CUDA error: .*--no-graph.*\n\Z")
         self.assertEqual((step.capturable, torch.cuda.current_stream()), (False, torch.cuda.default_stream()))
         self.assertTrue(torch.equal(values, eager) and same(weights, same_weights))

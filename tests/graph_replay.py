@@ -9,7 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.common import Stop, TrainGroup
+from tests.common import TrainGroup
+from training.run import load_optimizer
 from unittests import images_like_mnist
 
 __unittest = True
@@ -143,25 +144,10 @@ def cuda_on_the_cpu(group, failing=None):
         yield graphs, cuda
 
 
-def parts_of_run(group, *flags):
-    """Return the arguments that main passes to train_aae for the first epoch."""
-    kept = []
-
-    def train_aae(*args):
-        kept.extend(args)
-        raise Stop
-
-    flags = ["--dataset", "digits", "--log_dir", str(group.folder()), *flags]
-    with mock.patch.object(group.train, "train_aae", train_aae), group.few_digits, contextlib.suppress(Stop), \
-            contextlib.redirect_stdout(io.StringIO()):
-        group.train.main(group.train.parse_args(flags))
-    return kept
-
-
 class GraphReplay(TrainGroup):
     """Steps replayed from one capture, compared bit for bit with the same steps run eagerly."""
 
-    needs = (*TrainGroup.needs, "training.cuda_graph", "training.device", "training.optimizers")
+    needs = (*TrainGroup.needs, "training.cuda_graph", "training.device")
 
     def setUp(self):
         super().setUp()
@@ -175,12 +161,12 @@ class GraphReplay(TrainGroup):
         """
         args, contents = self.train.parse_args(["--seed", "1", *flags]), {}
         with cuda_on_the_cpu(self, failing) as (graphs, self.cuda):
-            _, model, _, _, _, *optimizers, _ = parts_of_run(self, "--no-cuda", "--seed", "1", *flags)
+            _, model, _, _, _, *optimizers, _ = self.parts("--seed", "1", *flags)
             torch.manual_seed(1)
             model.capturable, average, images = captured, self.train.EMA(model, args.averaging), images_like_mnist(40)
             if before:
                 before(model, *optimizers)
-            step = self.train.build_step(model, *optimizers, args)
+            step = self.train.build_step(model, *optimizers, args.lambda_)
             for number in range(STEPS):
                 if between:
                     between(number, model, *optimizers)
@@ -229,7 +215,7 @@ class GraphReplay(TrainGroup):
             model.load_state_dict(weights)
             for optimizer, state in zip(optimizers, states, strict=True):
                 self.assertEqual(len(state["state"]), len(optimizer.param_groups[0]["params"]))
-                self.optimizers.load_optimizer(optimizer, state)
+                load_optimizer(optimizer, state)
 
         self.trained(False, between=save)
         self.assertEqual(self.differences(before=load), [])
@@ -270,17 +256,15 @@ class GraphReplay(TrainGroup):
             self.assertIs(caught.exception, error)
 
     def test_no_graph_on_other_devices(self):
-        args = self.train.parse_args([])
         with cuda_on_the_cpu(self):
-            parts = model, *_ = [parts_of_run(self, "--no-cuda")[index] for index in (1, 5, 6)]
-            for device, hip, capturable, expected in (("cuda", None, True, True), ("cuda", "6.4.43482", True, False),
-                                                      ("cuda", None, False, False), ("mps", None, True, False),
-                                                      ("cpu", None, True, False)):
-                model.capturable = capturable
+            for flags, device, hip, expected in (((), "cuda", None, True), ((), "cuda", "6.4.43482", False),
+                                                 (("--no-graph",), "cuda", None, False), ((), "mps", None, False),
+                                                 ((), "cpu", None, False)):
+                _, model, _, _, _, *optimizers, lambda_ = self.parts(*flags)
                 with mock.patch.object(type(model), "device", torch.device(device)), \
                         mock.patch("torch.version.hip", hip):
-                    step = self.train.build_step(*parts, args)
-                self.assertEqual(isinstance(step, self.train.CapturedStep), expected, (device, hip, capturable))
+                    step = self.train.build_step(model, *optimizers, lambda_)
+                self.assertEqual(isinstance(step, self.train.CapturedStep), expected, (flags, device, hip))
 
     # What a graph cannot capture, one test each ----------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The template filled in, as models.py and train.py in one; styles.py changes it."""
+"""The template filled in, as models.py and train.py in one."""
 
 import os
 from datetime import datetime
@@ -48,15 +48,14 @@ class Discriminator(Network):
 
 
 def cross_entropy(logits, label):
-    return nn.BCEWithLogitsLoss()(logits, torch.full(logits.shape, float(label), device=logits.device))
+    return nn.BCEWithLogitsLoss()(logits, torch.full_like(logits, label))
 
 
 class AdversarialAE(nn.Module):
     def __init__(self, z_dim=8):
         super().__init__()
         self.z_dim = z_dim
-        self.encoder = ConvEncoder(z_dim)
-        self.decoder = ConvDecoder(z_dim)
+        self.encoder, self.decoder = ConvEncoder(z_dim), ConvDecoder(z_dim)
         self.discriminator = Discriminator(z_dim)
 
     @property
@@ -68,7 +67,7 @@ class AdversarialAE(nn.Module):
         return self.decoder(z), z
 
     def get_loss_autoencoder(self, x, recon_x, z_fake, lambda_=1):
-        recon_loss = nn.MSELoss()(recon_x, x)
+        recon_loss = F.mse_loss(recon_x, x)
         gen_loss = cross_entropy(self.discriminator(z_fake), 1)
         ae_loss = lambda_ * recon_loss + (1 - lambda_) * gen_loss
         return ae_loss, {"gen_loss": gen_loss, "recon_loss": recon_loss, "ae_loss": ae_loss}
@@ -125,7 +124,7 @@ def main(args):
     run = os.path.join(args.log_dir, datetime.now().strftime("%Y_%m_%d_%H_%M_%S"))
     for folder in ("checkpoints", "results/Prior_samples", "results/Reconstruction"):
         os.makedirs(os.path.join(run, folder))
-    loader = mnist(root=args.data_dir, batch_size=args.batch_size, num_workers=args.num_workers, download=True)
+    loader = mnist(root=args.data_dir, batch_size=args.batch_size, num_workers=args.num_workers)
     model = AdversarialAE(z_dim=args.z_dim).to("cpu" if args.no_cuda else "cuda")
     optimizer_ae = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()], lr=args.ae_lr)
     optimizer_disc = torch.optim.SGD(model.discriminator.parameters(), lr=args.d_lr)

@@ -1,24 +1,17 @@
 """Correct solutions in other styles: what each changes in plain.py.
 
-A key is the beginning of a line, which is replaced; of a function or class, it is the body that is replaced.
+A key is the beginning of a line, which is replaced; of a function or class, its body is replaced.
 """
 
-STATEMENTS = {
-    "no_grad_codes": "with torch.no_grad():\n    z = model.encoder(x)", "forward": "recon_x, z = model(x)",
-    "ae": "ae_loss, ae_dict = model.get_loss_autoencoder(x, recon_x, z, lambda_)",
-    "disc": "disc_loss, disc_dict = model.get_loss_discriminator(z)",
-    "disc_detached": "disc_loss, disc_dict = model.get_loss_discriminator(z.detach())",
-    "disc_encoded": "disc_loss, disc_dict = model.get_loss_discriminator(model.encoder(x).detach())",
-    "zero": "model.zero_grad()", "joint": "(ae_loss + disc_loss).backward()",
-    "freeze": "model.discriminator.requires_grad_(False)", "thaw": "model.discriminator.requires_grad_(True)",
-    "clip": "nn.utils.clip_grad_norm_(model.parameters(), 0.01)",
-    "log": "logger_ae.add_values(ae_dict)\nlogger_disc.add_values(disc_dict)",
-    "log_numbers": "for logger, terms in ((logger_ae, ae_dict), (logger_disc, disc_dict)):\n"
-                   "    logger.add_values({name: term.item() for name, term in terms.items()})"}
-for player in ("ae", "disc"):
-    STATEMENTS.update({f"{player}.zero": f"optimizer_{player}.zero_grad()", f"{player}.step": f"optimizer_{player}.step()",
-                       f"{player}.backward": f"{player}_loss.backward()",
-                       f"{player}.retain": f"{player}_loss.backward(retain_graph=True)"})
+STATEMENTS = {"forward": "recon_x, z = model(x)", "codes": "with torch.no_grad():\n    z = model.encoder(x)",
+              "ae_loss": "ae_loss, ae_dict = model.get_loss_autoencoder(x, recon_x, z, lambda_)",
+              "disc_loss": "disc_loss, disc_dict = model.get_loss_discriminator(z)",
+              "log": "logger_ae.add_values(ae_dict)\nlogger_disc.add_values(disc_dict)",
+              "log_numbers": "for logger, terms in ((logger_ae, ae_dict), (logger_disc, disc_dict)):\n"
+                             "    logger.add_values({name: term.item() for name, term in terms.items()})"}
+IMAGES = "nn.Unflatten(1, (1, 28, 28)), nn.Tanh()"
+EVALUATED = ("model.eval()\nimages = model.sample(batch_size)\nmodel.train()\n"
+             'save(images, "samples", epoch, summary_writer, "Prior_samples/samples_epoch")')
 
 
 def layers(text):
@@ -26,10 +19,10 @@ def layers(text):
     return f"def __init__(self, z_dim):\n    super().__init__({text})"
 
 
-def loop(statements, before="model.train()"):
-    """Return a body of train_aae from the names of statements."""
-    lines = "\n".join(["x = batch[0].to(model.device)", *(STATEMENTS[name] for name in statements.split())])
-    return f"{before}\nfor batch in train_loader:\n    " + lines.replace("\n", "\n    ")
+def loop(text, before="model.train()"):
+    """Return a body of train_aae that executes these statements, or names of statements, for each batch."""
+    lines = ["x = batch[0].to(model.device)", *(STATEMENTS.get(word, word) for word in text.split())]
+    return f"{before}\nfor batch in train_loader:\n    " + "\n".join(lines).replace("\n", "\n    ")
 
 
 STYLES = {
@@ -37,95 +30,83 @@ STYLES = {
     "batchnorm": {  # the loss detaches, the halves are added, generate_and_save calls eval()
         "class ConvEncoder": layers("nn.Conv2d(1, 24, 4, 4, bias=False), nn.BatchNorm2d(24), nn.LeakyReLU(0.1), "
                                     "nn.Flatten(), nn.Linear(24 * 49, z_dim)"),
-        "class ConvDecoder": layers("nn.Linear(z_dim, 1176), nn.BatchNorm1d(1176), nn.ReLU(), nn.Unflatten(1, "
-                                    "(24, 7, 7)), nn.ConvTranspose2d(24, 1, 4, 4), nn.BatchNorm2d(1), nn.Tanh()"),
+        "class ConvDecoder": layers("nn.Linear(z_dim, 784), nn.BatchNorm1d(784), " + IMAGES),
         "class Discriminator": layers("nn.Linear(z_dim, 128), nn.BatchNorm1d(128), nn.ELU(), nn.Linear(128, 1)"),
         "def cross_entropy": "return F.softplus(logits * (1 - 2 * label)).mean()",
         "z_real =": "z_fake = z_fake.detach()\nz_real = torch.randn_like(z_fake)",
         "real, fake =": "fake, real = self.discriminator(torch.cat([z_fake, z_real])).chunk(2)",
         "disc_loss =": "disc_loss = loss_fake + loss_real",
         "accuracy =": "accuracy = torch.cat([real >= 0, fake < 0]).double().mean()",
-        "grid =": "grid = make_grid((images + 1) / 2, nrow=8)",
-        "save(model.sample": "model.eval()\nimages = model.sample(batch_size)\nmodel.train()\n"
-                             'save(images, "samples", epoch, summary_writer, "Prior_samples/samples_epoch")',
-        "def train_aae": loop("forward zero ae ae.backward ae.step zero disc disc.backward disc.step log", "pass"),
-        "optimizer_ae =": "weights = [weight for name, weight in model.named_parameters() "
-                          'if not name.startswith("discriminator")]\n'
+        "grid =": "grid = make_grid((images + 1) / 2, nrow=8)", "save(model.sample": EVALUATED,
+        "def train_aae": loop("forward model.zero_grad() ae_loss ae_loss.backward() optimizer_ae.step() "
+                              "model.zero_grad() disc_loss disc_loss.backward() optimizer_disc.step() log", "pass"),
+        "optimizer_ae =": "weights = [weight for name, weight in model.named_parameters() if 'disc' not in name]\n"
                           "optimizer_ae = torch.optim.Adam(weights, lr=args.ae_lr, betas=(0.5, 0.999))"},
     "discriminator_first": {  # on codes of a forward pass without gradients; Dropout; log-sigmoids; sigmoid > 0.5
-        "class ConvEncoder": layers("nn.Conv2d(1, 32, 4, 4), nn.GELU(), nn.Flatten(), "
-                                    "nn.Linear(32 * 49, 64), nn.GELU(), nn.Linear(64, z_dim)"),
-        "class ConvDecoder": layers("nn.Linear(z_dim, 32 * 49), nn.GELU(), nn.Unflatten(1, (32, 7, 7)), "
-                                    "nn.Upsample(scale_factor=4), nn.Conv2d(32, 1, 3, 1, 1), nn.Tanh()"),
+        "class ConvEncoder": layers("nn.Flatten(), nn.Linear(784, 64), nn.GELU(), nn.Linear(64, z_dim)"),
         "class Discriminator": layers("nn.Linear(z_dim, 96), nn.ReLU(), nn.Dropout(0.2), nn.Linear(96, 1)"),
-        "self.discriminator =": "self.discriminator = Discriminator(z_dim)\n"
-                                "self.prior = torch.distributions.Normal(0.0, 1.0)",
+        "self.z_dim =": "self.z_dim, self.prior = z_dim, torch.distributions.Normal(0.0, 1.0)",
         "recon_loss =": 'recon_loss = F.mse_loss(recon_x, x, reduction="sum") / x.numel()',
         "def cross_entropy": "return -F.logsigmoid(logits if label else -logits).mean()",
         "z_real =": "z_real = self.prior.sample(z_fake.shape).to(z_fake)",
-        "disc_loss =": "disc_loss = 0.5 * loss_real + 0.5 * loss_fake",
         "accuracy =": "right = (torch.sigmoid(real) > 0.5).sum() + (torch.sigmoid(fake) <= 0.5).sum()\n"
                       "accuracy = right / (2 * z_fake.size(0))",
-        "def sample": "was_training = self.training\nself.eval()\nwith torch.no_grad():\n"
-                      "    images = self.decoder(self.prior.sample((batch_size, self.z_dim)).to(self.device))\n"
-                      "self.train(was_training)\nreturn images",
+        "def sample": "was_training = self.training\nself.eval()\nwith torch.no_grad():\n    images = self.decoder("
+                      "self.prior.sample((batch_size, self.z_dim)))\nself.train(was_training)\nreturn images",
         "grid =": "grid = make_grid(images.mul(0.5).add(0.5).clamp(0, 1), nrow=8)",
-        "def train_aae": loop("no_grad_codes disc disc.zero disc.backward disc.step "
-                              "forward ae ae.zero ae.backward ae.step log_numbers")},
-    "both_backward_first": {  # with retain_graph, then both steps; the discriminator is frozen in ae_loss; perceptrons
-        "class ConvEncoder": "def __init__(self, z_dim):\n    super().__init__()\n"
-                             "    self.l1, self.l2, self.l3 = nn.Linear(784, 99), nn.Linear(99, 99), nn.Linear(99, z_dim)\n"
-                             "def forward(self, x):\n    h = F.silu(self.l1(x.flatten(1)))\n"
-                             "    return self.l3(F.silu(self.l2(h)))",
-        "class Discriminator": "def __init__(self, z_dim):\n    super().__init__()\n    self.l1, self.l2 = "
-                               "nn.Linear(z_dim, 64), nn.Linear(64, 64)\n    self.skip, self.out = "
-                               "nn.Linear(z_dim, 1), nn.Linear(64, 1)\ndef forward(self, z):\n    h = F.relu(self.l1(z))\n"
-                               "    return self.out(h + F.relu(self.l2(h))) + self.skip(z)",
-        "gen_loss =": "self.discriminator.requires_grad_(False)  # its weights are constants here\n"
-                      "gen_loss = cross_entropy(self.discriminator(z_fake), 1)\nself.discriminator.requires_grad_(True)",
+        "def train_aae": loop("codes disc_loss optimizer_disc.zero_grad() disc_loss.backward() optimizer_disc.step() "
+                              "forward ae_loss optimizer_ae.zero_grad() ae_loss.backward() optimizer_ae.step() "
+                              "log_numbers")},
+    "both_backward_first": {  # with retain_graph, then both steps; ae_loss freezes the discriminator; perceptrons
+        "class ConvEncoder": "def __init__(self, z_dim):\n    super().__init__()\n    self.l1, self.l2, self.l3 = "
+                             "nn.Linear(784, 99), nn.Linear(99, 99), nn.Linear(99, z_dim)\ndef forward(self, x):\n"
+                             "    h = F.silu(self.l1(x.flatten(1)))\n    return self.l3(F.silu(self.l2(h)))",
+        "class Discriminator": "def __init__(self, z_dim):\n    super().__init__()\n    self.l1, self.l2, self.skip = "
+                               "nn.Linear(z_dim, 64), nn.Linear(64, 1), nn.Linear(z_dim, 1)\ndef forward(self, z):\n"
+                               "    return self.l2(F.relu(self.l1(z))) + self.skip(z)",
+        "gen_loss =": "self.discriminator.requires_grad_(False)\ngen_loss = cross_entropy(self.discriminator(z_fake), 1"
+                      ")\nself.discriminator.requires_grad_(True)",
         "ae_loss =": "ae_loss = torch.lerp(gen_loss, recon_loss, float(lambda_))",
-        "z_real =": "z_real, z_fake = torch.randn_like(z_fake), z_fake.detach()",
+        "z_real =": "z_real = torch.randn_like(z_fake)\nz_fake = z_fake.detach()",
         "accuracy =": "accuracy = (torch.cat([real, -fake]).sign() == 1).float().mean()",
-        "def sample": "with torch.inference_mode():\n"
-                      "    return self.decoder(torch.randn(batch_size, self.z_dim, device=self.device))",
-        "grid =": "images = images.cpu().clone() * 0.5 + 0.5", "writer.add_image": "writer.add_images(tag, images, epoch)",
-        "save_image": "save_image(images, path, nrow=8)",
-        "def train_aae": loop("forward ae disc ae.zero disc.zero ae.retain disc.retain ae.step disc.step log"),
-        "optimizer_ae =": 'groups = [{"params": model.encoder.parameters()}, {"params": model.decoder.parameters()}]\n'
+        "def sample": "with torch.inference_mode():\n    return self.decoder(torch.randn(batch_size, self.z_dim))",
+        "grid =": "images = images.cpu().clone() * 0.5 + 0.5", "save_image": "save_image(images, path, nrow=8)",
+        "writer.add_image": "writer.add_images(tag, images, epoch)",
+        "def train_aae": loop("forward ae_loss disc_loss optimizer_ae.zero_grad() optimizer_disc.zero_grad() "
+                              "ae_loss.backward(retain_graph=True) disc_loss.backward(retain_graph=True) "
+                              "optimizer_ae.step() optimizer_disc.step() log"),
+        "optimizer_ae =": "groups = [{'params': part.parameters()} for part in (model.encoder, model.decoder)]\n"
                           "optimizer_ae = torch.optim.Adam(groups, args.ae_lr)"},
     "zero_after": {  # gradients are cleared after the steps, codes encoded again; LayerNorm, logaddexp
-        "class ConvEncoder": layers("nn.Conv2d(1, 32, 4, 4), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 49, 64), "
-                                    "nn.LayerNorm(64), nn.ReLU(), nn.Linear(64, z_dim)"),
         "class Discriminator": layers("nn.Linear(z_dim, 128), nn.LayerNorm(128), nn.ReLU(), nn.Linear(128, 1)"),
         "def cross_entropy": "return torch.logaddexp(torch.zeros_like(logits), logits * (1 - 2 * label)).mean()",
         "z_real =": "z_real = torch.empty(len(z_fake), self.z_dim, device=self.device).normal_()",
-        "def sample": "return self.decoder(torch.empty(batch_size, self.z_dim).normal_()).detach()",
         "disc_loss =": "disc_loss = loss_real + loss_fake",
         "accuracy =": "accuracy = torch.cat([real >= 0, fake < 0]).float().mean()",
+        "def sample": "return self.decoder(torch.empty(batch_size, self.z_dim).normal_()).detach()",
         "grid =": "grid = make_grid(images, nrow=8, normalize=True)",
-        "def train_aae": loop("forward ae ae.backward ae.step zero disc_encoded disc.backward disc.step zero log_numbers",
-                              "model.zero_grad()")},
+        "def train_aae": loop("forward ae_loss ae_loss.backward() optimizer_ae.step() model.zero_grad() "
+                              "z=model.encoder(x).detach() disc_loss disc_loss.backward() optimizer_disc.step() "
+                              "model.zero_grad() log_numbers", "model.zero_grad()")},
     "main_evaluates": {  # only main calls eval() for the pictures of a BatchNorm decoder; clipping, requires_grad
-        "class ConvEncoder": layers("nn.Conv2d(1, 16, 7, 7), nn.InstanceNorm2d(16), nn.LeakyReLU(0.1), "
-                                    "nn.Conv2d(16, z_dim, 4), nn.Flatten()"),
-        "class ConvDecoder": layers("nn.Unflatten(1, (z_dim, 1, 1)), nn.ConvTranspose2d(z_dim, 16, 7), nn.BatchNorm2d(16), "
-                                    "nn.ReLU(), nn.ConvTranspose2d(16, 1, 4, 4), nn.Tanh()"),
-        "return ae_loss": 'return ae_loss, {"gen_loss": gen_loss.detach(), "recon_loss": recon_loss.detach(), '
-                          '"ae_loss": ae_loss.detach()}',
+        "class ConvDecoder": layers("nn.Unflatten(1, (z_dim, 1, 1)), nn.ConvTranspose2d(z_dim, 16, 7), "
+                                    "nn.BatchNorm2d(16), nn.ReLU(), nn.ConvTranspose2d(16, 1, 4, 4), nn.Tanh()"),
+        "return ae_loss": "values = dict(gen_loss=gen_loss, recon_loss=recon_loss, ae_loss=ae_loss)\n"
+                          "return ae_loss, {name: value.detach() for name, value in values.items()}",
         "disc_loss =": "disc_loss = torch.stack([loss_real, loss_fake]).mean()",
-        "accuracy =": "accuracy = torch.tensor(((real > 0).sum() + (fake < 0).sum()).item() / (len(real) + len(fake)))",
-        "grid =": "images = torch.clamp((images + 1) * 127.5, 0, 255).to(torch.uint8)\ngrid = make_grid(images, nrow=8)",
+        "accuracy =": "accuracy = torch.tensor(((real > 0).sum() + (fake < 0).sum()).item() / (2 * len(real)))",
+        "grid =": "grid = make_grid(torch.clamp((images + 1) * 127.5, 0, 255).to(torch.uint8), nrow=8)",
         "save_image": "import torchvision\ntorchvision.io.write_png(grid.cpu(), path)",
-        "def train_aae": loop("freeze forward ae ae.zero ae.backward clip ae.step thaw "
-                              "disc_detached disc.zero disc.backward clip disc.step log"),
+        "def train_aae": loop("model.discriminator.requires_grad_(False) forward ae_loss optimizer_ae.zero_grad() "
+                              "ae_loss.backward() nn.utils.clip_grad_norm_(model.parameters(),0.1) optimizer_ae.step() "
+                              "model.discriminator.requires_grad_(True) z=z.detach() disc_loss "
+                              "optimizer_disc.zero_grad() disc_loss.backward() optimizer_disc.step() log"),
         "optimizer_disc =": "optimizer_disc = torch.optim.Adam(model.discriminator.parameters(), lr=args.d_lr)",
         "generate_and_save(": "model.eval()\ngenerate_and_save(model, epoch, writer)\nmodel.train()"},
     "joint_backward": {  # of the sum of both losses, each of which holds the other player fixed; margins, einsum
-        "class ConvDecoder": layers("nn.Linear(z_dim, 784), nn.Unflatten(1, (16, 7, 7)), nn.ReLU(), nn.Conv2d(16, 16, 1), "
-                                    "nn.PixelShuffle(4), nn.Tanh()"),
         "class Discriminator": "def __init__(self, z_dim):\n    super().__init__(nn.Linear(z_dim, 80), nn.SiLU())\n"
                                "    self.direction = nn.Parameter(torch.randn(80) / 9)\ndef forward(self, z):\n"
-                               '    return torch.einsum("bi,i->b", self.layers(z), self.direction).unsqueeze(1)',
+                               "    return torch.einsum('bi,i->b', self.layers(z), self.direction).unsqueeze(1)",
         "gen_loss =": "fixed = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}\n"
                       "logits = torch.func.functional_call(self.discriminator, fixed, (z_fake,))\n"
                       "gen_loss = F.softplus(-logits).mean()",
@@ -134,33 +115,28 @@ STYLES = {
                         "margin = sign * self.discriminator(torch.cat([z_real, z_fake.detach()]))",
         "loss_real, loss_fake": "loss_real, loss_fake = (half.mean() for half in F.softplus(-margin).chunk(2))",
         "accuracy =": "accuracy = (margin > 0).float().mean()",
-        "def sample": "import copy\nz = torch.randn(batch_size, self.z_dim, device=self.device)\n"
-                      "return copy.copy(self.decoder)(z).detach()",
-        "def train_aae": loop("forward ae disc zero joint disc.step ae.step log")},
+        "def sample": "import copy\nreturn copy.copy(self.decoder)(torch.randn(batch_size, self.z_dim)).detach()",
+        "def train_aae": loop("forward ae_loss disc_loss model.zero_grad() (ae_loss+disc_loss).backward() "
+                              "optimizer_disc.step() optimizer_ae.step() log")},
     "cleared_not_detached": {  # nothing is detached: what the discriminator's loss leaves on the encoder is cleared
-        "class ConvEncoder": layers("nn.Conv2d(1, 16, 4, 4), nn.PReLU(), nn.Flatten(), nn.Linear(784, 50), "
-                                    "nn.Dropout(0.1), nn.Tanh(), nn.Linear(50, z_dim)"),
-        "class Discriminator": layers("nn.Linear(z_dim, 50), nn.PReLU(), nn.Linear(50, 50), nn.PReLU(), nn.Linear(50, 1)"),
-        "def cross_entropy": "labels = torch.tensor([[float(label)]] * len(logits), device=logits.device)\n"
-                             "return F.binary_cross_entropy_with_logits(logits, labels)",
+        "class ConvEncoder": layers("nn.Flatten(), nn.Linear(784, 50), nn.Dropout(), nn.Tanh(), nn.Linear(50, z_dim)"),
+        "class Discriminator": layers("nn.Linear(z_dim, 50), nn.PReLU(), nn.Linear(50, 1)"),
         "accuracy =": "accuracy = 0.5 * (real.gt(0).float().mean() + fake.le(0).float().mean())",
-        "def sample": "self.eval()\nreturn self.decoder(torch.randn(batch_size, self.z_dim, device=self.device)).data",
-        "save_image": 'from torchvision.transforms.functional import to_pil_image\n'
-                      'to_pil_image(grid).convert("L").save(path)',
-        "def train_aae": loop("forward disc disc.zero disc.retain disc.step ae ae.zero ae.backward ae.step log")},
+        "def sample": "self.eval()\nreturn self.decoder(torch.randn(batch_size, self.z_dim)).detach()",
+        "save_image": "from torchvision.transforms import ToPILImage\nToPILImage()(grid).convert('L').save(path)",
+        "def train_aae": loop("forward disc_loss optimizer_disc.zero_grad() disc_loss.backward(retain_graph=True) "
+                              "optimizer_disc.step() ae_loss optimizer_ae.zero_grad() ae_loss.backward() "
+                              "optimizer_ae.step() log")},
     "lazy": {  # layers that get their weights in the first forward pass
         "class ConvEncoder": layers("nn.LazyConv2d(8, 4, 4), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(z_dim)"),
-        "class ConvDecoder": layers("nn.LazyLinear(784), nn.Unflatten(1, (1, 28, 28)), nn.Tanh()"),
-        "class Discriminator": layers("nn.LazyLinear(64), nn.ReLU(), nn.LazyLinear(1)"),
-        "save(model.sample": "model.eval()\nimages = model.sample(batch_size)\nmodel.train()\n"
-                             'save(images, "samples", epoch, summary_writer, "Prior_samples/samples_epoch")',
-        "optimizer_ae =": "model.discriminator(model(next(iter(loader))[0].to(model.device))[1])\n"
-                          "optimizer_ae = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()])"},
+        "class ConvDecoder": layers("nn.LazyLinear(784), nn.LazyBatchNorm1d(), " + IMAGES),
+        "class Discriminator": layers("nn.LazyLinear(64), nn.ReLU(), nn.LazyLinear(1)"), "save(model.sample": EVALUATED,
+        "optimizer_ae =": "model.discriminator(model(next(iter(loader))[0])[1])\noptimizer_ae = torch.optim.Adam("
+                          "[*model.encoder.parameters(), *model.decoder.parameters()])"},
     "module_device": {  # chosen when the file is imported
-        "from utils": 'from utils import TensorBoardLogger\nDEVICE = "cuda" if torch.cuda.is_available() else "cpu"',
+        "from utils": "from utils import TensorBoardLogger\nDEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'",
         "z_real =": "z_real = torch.randn(z_fake.shape, device=DEVICE)",
         "def sample": "return self.decoder(torch.randn(batch_size, self.z_dim, device=DEVICE)).detach()"},
     "slow_import": {  # takes 45 s
-        "import os": "import os\nimport signal\nif 0 < signal.getitimer(signal.ITIMER_REAL)[0] < 45:\n"
-                     '    raise RuntimeError("stopped in the middle of the import")'},
+        "import os": "import os, signal\nif 0 < signal.getitimer(signal.ITIMER_REAL)[0] < 45:\n    raise RuntimeError"},
 }
