@@ -23,15 +23,12 @@ FIRST = 5          # replays of one batch size before the other is captured
 class RecordedGraph(TorchDispatchMode):
     """Replaces torch.cuda.CUDAGraph: records all operations of torch and repeats them on the same memory.
 
-    Like a CUDA graph, it knows addresses and no Python: a replay reads and writes the storages of the recording, and
-    ignores numbers that Python has computed since and tensors that have replaced recorded ones. Random numbers are new
-    at each replay. Views are addresses and not repeated. Like a capture, recording runs nothing: afterwards, existing
-    tensors have their old values, and new ones are filled with NaN. An operation that makes the CPU wait, or that
-    copies between host and device, raises RuntimeError.
+    Like a CUDA graph, it knows addresses and no Python. Random numbers are new at each replay; views are addresses and
+    not repeated. Like a capture, recording runs nothing: afterwards, existing tensors have their old values, and new
+    ones are NaN. An operation that makes the CPU wait, or copies between host and device, raises RuntimeError.
 
-    It shows that a graph can capture a step's operations. It does not show what happens below them, in CUDA: kernels
-    that wait for the host or race with others, streams, and memory pools, because it keeps all recorded tensors alive.
-    Nor does it notice reads of the CPU's memory without an operation: `tolist` of a vector, or `numpy`.
+    It does not show what happens in CUDA (kernels that wait for the host, streams, memory pools), nor does it notice
+    reads of the CPU's memory without an operation: `tolist` of a vector, or `numpy`.
     """
 
     def __init__(self, before_replay=lambda: None):
