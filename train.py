@@ -72,7 +72,8 @@ def make_parser():
         help="decay per step of the moving average of the weights, which is shown, evaluated and saved; "
              "0: no averaging")
     add("--seed", type=number(int, 0, 2**63 - 1), default=42, metavar="N",
-        help="random seed; bitwise reproducible on the same CPU, and on CUDA at most with --deterministic")
+        help="random seed; bitwise reproducible on the same CPU with as many threads, on CUDA at most with "
+             "--deterministic")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=("auto", "mnist", "digits"), default="auto",
@@ -92,8 +93,7 @@ def make_parser():
     add("--no-cuda", action="store_true", help="do not use CUDA, even if it is available")
     add("--no-graph", action="store_true", help="on CUDA, run each step eagerly instead of replaying a CUDA graph")
     add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
-        help="arithmetic precision; tf32 and bf16 are faster and less exact, and rejected on hardware without units "
-             "for them")
+        help="arithmetic precision; tf32 and bf16 are less exact, and rejected on hardware without units for them")
     add("--deterministic", action="store_true", help="use only deterministic kernels on CUDA")
     return parser
 

@@ -12,6 +12,7 @@ import sys
 import threading
 
 import torch
+from tqdm import tqdm
 
 from mnist import DataError
 
@@ -85,7 +86,8 @@ def print_line(text, stream=None):
 
 
 def warn(text):
-    print_line(f"WARNING: {text}", sys.stderr)
+    with tqdm.external_write_mode(sys.stderr):  # not at the end of a progress bar's line
+        print_line(f"WARNING: {text}", sys.stderr)
 
 
 def shell_command(*words):
