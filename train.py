@@ -289,7 +289,8 @@ def main(args):
 
 def cli(argv=None):
     """Run `main` from the command line and return the exit status; report user errors in one sentence."""
-    return run_program("train.py", main, parse_args, argv, "try a smaller --batch_size or --z_dim")
+    return run_program("train.py", main, parse_args, argv,
+                       "end other programs, try a smaller --batch_size or --z_dim")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def make_parser():
 def cli(argv=None):
     """Run `main` from the command line and return the exit status; report user errors in one sentence."""
     return run_program("python -m evaluation", main, make_parser().parse_args, argv,
-                       "try --no-cuda, or end other programs")
+                       "end other programs")
 
 
 if __name__ == "__main__":

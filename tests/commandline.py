@@ -3,7 +3,6 @@
 import json
 import os
 import unittest
-from argparse import Namespace
 from unittest import mock
 
 import torch
@@ -129,8 +128,8 @@ class BadInput(TrainGroup):
         self.assertEqual(list(log_dir.iterdir()), [], "a run that never trained leaves files behind")
 
     def test_gpu_that_is_full_or_busy(self):
-        full = ("the GPU is full, or another program has exclusive use of it; end other programs on the GPU, "
-                "or use --no-cuda")
+        full = ("the GPU does not have enough free memory, or another program has exclusive use of it; end other "
+                "programs, try a smaller --batch_size or --z_dim, or use --no-cuda")
         for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total ..."),
                       RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
                       RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"),
@@ -141,10 +140,6 @@ class BadInput(TrainGroup):
                       RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED")):
             with mock.patch.object(self.train, "main", side_effect=error):
                 self.assertEqual(self.run_cli(), (1, "", f"train.py: error: {full}\n"))
-        with mock.patch.multiple("torch.cuda", max_memory_reserved=lambda: 3,
-                                 get_device_properties=lambda _: Namespace(total_memory=4)), \
-                mock.patch.object(self.train, "main", side_effect=torch.OutOfMemoryError("CUDA out of memory.")):
-            self.assertIn("try a smaller --batch_size or --z_dim, or --no-cuda", self.run_cli()[2])
 
     def test_programming_errors_keep_their_traceback(self):
         with mock.patch.object(self.train, "main", side_effect=RuntimeError("a bug")), self.assertRaises(RuntimeError):

@@ -82,7 +82,7 @@ class Hardware(TrainGroup):
                     f"torchvision==0.22.1; above: the latest), or train on the CPU with --no-cuda\n")
         with mock.patch.multiple("torch.cuda", is_available=lambda: True, get_device_capability=lambda *_: (6, 1),
                                  get_device_name=lambda *_: "NVIDIA Something"):
-            for error, words in ((old, sentence), (full, "the GPU is full"),
+            for error, words in ((old, sentence), (full, "not have enough free memory"),
                                  (busy, "another program has exclusive use")):
                 with mock.patch("torch.ones", side_effect=error):
                     self.assert_refused(1, words)

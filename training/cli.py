@@ -1,7 +1,6 @@
 """What all command lines share: the parser, checks of numbers, messages, and errors in one sentence."""
 
 import argparse
-import contextlib
 import math
 import os
 import re
@@ -135,7 +134,8 @@ def report_error(program, error, memory_advice):
     if isinstance(error, (UserError, DataError)):  # two classes, as mnist.py imports nothing of the project
         message = str(error)
     elif gpu_is_taken(error):
-        message = gpu_memory_message(memory_advice)
+        message = ("the GPU does not have enough free memory, or another program has exclusive use of it; "
+                   f"{memory_advice}, or use --no-cuda")
     elif isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "allocate memory" in str(error):
         message = f"there is not enough memory; {memory_advice}"
     else:
@@ -148,14 +148,3 @@ def gpu_is_taken(error):
     """Return whether an error means that the GPU is full or busy; torch has a separate class for one case only."""
     return (isinstance(error, torch.OutOfMemoryError)
             or isinstance(error, RuntimeError) and GPU_IS_TAKEN.search(str(error)))
-
-
-def gpu_memory_message(memory_advice):
-    """Return what to do about a full or busy GPU; give `memory_advice` only if this process has filled it."""
-    reserved, total = 0, 1
-    with contextlib.suppress(RuntimeError, AssertionError):  # the GPU may not answer
-        reserved, total = torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(0).total_memory
-    if reserved > total / 2:
-        return f"the GPU does not have enough memory; {memory_advice}, or --no-cuda"
-    return ("the GPU is full, or another program has exclusive use of it; end other programs on the GPU, "
-            "or use --no-cuda")
