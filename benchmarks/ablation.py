@@ -1,8 +1,7 @@
 """Measure the effect of each change to the base networks and their training:  python -m benchmarks.ablation
 
-Every variant is trained by train.py on the first 55,000 training images of MNIST and evaluated, with the metrics of
-python -m evaluation, on the last 5,000, so that the test set influences no choice. The figures go into
-docs/results/ablation.json; what is there is not repeated. docs/ABLATION.md has the table.
+Every variant is trained on the first 55,000 training images of MNIST and evaluated on the last 5,000, so that the test
+set influences no choice. The figures go into docs/results/ablation.json; what is there is not repeated.
 """
 
 import contextlib

@@ -38,7 +38,6 @@ RUNS = {  # name: flags of train.py
 }
 CODE = ("mnist.py", "models.py", "train.py", "utils.py", "training", "evaluation")  # what runs depend on
 CURVES = {"reconstruction loss": "generator/recon_loss", "discriminator accuracy": "discriminator/accuracy"}  # tags
-POINTS = 100  # of a curve
 PRETRAINED = PROJECT / "assets" / "autoencoder.pt"  # the weights of z8
 
 
@@ -106,10 +105,7 @@ def collect(run, data_dir):
 
 
 def measure_codes(run, data_dir, count=2000):
-    """Return the standard deviation of an image's code (root mean square over images and dimensions) as `noise`.
-
-    And as `gradients` the mean norm of the gradients of an image's recon_loss and gen_loss with respect to its code.
-    """
+    """Return the noise in test codes (standard deviation, root mean square), and mean norms of gradients at a code."""
     _, path, settings = find_run(run)
     model = load_model(path, read_weights(path), settings).eval()
     images = load_data(settings, data_dir)[1][:count]
@@ -123,12 +119,12 @@ def measure_codes(run, data_dir, count=2000):
 
 
 def curve(run, tag):
-    """Return at most POINTS means of a TensorBoard curve, each over as many points."""
+    """Return at most 100 means of a TensorBoard curve, each over as many points."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload().Scalars(tag)
     values = torch.tensor([event.value for event in events])
-    return [round(part.mean().item(), 5) for part in values.tensor_split(min(POINTS, len(values)))]
+    return [round(part.mean().item(), 5) for part in values.tensor_split(min(100, len(values)))]
 
 
 def keep(name, run, args):

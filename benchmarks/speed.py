@@ -143,8 +143,7 @@ def compare(args, ways):
     for _ in range(args.rounds):
         timings = {way: in_own_process(args, way) for way in (rounds[0] if rounds else ways)}
         rounds.append({way: timing for way, timing in timings.items() if timing})
-        print(*(f"{way}: {1000 * timing['step']:.2f} ms a step" for way, timing in rounds[-1].items()), sep="; ",
-              flush=True)
+        print(*(f"{way}: {1000 * timing['step']:.2f} ms" for way, timing in rounds[-1].items()), sep="; ", flush=True)
     return {"rounds": rounds, "steps_timed": args.steps}
 
 

@@ -136,8 +136,8 @@ def all_runs(figures):
     """Return a table of all runs at their last epochs."""
     runs = [{"run": name, **run, "flags": f"`{run['flags'] or 'none'}`"} for name, run in figures["results"].items()]
     columns = ("run", "flags", "epochs", "reconstruction loss", "test MSE", "KS of training codes", *ALL[2:])
-    return (f"{table(columns, runs)}\n\nKS is not comparable between numbers of dimensions: random projections of many "
-            f"dimensions look normal anyway.")
+    return (f"{table(columns, runs)}\n\nKS is not comparable between numbers of dimensions "
+            f"([why](#how-to-read-the-evaluation)).")
 
 
 def provenance(figures):
@@ -191,9 +191,9 @@ def ablation(figures):
 
 
 def differ(runs, others, key):
-    """Return whether the ranges of a figure in two groups of runs do not overlap."""
+    """Return whether the ranges of a figure in two groups of several runs do not overlap."""
     ours, theirs = ([run.get(key, 0) for run in group] for group in (runs, others))
-    return min(ours) > max(theirs) or max(ours) < min(theirs)
+    return len(ours) > 1 and (min(ours) > max(theirs) or max(ours) < min(theirs))
 
 
 TABLES = {
