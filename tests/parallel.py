@@ -94,7 +94,8 @@ def run_group(name, tests, idle):
         results = process.submit(run_tests, tests).result()
     except BrokenProcessPool:
         process, results = new_process(), (0, [(name, "its process has died (was it killed, or out of memory?)")], [])
-    idle.put(process)
+    finally:
+        idle.put(process)
     return name, *results, time.monotonic() - start
 
 
