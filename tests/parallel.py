@@ -21,7 +21,7 @@ from unittests import Group
 __unittest = True
 
 GPU_GROUPS = ("Cuda",)  # the only ones that see a GPU, one after the other
-LONG = ("WholeRun", "Resume", "Solutions", "Marks", "Checkpoint", "GraphReplay")  # start first
+LONG = ("WholeRun", "Resume", "Evaluation", "Marks", "Checkpoint", "Solutions", "GraphReplay")  # start first
 
 
 class Runner(unittest.TextTestRunner):
