@@ -123,17 +123,6 @@ def loader_like_mnist(count=66):
     return DataLoader(TensorDataset(images_like_mnist(count), torch.arange(count) % 10), batch_size=64)
 
 
-def snapshot(model):
-    """Return copies of everything in a model that sampling must not change."""
-    return ({name: tensor.clone() for name, tensor in model.state_dict().items()},
-            [module.training for module in model.modules()])
-
-
-def same(state, other):
-    """Whether two state_dicts are equal to the last bit."""
-    return state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
-
-
 class ModelGroup(Group):
     """Shared by the groups on models.py. The codes made here are marked, to tell them from prior samples."""
 

@@ -7,9 +7,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from tests.common import run_contents
+from tests.common import run_contents, same
 from tests.resume import ResumeGroup
-from unittests import same
 
 __unittest = True
 

@@ -65,6 +65,17 @@ class Scale(nn.Module):
         return self.weight * x
 
 
+def snapshot(model):
+    """Return copies of everything in a model that sampling must not change."""
+    return ({name: tensor.clone() for name, tensor in model.state_dict().items()},
+            [module.training for module in model.modules()])
+
+
+def same(state, other):
+    """Whether two state_dicts are equal to the last bit."""
+    return state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
+
+
 class ValueList:
     """A logger that keeps all values."""
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
-from tests.common import TinyAAE, TrainGroup, read_png
+from tests.common import TinyAAE, TrainGroup, read_png, same, snapshot
 from training.random_state import random_states
-from unittests import Recorder, images_like_mnist, same, snapshot
+from unittests import Recorder, images_like_mnist
 
 __unittest = True
 

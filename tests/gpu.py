@@ -8,8 +8,8 @@ from unittest import mock
 
 import torch
 
-from tests.common import TrainGroup
-from unittests import images_like_mnist, same
+from tests.common import TrainGroup, same
+from unittests import images_like_mnist
 
 __unittest = True
 

@@ -10,8 +10,8 @@ from unittest import mock
 
 import torch
 
-from tests.common import TrainGroup
-from unittests import HERE, Group, same
+from tests.common import TrainGroup, same
+from unittests import HERE, Group
 
 __unittest = True
 

@@ -7,7 +7,8 @@ from unittest import mock
 import torch
 import torch.nn as nn
 
-from unittests import ModelGroup, images_like_mnist, same, snapshot
+from tests.common import same, snapshot
+from unittests import ModelGroup, images_like_mnist
 
 __unittest = True
 

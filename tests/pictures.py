@@ -7,9 +7,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from tests.common import TinyAAE, TrainGroup, read_events, read_png
+from tests.common import TinyAAE, TrainGroup, read_events, read_png, same, snapshot
 from training.random_state import random_states
-from unittests import images_like_mnist, same, snapshot
+from unittests import images_like_mnist
 
 __unittest = True
 

@@ -10,9 +10,8 @@ from unittest import mock
 
 import torch
 
-from tests.common import Stop, TrainGroup, run_contents
+from tests.common import Stop, TrainGroup, run_contents, same
 from training import run as runs
-from unittests import same
 
 __unittest = True
 

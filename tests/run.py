@@ -10,9 +10,9 @@ from unittest import mock
 import numpy as np
 import torch
 
-from tests.common import TrainGroup, read_events, read_png
+from tests.common import TrainGroup, read_events, read_png, same
 from training.checkpoint import create_run_folder
-from unittests import images_like_mnist, same
+from unittests import images_like_mnist
 
 __unittest = True
 
