@@ -27,14 +27,14 @@ class ResumeGroup(TrainGroup):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        cls.runs, cls.runs_folder = {}, Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+        cls.trained, cls.trained_in = {}, Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
 
     def finished_run(self, *flags):
         """Return a copy of the run with these flags, which is trained once for all tests of a group."""
-        if flags not in self.runs:
+        if flags not in self.trained:
             run, _ = self.train_quietly(*flags)
-            self.runs[flags] = shutil.copytree(run, self.runs_folder / str(len(self.runs)))
-        return shutil.copytree(self.runs[flags], self.folder() / "run", copy_function=shutil.copy)
+            self.trained[flags] = shutil.copytree(run, self.trained_in / str(len(self.trained)))
+        return shutil.copytree(self.trained[flags], self.folder() / "run", copy_function=shutil.copy)
 
     def start(self, log_dir, *flags):
         """Start a run on 100 digits in `log_dir`; return its exit status, standard output and standard error."""
