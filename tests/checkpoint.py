@@ -19,8 +19,7 @@ class Checkpoint(ResumeGroup):
     def test_latest_run_is_the_one_saved_last_whatever_its_name(self):
         log_dir = self.folder()
         for name in ("z20", "a"):
-            run, _ = self.train_quietly("--epochs", "1")
-            run.rename(log_dir / name)
+            self.finished_run("--epochs", "1").rename(log_dir / name)
         (log_dir / "2999_01_01_00_00_00").mkdir()  # has no checkpoint
 
         def latest():
@@ -33,16 +32,16 @@ class Checkpoint(ResumeGroup):
         self.assert_refused(latest(), 1, log_dir / "z20", "is damaged")
 
     def test_contradicting_flags_are_rejected_by_name(self):
-        run, _ = self.train_quietly("--epochs", "2", "--z_dim", "3")
+        run = self.finished_run("--epochs", "2")
         before = run_contents(run)
-        for flag, value in (("--z_dim", 8), ("--batch_size", 32), ("--lambda_", 1), ("--ae_lr", 0.1), ("--d_lr", 0.1),
+        for flag, value in (("--z_dim", 3), ("--batch_size", 32), ("--lambda_", 1), ("--ae_lr", 0.1), ("--d_lr", 0.1),
                             ("--seed", 1), ("--dataset", "auto"), ("--epochs", 1)):
             self.assert_refused(self.resume(run, flag, value), 2, flag)
-        self.assertEqual(self.resume(run, "--z_dim", 3, "--num_workers", 2)[0], 0)
+        self.assert_resumed(run, "--z_dim", 8, "--num_workers", 2)
         self.assert_same_contents(run_contents(run), before)
 
     def test_what_cannot_be_resumed(self):
-        run, _ = self.train_quietly("--epochs", "1")
+        run = self.finished_run("--epochs", "1")
         empty, file = self.folder(), self.folder() / "training_state.pt"
         file.write_bytes(b"")
         for wrong in (empty, empty / "none", file, run / "checkpoints" / "model_checkpoint.pt", "latest"):
@@ -61,29 +60,22 @@ class Checkpoint(ResumeGroup):
         whole, current = run_contents(run), run / "checkpoints" / "training_state.pt"
         previous, content = current.with_name("training_state.previous.pt"), current.read_bytes()
         random = np.random.default_rng(0)
-        damages = [lambda: content[:random.integers(len(content))], lambda: b"", lambda: b"not a checkpoint",
-                   self.weights_alone, *[lambda: self.flipped(content, random)] * 4]
+        weights = self.checkpoint.serialize(self.models.AdversarialAE().state_dict())
+        damages = [content[:random.integers(len(content))], b"", b"not a checkpoint", weights]
+        for place in random.integers(len(content) // 4, len(content) // 2, 4):  # among the data of tensors
+            damages.append(content[:place] + bytes([content[place] ^ 1 << random.integers(8)]) + content[place + 1:])
         for damage in damages:
-            current.write_bytes(damage())
+            current.write_bytes(damage)
             self.assert_refused(self.resume(run), 1, current, f"--resume {previous}")
         self.assertEqual(self.checkpoint.load_state(previous)["epoch"], 1)
-        self.assertEqual(self.resume(previous)[0], 0)
+        self.assert_resumed(previous)
         self.assert_same_contents(run_contents(run), whole)
         previous.write_bytes(b"")
         current.write_bytes(b"")
         self.assert_refused(self.resume(run), 1, current)
 
-    def weights_alone(self):
-        return self.checkpoint.serialize(self.models.AdversarialAE().state_dict())
-
-    def flipped(self, content, random):
-        """Return the content with one bit of a tensor's data flipped."""
-        content, place = bytearray(content), int(random.integers(len(content) // 4, len(content) // 2))
-        content[place] ^= 1 << int(random.integers(8))
-        return bytes(content)
-
-    def test_checkpoint_of_another_architecture_or_optimizer(self):
-        run, _ = self.train_quietly("--epochs", "1")
+    def test_checkpoint_of_another_model_or_optimizer(self):
+        run = self.finished_run("--epochs", "1")
         before = run_contents(run)
 
         class Wider(self.models.AdversarialAE):
@@ -91,14 +83,24 @@ class Checkpoint(ResumeGroup):
                 super().__init__(z_dim)
                 self.encoder.extra = nn.Linear(2, 2)
 
+        class Plain(self.models.AdversarialAE):  # with the same weights, but without a stream for samples
+            def __init__(self, z_dim):
+                super().__init__(z_dim)
+                del self.sample_stream
+
+            def sample(self, batch_size):
+                return self.decoder(torch.randn(batch_size, self.z_dim))
+
         with mock.patch.object(self.train, "AdversarialAE", Wider):
             self.assert_refused(self.resume(run), 1, run, "does not fit models.py")
         with mock.patch("torch.optim.Adam", lambda weights, lr, **_: torch.optim.RMSprop(weights, lr)):
             self.assert_refused(self.resume(run), 1, run, "RMSprop")
         self.assert_same_contents(run_contents(run), before)
+        with mock.patch.object(self.train, "AdversarialAE", Plain):
+            self.assert_resumed(run, "--epochs", 2)
 
     def test_state_of_another_device_and_version(self):
-        run, _ = self.train_quietly("--epochs", "1")
+        run = self.finished_run("--epochs", "1")
         state = self.checkpoint.load_state(run)
         for moments in state["optimizer_ae"]["state"].values():
             for name in ("exp_avg", "exp_avg_sq"):
@@ -109,16 +111,17 @@ class Checkpoint(ResumeGroup):
         status, _, err = self.resume(run, "--epochs", 2)
         self.assertEqual(status, 0)
         self.assertIn("began with cuda and continues with cpu", err)
-        self.assert_same_run(run, self.train_quietly("--epochs", "2")[0])
+        self.assert_same_run(run, self.finished_run("--epochs", "2"))
 
     def test_finished_run_is_resumed_from_any_folder_and_locked(self):
-        run, weights = self.train_quietly("--epochs", "1")
+        run = self.finished_run("--epochs", "1")
         file = run / "checkpoints" / "model_checkpoint.pt"
+        weights = torch.load(file, weights_only=True)
         file.unlink()  # as if the run had been killed between the state and the weights
         self.addCleanup(os.chdir, os.getcwd())
         for folder, name in ((run / "checkpoints", "training_state.pt"), (run, ".")):
             os.chdir(folder)
-            self.assertEqual(self.resume(name)[0], 0)
+            self.assert_resumed(name)
         self.assertTrue(same(weights, torch.load(file, weights_only=True)))
         if self.checkpoint.fcntl is None:
             self.skipTest("runs are not locked here")
@@ -137,25 +140,23 @@ class Checkpoint(ResumeGroup):
                 raise OSError(28, "No space left on device")
             fsync(file)
 
-        with mock.patch("os.fsync", full), self.few_digits:
-            self.assert_refused(self.run_cli("--dataset", "digits", "--epochs", 2, "--checkpoint_every", 1, "--no-cuda",
-                                             "--log_dir", log_dir), 1, "training_state.pt", "No space left")
+        with mock.patch("os.fsync", full):
+            self.assert_refused(self.start(log_dir, "--epochs", 2, "--checkpoint_every", 1), 1, "training_state.pt",
+                                "No space left")
         run, = log_dir.iterdir()
         self.assertEqual(self.checkpoint.load_state(run)["epoch"], 0)
         self.assertEqual(list(run.rglob("*.tmp")), [])
-        self.assertEqual(self.resume(run)[0], 0)
-        self.assert_same_run(run, self.train_quietly("--epochs", "2")[0])
+        self.assert_resumed(run)
+        self.assert_same_run(run, self.finished_run("--epochs", "2"))
 
     def test_removed_run_folder_is_reported_and_not_created_again(self):
-        log_dir = self.folder()
-        generate_and_save = self.train.generate_and_save
+        log_dir, generate_and_save = self.folder(), self.train.generate_and_save
 
         def remove_folder(model, epoch, writer):
             if epoch:
                 os.rename(writer.log_dir, log_dir / "elsewhere")
             generate_and_save(model, epoch, writer)
 
-        with mock.patch.object(self.train, "generate_and_save", remove_folder), self.few_digits:
-            result = self.run_cli("--dataset", "digits", "--epochs", 2, "--no-cuda", "--log_dir", log_dir)
-        self.assert_refused(result, 1, log_dir, "No such file")
+        with mock.patch.object(self.train, "generate_and_save", remove_folder):
+            self.assert_refused(self.start(log_dir, "--epochs", 2), 1, log_dir, "No such file")
         self.assertEqual([folder.name for folder in log_dir.iterdir()], ["elsewhere"])

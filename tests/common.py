@@ -113,17 +113,14 @@ def run_contents(run):
     flatten("state", {name: value for name, value in load_state(run).items()
                       if name not in ("settings", "events", "seconds", "path")})
     events = read_events(run)
-    for tag in events.Tags()["scalars"]:
-        contents[tag] = sorted((event.step, event.value) for event in events.Scalars(tag))
-    for tag in events.Tags()["images"]:  # sorted, because event files of the same second may be read in any order
-        contents[tag] = sorted((event.step, event.encoded_image_string) for event in events.Images(tag))
-    for tag in events.Tags()["histograms"]:
-        contents[tag] = sorted((event.step, tuple(event.histogram_value.bucket)) for event in events.Histograms(tag))
+    for kind, value in (("Scalars", lambda event: event.value), ("Images", lambda event: event.encoded_image_string),
+                        ("Histograms", lambda event: tuple(event.histogram_value.bucket))):
+        for tag in events.Tags()[kind.lower()]:  # sorted, as event files of the same second may be read in any order
+            contents[tag] = sorted((event.step, value(event)) for event in getattr(events, kind)(tag))
     last = max(run.glob("[0-9]*/codes"), default=run)  # an extended run keeps the projector's files of the shorter one
     for file in (*last.glob("*.*sv"), *last.glob("sprite.png"), *run.glob("*.pbtxt")):
         contents[str(file.relative_to(run))] = file.read_bytes()
-    weights = torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)
-    flatten("model_checkpoint.pt", dict(weights))
+    flatten("model_checkpoint.pt", dict(torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)))
     for file in (run / "results").rglob("*.png"):
         contents[str(file.relative_to(run))] = read_png(file).tobytes()
     return contents
@@ -134,9 +131,7 @@ class TrainGroup(Group):
 
     def setUp(self):
         super().setUp()
-        no_mps = mock.patch("torch.backends.mps.is_available", return_value=False)  # --no-cuda does not exclude it
-        no_mps.start()
-        self.addCleanup(no_mps.stop)
+        self.enterContext(mock.patch("torch.backends.mps.is_available", return_value=False))  # --no-cuda allows MPS
         few = [tensor[:100] for tensor in self.mnist.load_digits()]
         self.few_digits = mock.patch.object(self.data, "digits", lambda batch_size, device:
                                             self.mnist.BatchLoader(*few, batch_size, device=device))

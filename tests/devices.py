@@ -4,7 +4,6 @@ import contextlib
 import functools
 import io
 import itertools
-from importlib import import_module
 from unittest import mock
 
 import numpy as np
@@ -105,8 +104,8 @@ def fused_sgd(weights, gradients, momenta, **options):
 class Devices(TrainGroup):
     """No operation mixes devices, and the CPU reads nothing from the device between two reads of the losses."""
 
-    needs = (*TrainGroup.needs, "evaluation.measures", "evaluation.metrics", "evaluation.pictures",
-             "evaluation.classifier")
+    needs = (*TrainGroup.needs, "training.checkpoint", "evaluation.measures", "evaluation.metrics",
+             "evaluation.pictures", "evaluation.classifier")
 
     @contextlib.contextmanager
     def cuda(self):
@@ -142,8 +141,8 @@ class Devices(TrainGroup):
                 stack.enter_context(context)
             yield mode, reads
 
-    def train_on_cuda(self, *flags, state=None):
-        """Run main, new or from a resumed state; return train_aae's arguments, and how often it reads the device."""
+    def train_on_cuda(self, *flags, state):
+        """Run main, with --resume from a state; return train_aae's arguments, and how often it reads the device."""
         data = self.data.load_data(self.train.parse_args(["--dataset", "digits"]), "cpu")
         writer, kept, train_aae = mock.MagicMock(log_dir=self.folder()), [], self.train.train_aae
         writer.__enter__.return_value = writer
@@ -172,21 +171,17 @@ class Devices(TrainGroup):
             self.train.main(self.train.parse_args(["--log_dir", str(self.folder()), "--no-graph", *flags]))
         return kept
 
-    def assert_trained(self, parts):
-        _, _, _, _, _, *optimizers, _, reads = parts
-        self.assertEqual(reads, 4)  # two windows of two loggers
-        for weight, moments in (item for optimizer in optimizers for item in optimizer.state.items()):
-            self.assertEqual({moment.device for moment in (weight, *moments.values())}, {CUDA})
-
-    def test_a_run(self):
-        for flags in ("", "--posterior universal --precision bf16 --d_momentum 0", "--base --posterior gaussian"):
-            with self.subTest(flags=flags):
-                self.assert_trained(self.train_on_cuda("--epochs", "1", *flags.split()))
-
-    def test_a_run_from_the_cpu_is_resumed(self):
+    def test_a_new_run_and_one_from_the_cpu_that_is_resumed(self):
         run, _ = self.train_quietly("--epochs", "1")
-        state = import_module("training.checkpoint").load_state(run)
-        self.assert_trained(self.train_on_cuda("--resume", str(run), "--epochs", "2", state=state))
+        state = self.checkpoint.load_state(run)
+        for flags in (("--epochs", "1"), ("--resume", str(run), "--epochs", "2"),
+                      ("--epochs", "1", "--base", "--posterior", "gaussian"),
+                      ("--epochs", "1", "--posterior", "universal", "--precision", "bf16", "--d_momentum", "0")):
+            with self.subTest(flags=flags):
+                _, _, _, _, _, *optimizers, _, reads = self.train_on_cuda(*flags, state=state)
+                self.assertEqual(reads, 4)  # two windows of two loggers
+                for weight, moments in (item for optimizer in optimizers for item in optimizer.state.items()):
+                    self.assertEqual({moment.device for moment in (weight, *moments.values())}, {CUDA})
 
     def test_evaluation(self):
         def load_classifier(device):
