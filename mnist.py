@@ -7,7 +7,6 @@ downloaded with torchvision. The bundled digits, which replace it without a netw
 import gzip
 import hashlib
 import io
-import itertools
 import os
 import shutil
 import sys
@@ -81,8 +80,8 @@ class BatchLoader:
             order = torch.randperm(len(images), generator=generator, device="cpu")
             self.epoch += 1
         order, skip, self.skip = order.to(images.device), self.skip, 0
-        batches = zip(order.split(self.batch_size), labels[order].split(self.batch_size), strict=True)
-        for chosen, chosen_labels in itertools.islice(batches, skip, None):  # labels are gathered once an epoch
+        batches = list(zip(order.split(self.batch_size), labels[order].split(self.batch_size), strict=True))
+        for chosen, chosen_labels in batches[skip:]:  # labels are gathered once an epoch
             yield images[chosen], chosen_labels
 
 
@@ -118,12 +117,11 @@ def read_idx(raw, name, download):
     Other copies have a dot in the name, or lie in a folder that an unpacking program has named after the file.
     """
     names, damaged = (name, name.replace("-idx", ".idx")), []
-    places = [raw / (file + end) for file in names for end in ("", ".gz")]
-    for path in [*places, *(raw / folder / file for folder in names for file in names)]:
-        content = checked_content(path, MNIST_MD5[name])
-        if content:
+    places = [file + end for file in names for end in ("", ".gz")] + [f"{a}/{b}" for a in names for b in names]
+    for path in filter(os.path.isfile, (raw / place for place in places)):  # no pipe, which could block forever
+        if content := checked_content(path, MNIST_MD5[name]):
             break
-        damaged += [path] if os.path.isfile(path) else []
+        damaged.append(path)
     else:
         try:
             content = download_idx(raw, name, download)
@@ -140,12 +138,10 @@ def read_idx(raw, name, download):
 
 def checked_content(path, md5):
     """Return the content of a file, decompressed if it ends in .gz; None if it is missing or its MD5 is wrong."""
-    if not os.path.isfile(path):  # excludes folders, and pipes, which could block forever
-        return None
     try:
         content = path.read_bytes()
         content = gzip.decompress(content) if path.suffix == ".gz" else content
-    except (gzip.BadGzipFile, EOFError, zlib.error):
+    except (FileNotFoundError, gzip.BadGzipFile, EOFError, zlib.error):
         return None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; check the file and its permissions") from None
@@ -184,8 +180,7 @@ def download_idx(raw, name, download):
 def fetch(url, md5, folder):
     """Download a file with torchvision and unpack it in a folder; return what failed, or None.
 
-    This runs in a thread, which is abandoned if no data arrive for TIMEOUT seconds: the time limit of a socket does
-    not apply to the name service.
+    A thread does it, which is abandoned after TIMEOUT seconds without data: name services ignore a socket's time limit.
     """
     from torchvision.datasets.utils import download_and_extract_archive
 

@@ -65,8 +65,7 @@ def main(args):
 
 def make_parser():
     """Return the parser of the command line."""
-    parser = OneLineParser("python -m evaluation", "Evaluate a trained model on test images.\n\nPrints a table, and "
-                           "writes metrics.json and pictures to the run's evaluation/.")
+    parser = OneLineParser("python -m evaluation", __doc__)
     parser.add_argument("run", metavar="RUN", help=f"folder of a run of train.py, or a {WEIGHTS}")
     parser.add_argument("--data_dir", metavar="DIR", help="MNIST's folder; the files are downloaded if missing "
                                                           "(default: the run's, or ../data/)")
@@ -77,8 +76,7 @@ def make_parser():
 
 def cli(argv=None):
     """Run `main` from the command line and return the exit status; report user errors in one sentence."""
-    return run_program("python -m evaluation", main, make_parser().parse_args, argv,
-                       "end other programs")
+    return run_program("python -m evaluation", main, make_parser().parse_args, argv, "end other programs")
 
 
 if __name__ == "__main__":

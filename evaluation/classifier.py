@@ -39,22 +39,18 @@ def convolution(channels_in, channels_out, padding=1):
 def load_classifier(device="cpu"):
     """Return the trained classifier in evaluation mode; raise UserError if its file is missing or damaged."""
     classifier = DigitClassifier()
-    hint = f"restore it, for example with: git checkout -- assets/{WEIGHTS.name}"
-    if not WEIGHTS.is_file():
-        raise UserError(f"{WEIGHTS} is missing; {hint}")
     try:
         classifier.load_state_dict(load_checked(WEIGHTS))
     except (CheckpointError, RuntimeError, TypeError):
-        raise UserError(f"{WEIGHTS} is damaged, or from another version; {hint}") from None
+        fault = "is damaged, or from another version" if WEIGHTS.is_file() else "is missing"
+        raise UserError(f"{WEIGHTS} {fault}; restore it, for example with: "
+                        f"git checkout -- assets/{WEIGHTS.name}") from None
     return classifier.to(device).eval()
 
 
 @torch.no_grad()
 def features_and_probabilities(classifier, images):
-    """Return the features [N, 64], all at least 0, and the digits' probabilities [N, 10] of images in [-1, 1].
-
-    The classifier must be in evaluation mode, in which the functions here return it.
-    """
+    """Return features [N, 64], at least 0, and digits' probabilities [N, 10] of images; in evaluation mode."""
     device = classifier.last.weight.device
     features = torch.cat([classifier.features(batch.to(device)) for batch in images.split(BATCH)])
     return features, classifier.last(features).softmax(1)

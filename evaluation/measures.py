@@ -36,23 +36,20 @@ def evaluate(model, train_images, test_images, test_labels, seed=0, progress=lam
         progress("prior match")
         match = prior_match({"codes": codes, "training_codes": seen_codes}, seed)
         progress("samples")
-        samples = draw_samples(model, SAMPLES, seed)
+        sets = {"samples": draw_samples(model, SAMPLES, seed), "training_reconstructions": seen_reconstructions,
+                "training_images": seen}
         progress("log-likelihood")
-        likelihood = {**log_likelihood(samples, held_out, test_images),
-                      "training_reconstructions": log_likelihood(seen_reconstructions, held_out, test_images),
-                      "training_images": log_likelihood(seen, held_out, test_images)}
+        likelihood = {name: log_likelihood(images, held_out, test_images) for name, images in sets.items()}
         progress("digit classifier")
-        quality = classifier_quality({"samples": samples, "training_reconstructions": seen_reconstructions,
-                                      "training_images": seen, "test_images": test_images})
+        quality = classifier_quality({**sets, "test_images": test_images})
     return {"test_images": len(test_images), "reconstruction": reconstruction, "prior_match": match,
-            "log_likelihood": likelihood, "digit_classifier": quality}
+            "log_likelihood": {**likelihood.pop("samples"), **likelihood}, "digit_classifier": quality}
 
 
 def split_training_images(images):
-    """Return SEEN_IMAGES evenly spaced training images, or fewer if there are not enough, and the last SIGMA_IMAGES.
+    """Return at most SEEN_IMAGES evenly spaced training images, and the last SIGMA_IMAGES (at most half).
 
-    Of MNIST, the former are every fifth of 50,000 images. Neither 10,000 in a row nor every second one would represent
-    the rest, see docs/EXPERIMENTS.md.
+    Of MNIST, the former are every fifth of 50,000: 10,000 in a row do not represent the rest, see docs/EXPERIMENTS.md.
     """
     last = min(SIGMA_IMAGES, len(images) // 2)
     rest = images[:-last]
@@ -61,9 +58,7 @@ def split_training_images(images):
 
 def draw_samples(model, count, seed):
     """Return `count` samples of a model; equal seeds give equal samples."""
-    torch.manual_seed(seed)  # for models that sample from torch's global generator; ours has its own
-    if hasattr(model, "sample_stream"):
-        model.sample_stream.manual_seed(seed)
+    model.sample_stream.manual_seed(seed)
     return torch.cat([model.sample(min(BATCH, count - done)) for done in range(0, count, BATCH)])
 
 
@@ -75,10 +70,7 @@ def reconstruction_errors(reconstructions, images, labels):
 
 
 def prior_match(sets, seed):
-    """Return how far each named set of codes [N, z_dim] is from the prior.
-
-    prior_draws are prior samples, as many as the first set has codes: the result of a perfect match.
-    """
+    """Return how far each named set of codes [N, z_dim] is from the prior, and so are N prior samples, prior_draws."""
     first = next(iter(sets.values()))
     generator = torch.Generator().manual_seed((seed + 1) % 2**63)  # not the seed of the directions in ks_distance
     _, perfect = torch.randn(2, *first.shape, generator=generator).to(first.device)
@@ -102,10 +94,10 @@ def log_likelihood(samples, held_out, images):
 
 
 def classifier_quality(sets):
-    """Return the digit classifier's measures of named sets of images, one of them named test_images.
+    """Return the digit classifier's measures of named sets of images [N, 1, 28, 28], one of them named test_images.
 
-    They are the squared Frechet distance of each set's features to those of the test images, the share of each
-    predicted label, and the share of images that are classified with a confidence of at least CONFIDENCE.
+    They are the squared Frechet distance of the features to those of the test images, the share of images with a
+    confidence of at least CONFIDENCE, and the share of each predicted label.
     """
     classifier = load_classifier(sets["test_images"].device)
     results = {name: features_and_probabilities(classifier, images) for name, images in sets.items()}

@@ -13,8 +13,6 @@ CHUNK = 250  # rows of a distance matrix in memory at once: 20 MB of float64 wit
 STEPS = 400  # of the classifier that tells codes from prior samples
 
 
-# Codes against the prior N(0, I) -------------------------------------------------------------------------------------
-
 def ks_distance(codes, projections=200, seed=0):
     """Return the mean Kolmogorov-Smirnov distance in [0, 1] between projections of codes [N, z_dim] and N(0, 1).
 
@@ -77,8 +75,6 @@ def train_mlp(codes, batch=250):
     return logit
 
 
-# Features of images against those of other images --------------------------------------------------------------------
-
 def frechet(features_a, features_b):
     """Return the squared Frechet distance between Gaussians fitted to features [N, d] and [M, d].
 
@@ -104,17 +100,13 @@ def symmetric_root(matrix):
     return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
-# Images against samples ----------------------------------------------------------------------------------------------
-
 def parzen_log_likelihood(samples, images, sigma):
     """Return the log-likelihood [N] in nats of images [N, ...] in [0, 1] under a Parzen window of samples [M, ...].
 
     The density is the mean of M Gaussians of standard deviation sigma in each pixel, one around each sample:
     Goodfellow et al. 2014, arXiv:1406.2661, section 5, and table 1 of Makhzani et al. 2015, arXiv:1511.05644.
     """
-    samples, images = centered(samples, images)
-    return torch.cat([log_density(squared_distances(part, samples), sigma, images.shape[1])
-                      for part in images.split(CHUNK)])
+    return torch.cat([log_density(part, sigma, images[0].numel()) for part in squared_distances(samples, images)])
 
 
 def choose_sigma(samples, images, low=0.01, high=10.0):
@@ -122,14 +114,12 @@ def choose_sigma(samples, images, low=0.01, high=10.0):
 
     Searches three grids of 16 sigmas, each between the neighbours of the best sigma of the previous grid. The last
     grid's steps are below 1 %; half a step from the optimum costs an image of 784 pixels about 784 * 0.005^2 = 0.02
-    nats. The distances, N * M float32, are computed once. Raises ValueError if the optimum is at the edge of a grid.
+    nats. Raises ValueError if the optimum is at the edge of a grid.
     """
-    samples, images = centered(samples, images)
-    distances = [squared_distances(part, samples) for part in images.split(CHUNK)]
+    distances, pixels = list(squared_distances(samples, images)), images[0].numel()
     for _ in range(3):
         grid = torch.logspace(math.log10(low), math.log10(high), 16, dtype=torch.float64).tolist()
-        means = [torch.cat([log_density(part, sigma, images.shape[1]) for part in distances]).mean().item()
-                 for sigma in grid]
+        means = [torch.cat([log_density(part, sigma, pixels) for part in distances]).mean().item() for sigma in grid]
         best = max(range(16), key=means.__getitem__)
         if best in (0, 15):
             raise ValueError(f"the best sigma is not between {low:g} and {high:g}")
@@ -143,17 +133,16 @@ def log_density(distances, sigma, pixels):
     return exponents - math.log(distances.shape[1]) - pixels * math.log(sigma * math.sqrt(2 * math.pi))
 
 
-def centered(samples, images):
-    """Return samples [M, d] and images [N, d] minus the samples' mean, which reduces rounding errors."""
-    samples, images = samples.flatten(1), images.flatten(1)
-    mean = samples.mean(0)
-    return samples - mean, images - mean
+def squared_distances(samples, images):
+    """Yield the squared distances [CHUNK, M] of images x [N, ...], CHUNK at a time, to samples y [M, ...].
 
-
-def squared_distances(x, y):
-    """Return |x - y|^2 [N, M], not below 0, for all pairs of rows of x [N, d] and y [M, d], as |x|^2 + |y|^2 - 2 x y.
-
-    The error is about the rounding error of |x|^2 + |y|^2: in float32, for centered images of 784 pixels, below 1e-4.
+    They are |x|^2 + |y|^2 - 2 x y with the rounding error of this sum: the samples' mean is subtracted from x and y, so
+    that it is below 1e-4 in float32, for images of 784 pixels.
     """
-    norms = x.square().sum(1)[:, None] + y.square().sum(1)
-    return torch.addmm(norms, x, y.T, alpha=-2).clamp_(min=0)
+    samples = samples.flatten(1)
+    mean = samples.mean(0)
+    samples = samples - mean
+    for part in images.flatten(1).split(CHUNK):
+        part = part.to(samples) - mean
+        norms = part.square().sum(1)[:, None] + samples.square().sum(1)
+        yield torch.addmm(norms, part, samples.T, alpha=-2).clamp_(min=0)

@@ -62,13 +62,13 @@ def read_weights(path):
 
 
 def settings_from_weights(path, weights):
-    """Return the settings of a model without a run: inferred from its weights' shapes; the data set is MNIST."""
+    """Return the settings of a model without a run: those that its weights fit; the data set is MNIST."""
     for posterior, networks in itertools.product(ENCODERS, NETWORKS):
-        with contextlib.suppress(KeyError, IndexError), torch.device("meta"):  # shapes without memory
+        with contextlib.suppress(KeyError, IndexError, UserError):
             settings = {**DEFAULTS, "z_dim": weights["decoder.net.0.weight"].shape[1], "posterior": posterior,
                         "networks": networks}
-            if fit(weights, AdversarialAE(settings["z_dim"], posterior, networks)):
-                return settings
+            load_model(path, weights, settings)
+            return settings
     raise UserError(f"{path} has weights of another model than models.AdversarialAE; name a {WEIGHTS} of train.py")
 
 
@@ -78,19 +78,14 @@ def load_model(path, weights, settings):
     Without weights of the discriminator, which no measure uses, it keeps its initial ones.
     """
     model = AdversarialAE(settings["z_dim"], settings["posterior"], settings["networks"])
-    if not fit(weights, model):
+    needed = {name: tensor.shape for name, tensor in model.state_dict().items()
+              if name in weights or not name.startswith("discriminator.")}
+    if {name: tensor.shape for name, tensor in weights.items()} != needed:
         raise UserError(f"{path} does not fit a models.AdversarialAE with z_dim {settings['z_dim']}, "
                         f"{settings['posterior']} encoder and {settings['networks']} networks: hparams.json is from "
                         f"another run, or models.py has changed since; evaluate another run")
     model.load_state_dict(weights, strict=False)
     return model
-
-
-def fit(weights, model):
-    """Return whether names and shapes of weights are the model's, with or without those of the discriminator."""
-    needed = {name: tensor.shape for name, tensor in model.state_dict().items()
-              if name in weights or not name.startswith("discriminator.")}
-    return {name: tensor.shape for name, tensor in weights.items()} == needed
 
 
 def load_data(settings, data_dir=None):

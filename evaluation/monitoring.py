@@ -14,10 +14,7 @@ HYPERPARAMETERS = ("z_dim", "lambda_", "posterior", "networks", "ae_lr", "drop_a
 
 
 def reconstruct(model, images):
-    """Return reconstructions [N, 1, 28, 28] and codes [N, z_dim] of images, batch by batch.
-
-    Call it within `evaluation_mode`.
-    """
+    """Return reconstructions [N, 1, 28, 28] and codes [N, z_dim] of images; call it within `evaluation_mode`."""
     reconstructions, codes = zip(*(model(batch) for batch in images.split(500)), strict=True)
     return torch.cat(reconstructions), torch.cat(codes)
 
@@ -60,8 +57,7 @@ def save_summary(model, epoch, summary_writer, data, settings, means):
             summary_writer.add_embedding(shown, data.test_labels[:1000].tolist(),
                                          (data.test_images[:1000].cpu() + 1) / 2, epoch, "codes")
         results |= {f"final/test_{name}": value for name, value in values.items()}
-    hyperparameters = {name: settings[name] for name in HYPERPARAMETERS}
-    for summary in hparams(hyperparameters, results):  # SummaryWriter.add_hparams would create a second run
-        summary_writer.file_writer.add_summary(summary)
+    for summary in hparams({name: settings[name] for name in HYPERPARAMETERS}, results):
+        summary_writer.file_writer.add_summary(summary)  # SummaryWriter.add_hparams would create a second run
     for name, value in results.items():
         summary_writer.add_scalar(name, value, epoch)

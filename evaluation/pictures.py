@@ -2,10 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.functional import to_pil_image
 
-from evaluation.measures import BATCH, draw_samples
+from evaluation.measures import draw_samples
 from evaluation.metrics import squared_distances
 from evaluation.monitoring import reconstruct
 from training.files import image_grid
@@ -32,16 +32,13 @@ def draw_pictures(model, train_images, test_images, test_labels, seed=0):
 
 def grid(images, columns):
     """Return images [N, 1, 28, 28] in [-1, 1] as one picture, enlarged by a factor of two."""
-    picture = to_pil_image(image_grid(images, columns))
-    return picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST)
+    return ImageOps.scale(to_pil_image(image_grid(images, columns)), 2, Image.Resampling.NEAREST)
 
 
 def nearest(samples, train_images):
     """Return for each sample the training image with the smallest squared distance."""
-    flat = samples.flatten(1)
-    distances = torch.cat([squared_distances(flat, part.flatten(1).to(flat))
-                           for part in train_images.split(40 * BATCH)], 1)
-    return train_images[distances.argmin(1).to(train_images.device)].to(samples)
+    distances = torch.cat(list(squared_distances(samples, train_images)))
+    return train_images[distances.argmin(0).to(train_images.device)].to(samples)
 
 
 def draw_reconstructions(model, images, labels, rows=4):
@@ -85,8 +82,7 @@ def interpolate(start, end, fractions):
 def draw_manifold(model, side=20):
     """Return a picture of codes at the prior's quantiles (i + 1/2) / side, decoded; the axes are those of codes.png."""
     quantiles = torch.special.ndtri((torch.arange(side) + 0.5) / side)
-    second, first = torch.meshgrid(quantiles.flip(0), quantiles, indexing="ij")
-    codes = torch.stack([first, second], -1).view(-1, 2)
+    codes = torch.cartesian_prod(quantiles.flip(0), quantiles).flip(1)  # row by row, from the top
     return grid(model.decoder(codes.to(model.device)), side)
 
 
@@ -99,8 +95,7 @@ def draw_codes(codes, labels, size=800, scale=2):
         return (value / reach + 1) / 2 * pixels
 
     picture = Image.new("RGB", (pixels + 110 * scale, pixels), "white")
-    draw = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(18 * scale)
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(18 * scale)
     points = to_pixels(codes.double() * torch.tensor([1, -1])).tolist()
     order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))  # so that no label hides the others
     for index in order.tolist():
@@ -110,7 +105,7 @@ def draw_codes(codes, labels, size=800, scale=2):
         x, y = pixels + 30 * scale, (40 + 34 * label) * scale
         draw_circle(draw, x, y, 9 * scale, fill=COLORS[label])
         draw.text((x + 20 * scale, y), str(label), "black", font, anchor="lm")
-    return picture.resize((picture.width // scale, picture.height // scale), Image.Resampling.LANCZOS)
+    return ImageOps.scale(picture, 1 / scale, Image.Resampling.LANCZOS)
 
 
 def draw_circle(draw, x, y, radius, **style):
