@@ -86,8 +86,8 @@ def make_parser():
     add("--log_dir", default="AAE_logs/", metavar="DIR", help="each run creates its own folder in this one")
     add("--checkpoint_every", type=number(int, 1), default=10, metavar="N", help="epochs between two checkpoints")
     add("--resume", metavar="RUN",
-        help="resume a stopped run: its folder, or `latest` for the last one saved in --log_dir; "
-             "--epochs may be raised")
+        help="resume a stopped run: its folder, a training state in it, or `latest` for the last one saved in "
+             "--log_dir; --epochs may be raised")
 
     add = parser.add_argument_group("hardware").add_argument
     add("--no-cuda", action="store_true", help="do not use CUDA, even if it is available")
@@ -116,7 +116,9 @@ def parse_args(argv=None):
 
 def with_defaults(args):
     """Return a Namespace of all flags: those missing from `args` have their defaults, the others are explicit."""
-    return argparse.Namespace(**{**vars(parse_args([])), "explicit_flags": list(vars(args)), **vars(args)})
+    given = {name: value for name, value in vars(args).items() if name != "base"}
+    defaults = vars(parse_args(["--base"] if getattr(args, "base", False) else []))
+    return argparse.Namespace(**{**defaults, "explicit_flags": [*defaults["explicit_flags"], *given], **given})
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
@@ -165,6 +167,9 @@ def train_aae(epoch, model, train_loader, logger_ae, logger_disc, optimizer_ae, 
         optimizer_ae: optimizes the parameters of encoder and decoder, and no others.
         optimizer_disc: optimizes the parameters of the discriminator, and no others.
         lambda_: weight of the reconstruction loss; the adversarial loss has weight 1 - lambda_.
+
+    On CUDA, the values of a step are overwritten by the next one, and a captured graph keeps the tensors and the float
+    learning rates that it was captured with: call build_step.cache_clear() after replacing them.
     """
     model.train()
     step = build_step(model, optimizer_ae, optimizer_disc, lambda_)
@@ -176,7 +181,7 @@ def train_aae(epoch, model, train_loader, logger_ae, logger_disc, optimizer_ae, 
 
 def train_step(model, optimizer_ae, optimizer_disc, lambda_, x):
     """Take one step of each optimizer on images x [B, 1, 28, 28]; return the dicts of values of the two losses."""
-    recon_x, z_fake = (output.float() for output in model(x))  # float32 already, except in bf16
+    recon_x, z_fake = model(x)
     ae_loss, ae_values = model.get_loss_autoencoder(x, recon_x, z_fake, lambda_)
     disc_loss, disc_values = model.get_loss_discriminator(z_fake.detach())
 
@@ -253,13 +258,17 @@ def main(args):
         options = {"posterior": args.posterior, "networks": args.networks}
         if options == {"posterior": "deterministic", "networks": "residual"}:
             options = {}  # a student's model may accept z_dim only
+        model = AdversarialAE(z_dim=args.z_dim, **options)
+        if any(isinstance(weight, torch.nn.UninitializedParameter) for weight in model.parameters()):
+            with evaluation_mode(model):  # lazy layers get their weights in a first forward pass
+                model.discriminator(model(torch.zeros(1, 1, 28, 28))[1])
         channels_last = device.type == "cpu" or args.precision == "bf16"  # the fastest memory layout there
-        model = AdversarialAE(z_dim=args.z_dim, **options).to(
-            device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+        model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
         model.capturable = getattr(model, "capturable", False) and not args.no_graph
         ema = EMA(model, args.averaging)  # the averaged weights are shown, evaluated and saved
         if args.precision == "bf16":  # after the copy in EMA, which stays in float32
-            model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
+            forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
+            model.forward = lambda x: tuple(output.float() for output in forward(x))
 
         cuda = model.device.type == "cuda"
         fused = model.device.type in ("cpu", "cuda")  # one call for all weights; untested on other devices
@@ -284,6 +293,7 @@ def main(args):
                     save_measurements(ema.model, epoch, writer, data.test_images)
                 run.end_epoch(epoch)  # prints losses, saves checkpoints, stops if a signal is pending
             save_summary(ema.model, args.epochs, writer, data, run.settings, run.means)
+        build_step.cache_clear()  # frees the model, and on CUDA the memory of its graphs
     return run.folder
 
 

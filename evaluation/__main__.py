@@ -31,7 +31,7 @@ from training.files import png_bytes, write_atomically
 def main(args):
     """Evaluate as the flags specify; return the content of metrics.json.
 
-    Raises UserError, mnist.DataError or OSError for errors that the user can fix.
+    Raises UserError or mnist.DataError for errors that the user can fix.
     """
     started = time.monotonic()
     folder, path, settings = find_run(args.run)

@@ -47,6 +47,11 @@ class Checkpoint(ResumeGroup):
         for wrong in (empty, empty / "none", file, run / "checkpoints" / "model_checkpoint.pt", "latest"):
             named = empty if wrong == "latest" else wrong
             self.assert_refused(self.run_cli("--resume", wrong, "--log_dir", empty), 1, named)
+        self.assert_refused(self.run_cli("--resume", "", "--log_dir", empty), 1, "cannot be resumed")
+        for place in ("builtins.open", "os.truncate"):  # a run of somebody else; on Windows, one that is being read
+            next(run.glob("events.out.*")).open("ab").write(b"later")
+            with mock.patch(place, side_effect=PermissionError(13, "Permission denied", str(run / "x"))):
+                self.assert_refused(self.resume(run), 1, run, "Permission denied")
         self.change(run, format="adversarial autoencoder, training state 1")
         self.assert_refused(self.resume(run), 1, run / "checkpoints" / "training_state.pt", "of this version")
 

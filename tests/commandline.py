@@ -3,6 +3,7 @@
 import json
 import os
 import unittest
+from argparse import Namespace
 from unittest import mock
 
 import torch
@@ -61,6 +62,11 @@ class Flags(TrainGroup):
         for argv, settings in ((["--base"], default), (["--base", "--d_momentum", "0.9"], base)):
             with self.assertRaisesRegex(self.cli.FlagError, "contradicts the run"):
                 resumed_args(self.train.parse_args(argv), settings)
+
+    def test_base_in_a_namespace_is_short_for_its_four_flags(self):
+        args = self.train.with_defaults(Namespace(base=True, d_momentum=0.9))
+        self.assertEqual((args.networks, args.drop_after, args.d_momentum, args.averaging), ("base", 0, 0.9, 0))
+        self.assertNotIn("base", args)
 
     def test_a_run_with_base_records_the_four_settings_alone(self):
         run, _ = self.train_quietly("--epochs", "1", "--base")

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from training.cli import UserError, shell_command, warn
-from training.files import replace, write_atomically
+from training.files import replace, write_atomically, writing
 
 try:
     import fcntl
@@ -46,7 +46,7 @@ def save_state(run, state, weights, keep=True):
 
 def load_state(resume):
     """Return the training state at `resume`, a run's folder or a file, with the file's path under "path"."""
-    if Path(resume).is_file():
+    if os.path.isfile(resume):
         return read_state(resume)
     current, previous = (Path(resume) / "checkpoints" / name for name in (CURRENT, PREVIOUS))
     if not current.exists():  # killed between the two renames of write_atomically
@@ -71,8 +71,8 @@ def read_state(path):
 
 def load_checked(path):
     """Return what torch.save wrote into a file, on the CPU; raise CheckpointError if it is missing or damaged."""
-    if not Path(path).is_file():
-        raise CheckpointError(f"{path} is missing, or not a file")
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path} is missing, or not a file; name another one")
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -84,7 +84,7 @@ def load_checked(path):
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception:  # both readers raise many kinds of errors for invalid files
         damaged = True
-    raise CheckpointError(f"{path} is damaged, or not a checkpoint")
+    raise CheckpointError(f"{path} is damaged, or not a checkpoint; name another one")
 
 
 def serialize(value):
@@ -142,17 +142,17 @@ def run_folder(resume):
     """Return the run's folder, given that folder or one of its training states."""
     path = Path(resume)
     folder = Path(os.path.abspath(path)).parent
-    if path.is_file() and folder.name == "checkpoints" and path.name in (CURRENT, PREVIOUS):
+    if os.path.isfile(path) and folder.name == "checkpoints" and path.name in (CURRENT, PREVIOUS):
         return folder.parent
     if not has_state(path):
-        raise CheckpointError(f"{path} cannot be resumed, because it has no checkpoints/{CURRENT}; name a run's folder "
-                              f"or a training state in one, or start a new run")
+        raise CheckpointError(f"{path} cannot be resumed: it is no training state, and has no checkpoints/{CURRENT}; "
+                              f"name a run's folder or a training state in one, or start a new run")
     return path
 
 
 def has_state(run):
     """Return whether a run has saved a training state."""
-    return any((Path(run) / "checkpoints" / name).exists() for name in (CURRENT, PREVIOUS))
+    return any(os.path.exists(Path(run) / "checkpoints" / name) for name in (CURRENT, PREVIOUS))
 
 
 def latest_run(log_dir):
@@ -179,7 +179,7 @@ def locked(run):
     if fcntl is None:
         yield
         return
-    with open(Path(run) / ".lock", "wb") as file:
+    with writing(run), open(Path(run) / ".lock", "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -18,6 +18,8 @@ from mnist import DataError
 GPU_IS_TAKEN = re.compile(r"CUDA error: out of memory|busy or unavailable"
                           r"|CU(BLAS|DNN)_STATUS_\w*(ALLOC\w*FAILED|NOT_INITIALIZED)")
 
+NO_MEMORY = re.compile("allocate memory|you tried to allocate")  # of torch on Linux and on Windows
+
 
 class UserError(RuntimeError):
     """An error that the user can fix; the message says what is wrong and what to do. `status` is the exit status."""
@@ -136,7 +138,7 @@ def report_error(program, error, memory_advice):
     elif gpu_is_taken(error):
         message = ("the GPU does not have enough free memory, or another program has exclusive use of it; "
                    f"{memory_advice}, or use --no-cuda")
-    elif isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "allocate memory" in str(error):
+    elif isinstance(error, MemoryError) or isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)):
         message = f"there is not enough memory; {memory_advice}"
     else:
         raise error

@@ -32,7 +32,7 @@ def open_run(args):
     args.log_dir = os.path.expanduser(args.log_dir)
     with contextlib.ExitStack() as stack:
         folder = state = None
-        if args.resume:
+        if args.resume is not None:
             resume = checkpoint.latest_run(args.log_dir) if args.resume == "latest" else os.path.expanduser(args.resume)
             folder = checkpoint.run_folder(resume)
             stack.enter_context(checkpoint.locked(folder))
@@ -88,7 +88,8 @@ class Run:
         self._started = time.monotonic()  # for a resumed run, less the seconds before
         if self.resumed:
             self._restore(self.resumed)
-            checkpoint.rewind(self.folder, self.resumed)
+            with writing(self.folder):
+                checkpoint.rewind(self.folder, self.resumed)
         else:
             self.folder = checkpoint.create_run_folder(self.args.log_dir)
             self._stack.enter_context(checkpoint.locked(self.folder))
