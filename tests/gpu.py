@@ -33,13 +33,12 @@ class Cuda(TrainGroup):
         self.assertIn("device: cuda", out.getvalue())
         return run, torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)
 
-    def steps(self, *flags, before=None):
+    def steps(self, *flags, before=lambda *optimizers: None):
         """Return the losses of 40 steps with two batch sizes, the weights after them, and the step."""
         args = self.train.parse_args(["--deterministic", *flags])
         _, model, _, _, _, *optimizers, _ = self.parts("--deterministic", *flags)
         torch.manual_seed(0)
-        if before:
-            before(*optimizers)
+        before(*optimizers)
         step, images = self.train.build_step(model, *optimizers, args.lambda_), images_like_mnist(64).cuda()
         values = []
         for number in range(40):

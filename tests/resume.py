@@ -85,12 +85,12 @@ class Resume(ResumeGroup):
     DROP = "--drop_after", "1"  # of the learning rate
     FLAGS = "--epochs", "4", *DROP
 
-    def setUp(self):  # logged windows of 3 steps, so that one is incomplete at every stop
+    def setUp(self):  # means of 7 steps are logged, so that the state has a part of all sums at one stop or another
         super().setUp()
-        self.enterContext(mock.patch.object(self.train.TensorBoardLogger.__init__, "__defaults__", (3, None)))
+        self.enterContext(mock.patch.object(self.train.TensorBoardLogger.__init__, "__defaults__", (7, None)))
 
     def test_resumed_run_equals_the_uninterrupted_one(self):
-        for steps in (1, 2, 5):  # within an epoch, at its end, within a later epoch
+        for steps in (1, 2, 7):  # within an epoch, at its end, within the last epoch
             run = self.stop_after(steps, *self.FLAGS)
             for _ in range(2):  # the second time, nothing is left to do
                 self.assert_resumed(run)
