@@ -1,8 +1,8 @@
-"""Evaluate a trained model:  python -m evaluation RUN  (a run's folder, or a model_checkpoint.pt).
+"""The program that evaluates a trained model:  python -m evaluation RUN
 
-Prints a table and writes metrics.json and pictures to <run>/evaluation/; nothing else in the run changes. The test
-images are those of the data set that the run was trained on. For a model_checkpoint.pt outside a run, the architecture
-is inferred from the weights, the test images are MNIST's, and evaluation/ is created next to the file.
+The test images are those of the data set that the run was trained on, and only <run>/evaluation/ is written. For a
+model_checkpoint.pt outside a run, the architecture is inferred from the weights, the test images are MNIST's, and
+evaluation/ is created next to the file.
 """
 
 import training.threads  # noqa: F401 (before torch, which reads the variables that it sets)
@@ -65,7 +65,8 @@ def main(args):
 
 def make_parser():
     """Return the parser of the command line."""
-    parser = OneLineParser("python -m evaluation", __doc__)
+    parser = OneLineParser("python -m evaluation", "Evaluate a trained model on test images.\n\nPrints a table, and "
+                           "writes metrics.json and pictures to the run's evaluation/.")
     parser.add_argument("run", metavar="RUN", help=f"folder of a run of train.py, or a {WEIGHTS}")
     parser.add_argument("--data_dir", metavar="DIR", help="MNIST's folder; the files are downloaded if missing "
                                                           "(default: the run's, or ../data/)")

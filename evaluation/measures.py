@@ -3,12 +3,11 @@
 import torch
 
 from evaluation import metrics
-from evaluation.classifier import features_and_probabilities, load_classifier
+from evaluation.classifier import BATCH, features_and_probabilities, load_classifier
 from evaluation.monitoring import reconstruct
 from training.cli import UserError
 from training.random_state import evaluation_mode
 
-BATCH = 250            # samples per forward pass
 SAMPLES = 10_000       # drawn for the log-likelihood and the classifier
 SIGMA_IMAGES = 1_000   # the last training images, on which the Parzen window's sigma is chosen
 SEEN_IMAGES = 10_000   # of the other training images, as a comparison: images that the model has seen

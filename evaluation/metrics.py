@@ -16,9 +16,8 @@ STEPS = 400  # of the classifier that tells codes from prior samples
 def ks_distance(codes, projections=200, seed=0):
     """Return the mean Kolmogorov-Smirnov distance in [0, 1] between projections of codes [N, z_dim] and N(0, 1).
 
-    Each projection is onto a direction drawn uniformly from the unit sphere; equal seeds give equal directions. The
-    distance is the largest difference between the distribution function of the projected codes and the normal one. Its
-    mean for N prior samples is 0.869 / sqrt(N), the mean of Kolmogorov's distribution.
+    It is the largest difference of their distribution functions; its mean for N prior samples is 0.869 / sqrt(N), the
+    mean of Kolmogorov's distribution. Directions are drawn uniformly from the unit sphere, equal ones for equal seeds.
     """
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(codes.shape[1], projections, generator=generator, dtype=torch.float64)

@@ -67,8 +67,8 @@ def draw_interpolations(model, images, labels, steps=10):
 def interpolate(start, end, fractions):
     """Return codes [N, z_dim] at fractions [N] of the way from one code [z_dim] to another (spherical interpolation).
 
-    Direction (Shoemake 1985, "Animating rotation with quaternion curves") and norm change at constant speed. Samples of
-    N(0, I) have norms near sqrt(z_dim); a straight line between two of them passes through norms that are rare.
+    Direction (Shoemake 1985, "Animating rotation with quaternion curves") and norm change at constant speed: a straight
+    line between two samples of N(0, I), whose norms are near sqrt(z_dim), passes through norms that are rare.
     """
     fractions, directions = fractions[:, None], (F.normalize(start, dim=0), F.normalize(end, dim=0))
     angle = (directions[0] @ directions[1]).clamp(-1, 1).acos()
