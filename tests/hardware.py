@@ -99,6 +99,8 @@ class Hardware(TrainGroup):
             self.assertIsNone(self.device.unused_gpu_warning(False))
         with mock.patch.object(self.device, "NVIDIA_DRIVER", HERE), self.few_digits:
             self.assertIsNone(self.device.unused_gpu_warning(True))
+            with mock.patch("torch.backends.cuda.is_built", return_value=True):
+                self.assertIsNone(self.device.unused_gpu_warning(False))
             status, out, err = self.run_cli("--dataset", "digits", "--epochs", 1, "--log_dir", self.folder())
         self.assertEqual((status, err.count("is built without CUDA")), (0, 2), err)  # at the start and at the end
         self.assertIn("device: cpu", out)
