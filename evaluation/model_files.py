@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -59,7 +60,7 @@ def read_weights(path):
         raise UserError(f"{path} does not contain a model's weights; name a {WEIGHTS}")
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise UserError(f"{path} has weights that are NaN or infinite: its training has diverged; evaluate another run")
-    return {str(name).replace("module.", "").replace("_orig_mod.", ""): tensor for name, tensor in weights.items()}
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): tensor for name, tensor in weights.items()}
 
 
 def settings_from_weights(path, weights):

@@ -100,13 +100,14 @@ def rewind(run, state):
     A resumed run writes everything else again. Other files in the folder are not touched.
     """
     current = Path(run) / "checkpoints" / CURRENT
-    if os.path.abspath(state["path"]) != os.path.abspath(current):
-        replace(state["path"], current)
-    for file in event_files(run):
-        if file.name not in state["events"]:
-            file.unlink()
-        elif file.stat().st_size > state["events"][file.name]:
-            os.truncate(file, state["events"][file.name])
+    with writing(run):
+        if os.path.abspath(state["path"]) != os.path.abspath(current):
+            replace(state["path"], current)
+        for file in event_files(run):
+            if file.name not in state["events"]:
+                file.unlink()
+            elif file.stat().st_size > state["events"][file.name]:
+                os.truncate(file, state["events"][file.name])
 
 
 def event_files(run):

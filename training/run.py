@@ -88,8 +88,7 @@ class Run:
         self._started = time.monotonic()  # for a resumed run, less the seconds before
         if self.resumed:
             self._restore(self.resumed)
-            with writing(self.folder):
-                checkpoint.rewind(self.folder, self.resumed)
+            checkpoint.rewind(self.folder, self.resumed)
         else:
             self.folder = checkpoint.create_run_folder(self.args.log_dir)
             self._stack.enter_context(checkpoint.locked(self.folder))
