@@ -9,11 +9,10 @@ import hashlib
 import io
 import os
 import shutil
+import socket
 import sys
 import tempfile
-import threading
 import zlib
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -27,19 +26,15 @@ MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
              "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}
 DIGITS_FILE = Path(__file__).resolve().parent / "assets" / "digits.csv.gz"
 DIGITS_MD5 = "a0339c30a8a5312a1b6f9e5c719dcce5"
-TIMEOUT = 8  # seconds without data after which the next of torchvision's two mirrors is tried
+TIMEOUT = 8  # seconds without data from a mirror, after which the next one is tried
 
 
 class DataError(RuntimeError):
-    """The data cannot be loaded; the message says why and what to do."""
+    """A file is damaged, or a folder cannot be used; the message says what to do."""
 
 
 class MissingData(DataError):
     """The files are missing and could not be downloaded."""
-
-
-class DamagedData(DataError):
-    """A file exists, but its content is wrong."""
 
 
 def mnist(root="../data", batch_size=64, num_workers=4, download=True, train=True, device="cpu"):
@@ -47,7 +42,7 @@ def mnist(root="../data", batch_size=64, num_workers=4, download=True, train=Tru
 
     The training set is reshuffled each epoch; the test set (`train=False`) keeps its order. The last, partial batch is
     included. `num_workers` is part of the interface but has no effect: the images are in memory, on `device`.
-    Raises MissingData, DamagedData, or DataError if `root` is not usable.
+    Raises MissingData or DataError.
     """
     return BatchLoader(*load_mnist(root, train, download), batch_size, shuffle=train, device=device)
 
@@ -104,7 +99,7 @@ def load_digits(train=True):
     """
     content = checked_content(DIGITS_FILE, DIGITS_MD5)
     if content is None:
-        raise DamagedData(f"{DIGITS_FILE} is missing or damaged; restore it, for example with: git checkout -- assets")
+        raise DataError(f"{DIGITS_FILE} is missing or damaged; restore it, for example with: git checkout -- assets")
     table = np.loadtxt(io.BytesIO(content), delimiter=",", dtype=np.float32)
     table = torch.from_numpy(table[(np.arange(len(table)) % 6 != 5) == train])
     images = F.interpolate((table[:, :64] / 8 - 1).view(-1, 1, 8, 8), size=(20, 20), mode="bilinear")
@@ -127,8 +122,8 @@ def read_idx(raw, name, download):
             content = download_idx(raw, name, download)
         except MissingData as error:
             if damaged:
-                raise DamagedData(f"{damaged[0]} is damaged and could not be downloaded again ({error}); delete it, or "
-                                  f"replace it with an intact {name} or {name}.gz") from None
+                raise DataError(f"{damaged[0]} is damaged and could not be downloaded again ({error}); delete it, or "
+                                f"replace it with an intact {name} or {name}.gz") from None
             raise MissingData(f"MNIST is not in {raw} and could not be downloaded ({error}); put its four files there, "
                               f"{', '.join(MNIST_MD5)}, as they are or .gz, or check the network connection") from None
     for path in damaged:
@@ -149,52 +144,38 @@ def checked_content(path, md5):
 
 
 def download_idx(raw, name, download):
-    """Download one of MNIST's files from torchvision's mirrors, store it in `raw`, and return its content."""
+    """Download one of MNIST's files, store it in `raw`, and return its content."""
     for path in filter(os.path.isfile, (raw, *raw.parents)):
         raise DataError(f"{path} is a file; choose a folder for MNIST with --data_dir")
     if not download:
         raise MissingData("downloading is disabled")
-    from torchvision.datasets import MNIST  # imported here because it takes a second and is rarely needed
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        fetch(name, folder)
+        try:
+            raw.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=raw) as near:  # in the same file system, for a rename that is atomic
+                os.replace(shutil.copy(Path(folder) / name, near), raw / name)
+            return (raw / name).read_bytes()
+        except OSError as error:
+            raise DataError(f"MNIST cannot be written to {raw}: {error.strerror}; choose another folder with "
+                            f"--data_dir, or free disk space or check the permissions there") from None
 
-    failures, temporary = [], raw / f"{name}.{os.getpid()}.tmp"
+
+def fetch(name, folder):
+    """Download one of MNIST's files with torchvision, from the first of its mirrors that works, and unpack it."""
+    from torchvision.datasets import MNIST, utils  # imported here because it takes a second and is rarely needed
+
+    failures, limit = [], socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
     try:
         for mirror in MNIST.mirrors:
-            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-                failure = fetch(f"{mirror}{name}.gz", dict(MNIST.resources)[f"{name}.gz"], folder)
-                if failure is None:
-                    raw.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(Path(folder) / name, temporary)
-                    os.replace(temporary, raw / name)
-                    return (raw / name).read_bytes()
-            reason = getattr(failure, "reason", failure)  # the cause that urllib has wrapped
-            failures.append(f"{mirror}: {getattr(reason, 'strerror', None) or reason}")
-    except OSError as error:
-        raise DataError(f"MNIST cannot be written to {raw}: {error.strerror}; choose another folder with --data_dir, "
-                        f"or free disk space or check the permissions there") from None
+            print(f"downloading {mirror}{name}.gz", file=sys.stderr)
+            try:
+                md5 = dict(MNIST.resources)[f"{name}.gz"]
+                return utils.download_and_extract_archive(f"{mirror}{name}.gz", folder, md5=md5)
+            except Exception as error:  # of any kind: an answer may be anything
+                reason = getattr(error, "reason", error)  # the cause that urllib has wrapped
+                failures.append(f"{mirror}: {getattr(reason, 'strerror', None) or reason}")
     finally:
-        with suppress(OSError):  # exists only if something failed
-            temporary.unlink()
+        socket.setdefaulttimeout(limit)
     raise MissingData("; ".join(failures))
-
-
-def fetch(url, md5, folder):
-    """Download a file with torchvision and unpack it in a folder; return what failed, or None.
-
-    A thread does it, which is abandoned after TIMEOUT seconds without data: name services ignore a socket's time limit.
-    """
-    from torchvision.datasets.utils import download_and_extract_archive
-
-    def run():
-        try:
-            download_and_extract_archive(url, folder, md5=md5)
-        except Exception as error:  # of any kind: an answer may be anything
-            failures.append(error)
-
-    print(f"downloading {url}", file=sys.stderr)
-    failures, before, size = [], -1, 0
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    while thread.is_alive() and before < size:
-        thread.join(TIMEOUT)
-        before, size = size, sum(file.stat().st_size for file in Path(folder).iterdir())
-    return TimeoutError(f"no data for {TIMEOUT} s") if thread.is_alive() else next(iter(failures), None)

@@ -252,7 +252,7 @@ def main(args):
     with open_run(with_defaults(args)) as run:  # a new run, or with --resume a stopped one: locked, its state loaded
         args = run.args
         torch.manual_seed(args.seed)
-        device = setup_device(args)
+        device = setup_device(args.no_cuda, args.precision, args.deterministic)
         data = load_data(args, device, run.resumed)
 
         options = {"posterior": args.posterior, "networks": args.networks}

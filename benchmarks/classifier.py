@@ -13,7 +13,7 @@ from tqdm import tqdm
 from evaluation.classifier import WEIGHTS, DigitClassifier, features_and_probabilities
 from mnist import load_digits, load_mnist, mnist
 from training.checkpoint import serialize
-from training.device import choose_device, keep_freed_memory, set_precision
+from training.device import setup_device
 from training.files import write_atomically
 
 
@@ -55,9 +55,7 @@ def accuracy(classifier, images, labels):
 
 def main(args):
     """Train on MNIST's training set, print the classifier's accuracy, and write its weights."""
-    device = choose_device(args.no_cuda, mps=False)
-    set_precision("fp32", device)
-    keep_freed_memory()
+    device = setup_device(args.no_cuda, mps=False)
     torch.manual_seed(0)  # of the batches' order, too
     classifier = train_classifier(mnist(args.data_dir, 128), args.epochs, device=device)
     classifier.half().float()  # rounds the weights to the stored precision

@@ -26,7 +26,6 @@ except ImportError:  # Windows: runs are not locked there
 FORMAT = "adversarial autoencoder, training state 3"
 CURRENT, PREVIOUS, WEIGHTS = "training_state.pt", "training_state.previous.pt", "model_checkpoint.pt"
 EVENT_FILE = re.compile(r"events\.out\.tfevents\.\d+\..+\.\d+\.\d+")  # of SummaryWriter: time, host, process, number
-TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
 class CheckpointError(UserError):
@@ -71,20 +70,15 @@ def read_state(path):
 
 def load_checked(path):
     """Return what torch.save wrote into a file, on the CPU; raise CheckpointError if it is missing or damaged."""
-    if not os.path.isfile(path):
-        raise CheckpointError(f"{path} is missing, or not a file; name another one")
     try:
-        content = Path(path).read_bytes()
+        with zipfile.ZipFile(path) as archive:  # the format of torch.save; torch.load ignores checksums
+            if not archive.testzip():
+                return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; check the file and its permissions") from None
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:  # the format of torch.save; torch.load ignores checksums
-            damaged = archive.testzip()
-        if not damaged:
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; name another file") from None
     except Exception:  # both readers raise many kinds of errors for invalid files
-        damaged = True
-    raise CheckpointError(f"{path} is damaged, or not a checkpoint; name another one")
+        pass
+    raise CheckpointError(f"{path} is damaged, or not a checkpoint; name another file")
 
 
 def serialize(value):
@@ -168,10 +162,7 @@ def resume_hint(run):
     """Return a clause on how to resume a run."""
     if not has_state(run):
         return "it had no checkpoint yet, so start a new run"
-    train = TRAIN
-    with suppress(ValueError):  # on Windows, if it is on another drive
-        train = os.path.relpath(TRAIN)
-    return f"resume it with: {shell_command('python', str(train), '--resume', str(run))}"
+    return f"resume it with: {shell_command('python', 'train.py', '--resume', str(run))}"
 
 
 @contextmanager

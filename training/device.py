@@ -13,37 +13,25 @@ from training.cli import FlagError, UserError, warn
 CPUINFO, NVIDIA_DRIVER = Path("/proc/cpuinfo"), Path("/proc/driver/nvidia/version")  # on Linux
 
 
-class PrecisionError(FlagError):
-    """A precision that the device does not support, or only slowly."""
+def setup_device(no_cuda=False, precision="fp32", deterministic=False, mps=True):
+    """Return the device to compute on: CUDA unless `no_cuda`, else MPS if `mps` (it lacks float64), else the CPU.
 
-
-def setup_device(args):
-    """Return the device that the flags specify, set to args.precision; raise UserError if it does not support that."""
-    torch.use_deterministic_algorithms(False)  # an earlier run in this process may have set it
-    device = choose_device(args.no_cuda, args.deterministic)
-    try:
-        set_precision(args.precision, device)
-    except PrecisionError:
-        if not args.resume:
-            raise
-        raise UserError(f"{args.resume} was trained with --precision {args.precision}, which this device does not "
-                        f"support, or only slowly; resume it on the kind of device that it was started on") from None
-    keep_freed_memory()
-    return device
-
-
-def choose_device(no_cuda=False, deterministic=False, mps=True):
-    """Return the device to compute on: CUDA unless `no_cuda`, else MPS if `mps` (it lacks float64), else the CPU."""
+    `precision` is "fp32", "tf32" or "bf16". Raises FlagError if the device does not support it.
+    """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is initialised
-        torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a kernel per tensor
+    torch.use_deterministic_algorithms(deterministic)
     if warning := unused_gpu_warning(no_cuda):
         warn(warning)
+    device = torch.device("mps" if mps and torch.backends.mps.is_available() else "cpu")
     if not no_cuda and torch.cuda.is_available():  # torch warns of a driver that it cannot use
         check_gpu()
-        return torch.device("cuda")
-    return torch.device("mps" if mps and torch.backends.mps.is_available() else "cpu")
+        device = torch.device("cuda")
+    set_precision(precision, device)
+    # glibc then reuses one step's memory for the next, which reduced the time of a step on the CPU by a third.
+    torch.empty(31 << 20, dtype=torch.uint8)  # freeing just under 32 MB raises M_MMAP_THRESHOLD, see mallopt(3)
+    return device
 
 
 def unused_gpu_warning(no_cuda):
@@ -85,21 +73,15 @@ def cpuinfo(name):
 
 
 def set_precision(precision, device):
-    """Set the process's precision: "fp32", "tf32" or "bf16"; raise PrecisionError if the device has no units for it."""
+    """Set the process's precision; raise FlagError if the device has no units for it."""
     bf16_cpu = device.type == "cpu" and {"amx_bf16", "avx512_bf16"} & set(cpuinfo("flags").split())
     ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    if precision == "tf32" and not ampere:
-        raise PrecisionError("--precision tf32 needs an NVIDIA GPU of compute capability 8.0 or higher; omit the flag")
-    if precision == "bf16" and not (ampere or bf16_cpu):
-        raise PrecisionError("--precision bf16 would be slow here: it needs an NVIDIA GPU of compute capability 8.0 or "
-                             "higher, or Linux on a CPU with AMX or AVX512-BF16; omit the flag")
+    if not (precision == "fp32" or ampere or precision == "bf16" and bf16_cpu):
+        cpus = ", or Linux on a CPU with AMX or AVX512-BF16" if precision == "bf16" else ""
+        raise FlagError(f"--precision {precision} needs an NVIDIA GPU of compute capability 8.0 or higher{cpus}; train "
+                        f"with --precision fp32 here")
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     if device.type == "cuda" and hasattr(matmul, "fp32_precision"):
         matmul.fp32_precision = cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     elif device.type == "cuda":  # torch before 2.9; the two interfaces must not be mixed
         matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
-
-
-def keep_freed_memory():
-    """Make glibc reuse one step's memory for the next, which reduced the time of a step on the CPU by a third."""
-    torch.empty(31 << 20, dtype=torch.uint8)  # freeing just under 32 MB raises M_MMAP_THRESHOLD, see mallopt(3)
