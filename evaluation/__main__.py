@@ -60,8 +60,6 @@ def main(args):
     return metrics
 
 
-# The table -----------------------------------------------------------------------------------------------------------
-
 def describe(metrics):
     """Format the metrics as a table."""
     match, likelihood, quality = metrics["prior_match"], metrics["log_likelihood"], metrics["digit_classifier"]
@@ -113,8 +111,6 @@ def label_row(title, total, cells):
 def span(values):
     return f"{min(values):.2f} to {max(values):.2f}"
 
-
-# The command line ----------------------------------------------------------------------------------------------------
 
 def make_parser():
     """Return the parser of the command line."""

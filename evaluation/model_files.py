@@ -21,16 +21,13 @@ DEFAULTS = {"posterior": "deterministic", "networks": "base", "trained_on": "mni
 def find_run(path):
     """Return the folder for evaluation/, the file of the weights, and the run's settings (None without a run)."""
     path = Path(path).expanduser()
-    if path.is_dir() and not os.path.isfile(path / "hparams.json"):
-        raise UserError(f"{path} is not a run's folder, because it has no hparams.json; name a folder that train.py "
-                        f"created, or a {WEIGHTS}")
     weights = path / "checkpoints" / WEIGHTS if path.is_dir() else path
     if not os.path.isfile(weights):  # Path.is_file raises PermissionError for a folder of somebody else
         raise UserError(f"{weights} does not exist, or cannot be read; name a run's folder, or a {WEIGHTS}")
     folder = weights.absolute().parent
-    if folder.name == "checkpoints" and os.path.isfile(folder.parent / "hparams.json"):
-        run = path if path.is_dir() else folder.parent
-        return run, weights, read_settings(run / "hparams.json")
+    settings = folder.parent / "hparams.json"
+    if folder.name == "checkpoints" and os.path.isfile(settings):
+        return path if path.is_dir() else folder.parent, weights, read_settings(settings)
     return folder, weights, None
 
 

@@ -17,7 +17,6 @@ from mnist import DataError
 
 GPU_IS_TAKEN = re.compile(r"CUDA error: out of memory|busy or unavailable"
                           r"|CU(BLAS|DNN)_STATUS_\w*(ALLOC\w*FAILED|NOT_INITIALIZED)")
-
 NO_MEMORY = re.compile("allocate memory|you tried to allocate")  # of torch on Linux and on Windows
 
 
@@ -75,8 +74,6 @@ def number(convert, low, high=2**31 - 1):
     return parse
 
 
-# Messages ------------------------------------------------------------------------------------------------------------
-
 def print_line(text, stream=None):
     """Print a line; if that fails, as with a closed pipe or a full disk, continue without output."""
     stream = stream or sys.stdout
@@ -95,8 +92,6 @@ def shell_command(*words):
     """Return a command as a user types it in the system's shell, with quotes where they are needed."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
-
-# The frame of every program ------------------------------------------------------------------------------------------
 
 def run_program(program, main, parse, argv, memory_advice):
     """Run `main(parse(argv))` and return the exit status; report user errors in one sentence."""

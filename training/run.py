@@ -151,18 +151,14 @@ class Run:
 
     def print_end(self):
         """Print how the run ended and where its results are."""
-        epochs = self.args.epochs
-        print_line(f"done:   {epochs} epoch{'s' * (epochs > 1)} in {tqdm.format_interval(self._seconds())}; last "
-                   f"epoch: {describe(self.means)}")
+        epochs, seconds = self.args.epochs, time.monotonic() - self._started
+        print_line(f"done:   {epochs} epoch{'s' * (epochs > 1)} in {tqdm.format_interval(seconds)}; last epoch: "
+                   f"{describe(self.means)}")
         print_line(f"see:    pictures in {self.folder / 'results'}, curves with: "
                    f"{shell_command('tensorboard', '--logdir', str(self.folder))}")
         for warning in (self.settings["fallback"], unused_gpu_warning(self.args.no_cuda)):
             if warning:  # repeated for those who read only the end
                 warn(warning)
-
-    def _seconds(self):
-        """Return the time that the run has taken, including the time before it was resumed."""
-        return time.monotonic() - self._started
 
     def _show(self, means):
         """Show the means of the losses next to the progress bar; raise UserError if training has diverged."""
@@ -176,8 +172,8 @@ class Run:
         state = {"settings": self.settings, "types": self._types, "model": weights_on_cpu(self._model),
                  "ema": self._ema.state_dict(), "loggers": [logger.state_dict() for logger in self._loggers],
                  **{name: optimizer.state_dict() for name, optimizer in self._optimizers.items()},
-                 "epoch": self.epoch, "steps": self.steps, "means": self.means, "seconds": self._seconds(),
-                 "random": random_states(self._model)}
+                 "epoch": self.epoch, "steps": self.steps, "means": self.means,
+                 "seconds": time.monotonic() - self._started, "random": random_states(self._model)}
         self._writer.flush()  # events logged so far belong to this state, later ones do not
         checkpoint.save_state(self.folder, state, weights_on_cpu(self._ema.model), keep)
 
