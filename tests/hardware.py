@@ -43,8 +43,7 @@ class Hardware(TrainGroup):
         self.assertEqual(self.device.device_name(torch.device("cpu")), f"Old, {torch.get_num_threads()} threads")
         with mock.patch("torch.cuda.get_device_capability", return_value=(7, 5)):
             for precision in ("tf32", "bf16"):
-                self.assertRaises(self.device.PrecisionError, self.device.set_precision, precision,
-                                  torch.device("cuda"))
+                self.assertRaises(self.cli.FlagError, self.device.set_precision, precision, torch.device("cuda"))
 
     def test_bf16_run_is_resumed_to_the_bit(self):
         self.processor("flags\t\t: fpu amx_bf16\n")
@@ -54,7 +53,7 @@ class Hardware(TrainGroup):
         self.check(not same(self.train_quietly("--epochs", "1")[1], early), "--precision bf16 changes nothing")
         self.enterContext(self.few_digits)
         self.processor("")
-        self.assert_refused(1, f"{stopped} was trained with --precision bf16", "--resume", stopped, "--epochs", 2)
+        self.assert_refused(2, "train with --precision fp32 here", "--resume", stopped, "--epochs", 2)
         self.processor("flags\t\t: fpu avx512_bf16\n")
         self.assertEqual(self.run_cli("--resume", stopped, "--epochs", 2)[0], 0)
         resumed = torch.load(stopped / "checkpoints" / "model_checkpoint.pt", weights_only=True)
@@ -81,7 +80,7 @@ class Hardware(TrainGroup):
             with mock.patch("torch.ones", side_effect=old):
                 self.assert_refused(1, sentence)
             with mock.patch("torch.ones", side_effect=RuntimeError("a bug")):
-                self.assertRaises(RuntimeError, self.device.choose_device)
+                self.assertRaises(RuntimeError, self.device.setup_device)
 
     def test_no_cuda_never_touches_the_gpu(self):
         touched = mock.Mock(side_effect=AssertionError("the GPU was touched"))
@@ -89,7 +88,7 @@ class Hardware(TrainGroup):
         with mock.patch.multiple("torch.cuda", **dict.fromkeys(names, touched)), mock.patch("shutil.which", touched):
             self.train_quietly("--epochs", "1")
             with mock.patch("torch.cuda.is_available", touched):  # torch's optimizers call it
-                self.device.setup_device(self.train.parse_args(["--no-cuda"]))
+                self.device.setup_device(no_cuda=True)
         self.assertFalse(touched.called)
 
     def test_torch_without_cuda_on_a_machine_with_an_nvidia_gpu(self):
@@ -108,7 +107,7 @@ class Hardware(TrainGroup):
     def test_warnings_of_torch_reach_the_user(self):
         with mock.patch("torch.cuda.is_available", lambda: warnings.warn("The driver is too old", stacklevel=1)), \
                 self.assertWarnsRegex(UserWarning, "too old"):
-            self.assertEqual(self.device.choose_device(), torch.device("cpu"))
+            self.assertEqual(self.device.setup_device(), torch.device("cpu"))
 
 
 class Threads(Group):

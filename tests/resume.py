@@ -54,7 +54,7 @@ class ResumeGroup(TrainGroup):
         run, = log_dir.iterdir()
         self.assertEqual(status, 128 + signum, err)
         self.assertRegex(err, rf"{signal.Signals(signum).name} after {steps // self.STEPS} epochs and "
-                              rf"{steps % self.STEPS} steps; resume it with: python .*train.py --resume {run}\n\Z")
+                              rf"{steps % self.STEPS} steps; resume it with: python train.py --resume {run}\n\Z")
         return run
 
     def resume(self, run, *flags):

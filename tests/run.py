@@ -83,7 +83,7 @@ class WholeRun(TrainGroup):
         self.train.save_measurements(model, 1, self.writer(), images)
 
     def test_without_test_files_a_run_continues_with_a_warning(self):
-        for error in (self.mnist.MissingData("gone"), self.mnist.DamagedData("gone")):
+        for error in (self.mnist.MissingData("gone"), self.mnist.DataError("gone")):
             with mock.patch.object(self.data, "load_digits", side_effect=error), \
                     contextlib.redirect_stderr(io.StringIO()) as err:
                 run, _ = self.train_quietly("--epochs", "1")

@@ -12,7 +12,6 @@ from unittest import mock
 import torch
 
 from tests.common import TrainGroup, read_events, read_png
-from training.checkpoint import TRAIN, resume_hint
 from unittests import HERE
 
 __unittest = True
@@ -76,7 +75,7 @@ class Shell(TrainGroup):
         self.assertEqual(process.returncode, 130, err)
         run = self.run_of(log_dir)
         self.assertRegex(err, rf"stopped by SIGINT after \d+ epochs and \d+ steps; resume it with: "
-                              rf"python .*train.py --resume {run}")
+                              rf"python train.py --resume {run}")
         events = read_events(run)
         self.assertGreaterEqual(len(events.Images("samples")), 2)
         self.assertGreaterEqual(events.Scalars("generator/recon_loss")[-1].step, 48)
@@ -87,11 +86,6 @@ class Shell(TrainGroup):
         self.assertEqual(self.cli.shell_command("tensorboard", "a b"), "tensorboard 'a b'")
         with mock.patch("os.name", "nt"):
             self.assertEqual(self.cli.shell_command("tensorboard", "a b"), 'tensorboard "a b"')
-
-    def test_a_run_on_another_drive_of_windows(self):
-        with mock.patch("os.path.relpath", side_effect=ValueError("path is on mount 'D:', start on mount 'C:'")), \
-                mock.patch("training.checkpoint.has_state", return_value=True):
-            self.assertEqual(resume_hint("run"), f"resume it with: python {TRAIN} --resume run")
 
     def test_errors_of_a_students_code_keep_their_traceback(self):
         missing = FileNotFoundError(2, "No such file or directory", "weights.txt")
