@@ -35,10 +35,11 @@ class Checkpoint(ResumeGroup):
         run = self.finished_run("--epochs", "2")
         before = run_contents(run)
         for flag, value in (("--z_dim", 3), ("--batch_size", 32), ("--lambda_", 1), ("--ae_lr", 0.1), ("--d_lr", 0.1),
-                            ("--seed", 1), ("--dataset", "auto"), ("--epochs", 1)):
+                            ("--seed", 1), ("--dataset", "auto"), ("--epochs", 1), ("--networks", "base"),
+                            ("--posterior", "gaussian")):
             self.assert_refused(self.resume(run, flag, value), 2, flag)
         self.assert_resumed(run, "--z_dim", 8, "--num_workers", 2)
-        self.assert_same_contents(run_contents(run), before)
+        self.assert_contents(run, before)
 
     def test_what_cannot_be_resumed(self):
         run = self.finished_run("--epochs", "1")
@@ -74,7 +75,7 @@ class Checkpoint(ResumeGroup):
             self.assert_refused(self.resume(run), 1, current, f"--resume {previous}")
         self.assertEqual(self.checkpoint.load_state(previous)["epoch"], 1)
         self.assert_resumed(previous)
-        self.assert_same_contents(run_contents(run), whole)
+        self.assert_contents(run, whole)
         previous.write_bytes(b"")
         current.write_bytes(b"")
         self.assert_refused(self.resume(run), 1, current)
@@ -100,7 +101,7 @@ class Checkpoint(ResumeGroup):
             self.assert_refused(self.resume(run), 1, run, "does not fit models.py")
         with mock.patch("torch.optim.Adam", lambda weights, lr, **_: torch.optim.RMSprop(weights, lr)):
             self.assert_refused(self.resume(run), 1, run, "RMSprop")
-        self.assert_same_contents(run_contents(run), before)
+        self.assert_contents(run, before)
         with mock.patch.object(self.train, "AdversarialAE", Plain):
             self.assert_resumed(run, "--epochs", 2)
 
@@ -146,7 +147,7 @@ class Checkpoint(ResumeGroup):
             fsync(file)
 
         with mock.patch("os.fsync", full):
-            self.assert_refused(self.start(log_dir, "--epochs", 2, "--checkpoint_every", 1), 1, "training_state.pt",
+            self.assert_refused(self.run_digits("--log_dir", log_dir, "--epochs", 2, "--checkpoint_every", 1), 1, "training_state.pt",
                                 "No space left")
         run, = log_dir.iterdir()
         self.assertEqual(self.checkpoint.load_state(run)["epoch"], 0)
@@ -163,5 +164,5 @@ class Checkpoint(ResumeGroup):
             generate_and_save(model, epoch, writer)
 
         with mock.patch.object(self.train, "generate_and_save", remove_folder):
-            self.assert_refused(self.start(log_dir, "--epochs", 2), 1, log_dir, "No such file")
+            self.assert_refused(self.run_digits("--log_dir", log_dir, "--epochs", 2), 1, log_dir, "No such file")
         self.assertEqual([folder.name for folder in log_dir.iterdir()], ["elsewhere"])
