@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import signal
 import tempfile
@@ -121,20 +122,21 @@ class Resume(ResumeGroup):
         group, = self.checkpoint.load_state(run)["optimizer_ae"]["param_groups"]
         self.check_close(group["lr"], 1e-4, "the learning rate does not drop after the epoch of --drop_after")
 
-    def test_killed_run_is_resumed_from_its_checkpoint(self):
-        log_dir, save_state, count = self.folder(), self.checkpoint.save_state, itertools.count()
+    def test_a_run_ended_by_a_full_disk_and_then_killed_is_resumed_from_its_checkpoint(self):
+        log_dir, fsync = self.folder(), os.fsync
 
-        def save_and_die(*args):  # like a kill, after later events and pictures were written
-            if next(count) in (2, 3):
-                raise Stop
-            save_state(*args)
+        def full(file):  # while the third state is written, after later events and pictures
+            if all(any(log_dir.glob(f"*/checkpoints/{name}")) for name in (self.checkpoint.PREVIOUS, "*state.pt.tmp")):
+                raise OSError(28, "No space left on device")
+            fsync(file)
 
-        with mock.patch.object(self.checkpoint, "save_state", save_and_die):
-            with self.assertRaises(Stop):
-                self.run_digits("--log_dir", log_dir, *self.FLAGS, "--checkpoint_every", 1)
-            run, = log_dir.iterdir()
-            with self.assertRaises(Stop):
-                self.resume(run)
+        with mock.patch("os.fsync", full):
+            result = self.run_digits("--log_dir", log_dir, *self.FLAGS, "--checkpoint_every", 1)
+        self.assert_refused(result, 1, "training_state.pt", "No space left")
+        run, = log_dir.iterdir()
+        self.assertEqual(list(run.rglob("*.tmp")), [])
+        with mock.patch.object(self.checkpoint, "save_state", side_effect=Stop), self.assertRaises(Stop):
+            self.resume(run)
         (run / "checkpoints" / "training_state.pt.tmp").write_bytes(b"half")
         self.assertEqual(self.checkpoint.load_state(run)["epoch"], 1)
         self.assert_resumed(run)
