@@ -9,6 +9,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 from tests.common import TrainGroup, read_events, read_png, same
 from training.checkpoint import create_run_folder
@@ -18,13 +19,11 @@ __unittest = True
 
 
 class WholeRun(TrainGroup):
-    """`main` from start to end on 100 of the bundled digits."""
+    """`main` from start to end on the bundled digits."""
 
     needs = (*TrainGroup.needs, "evaluation.metrics")
 
     def test_everything_is_written(self):
-        from tensorboard.plugins.hparams import plugin_data_pb2
-
         run, weights = self.train_quietly("--epochs", "6", "--z_dim", "3")
         self.assertRegex(run.name, r"\A\d{4}(_\d\d){5}\Z")
         for folder, name, epochs in (("Prior_samples", "samples_epoch", range(7)),
@@ -34,13 +33,14 @@ class WholeRun(TrainGroup):
         self.assertEqual([file.name for file in run.rglob("*.tmp")], [])
         self.assertEqual(len(list(run.rglob("events.out.tfevents.*"))), 1)
         events = read_events(run)
+        steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+        steps |= {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
         for tag in ("generator/gen_loss", "generator/recon_loss", "generator/ae_loss", "discriminator/disc_loss",
                     "discriminator/loss_real", "discriminator/loss_fake", "discriminator/accuracy"):
-            self.assertEqual([event.step for event in events.Scalars(tag)], [12])  # fewer steps than a window
-        self.assertEqual([event.step for event in events.Images("samples")], list(range(7)))
-        self.assertEqual([event.step for event in events.Images("reconstructions")], [0, 1, 5])
-        for tag in ("test/recon_loss", "test/ks_distance"):
-            self.assertEqual([event.step for event in events.Scalars(tag)], [0, 1, 5])
+            self.assertEqual(steps[tag], [12])  # fewer steps than a window
+        self.assertEqual(steps["samples"], list(range(7)))
+        for tag in ("reconstructions", "test/recon_loss", "test/ks_distance"):
+            self.assertEqual(steps[tag], [0, 1, 5])
         for dimension in range(3):
             histograms = events.Histograms(f"codes/{dimension}")
             self.assertEqual([(event.step, event.histogram_value.num) for event in histograms], [(1, 299), (5, 299)])
@@ -71,9 +71,17 @@ class WholeRun(TrainGroup):
         np.testing.assert_allclose(sprite[:28, 28:56], 127.5 * (images[1, 0] + 1), atol=1.5)
         self.assertIn("00006/codes/tensors.tsv", (run / "projector_config.pbtxt").read_text())
 
-    def test_projector_of_two_dimensions_has_a_third(self):  # without it, TensorBoard shows nothing
+    def test_inputs_of_reconstructions_have_all_labels_and_two_dimensions_get_a_third_in_the_projector(self):
         run, _ = self.train_quietly("--epochs", "1", "--z_dim", "2")
-        codes = np.loadtxt(run / "00001" / "codes" / "tensors.tsv")
+        first, later = (read_png(run / f"results/Reconstruction/reconstruction_{epoch}.png") for epoch in (0, 1))
+        self.assertTrue(np.array_equal(first[:31], later[:31]))
+        self.assertFalse(np.array_equal(first[31:], later[31:]))
+        images, labels = self.mnist.load_digits()
+        for label in range(10):
+            column = first[2:30, 2 + 30 * label:30 + 30 * label]
+            shown = (images - torch.from_numpy(column / 127.5 - 1)).abs().amax((1, 2, 3)).argmin()
+            self.assertEqual(int(labels[shown]), label)
+        codes = np.loadtxt(run / "00001" / "codes" / "tensors.tsv")  # with two columns, TensorBoard shows nothing
         self.assertTrue(codes.shape[1] == 3 and codes[:, :2].any() and not codes[:, 2].any(), codes[:2])
 
     def test_infinite_codes_do_not_end_a_run(self):
@@ -83,84 +91,47 @@ class WholeRun(TrainGroup):
         self.train.save_measurements(model, 1, self.writer(), images)
 
     def test_without_test_files_a_run_continues_with_a_warning(self):
-        for error in (self.mnist.MissingData("gone"), self.mnist.DataError("gone")):
-            with mock.patch.object(self.data, "load_digits", side_effect=error), \
-                    contextlib.redirect_stderr(io.StringIO()) as err:
-                run, _ = self.train_quietly("--epochs", "1")
-            self.assertIn("WARNING: nothing is measured on test images: gone", err.getvalue())
-            events = read_events(run)
-            self.assertNotIn("test/recon_loss", events.Tags()["scalars"])
-            self.assertIn("_hparams_/session_start_info", events.summary_metadata)
-            [final], [last] = events.Scalars("final/recon_loss"), events.Scalars("generator/recon_loss")
-            self.check_close(final.value, last.value, "final/recon_loss is not the mean over the epoch")
-            self.assertNotIn("final/test_recon_loss", events.Tags()["scalars"])
+        with mock.patch.object(self.data, "load_digits", side_effect=self.mnist.DataError("gone")), \
+                contextlib.redirect_stderr(io.StringIO()) as err:
+            run, _ = self.train_quietly("--epochs", "1")
+        self.assertIn("WARNING: nothing is measured on test images: gone", err.getvalue())
+        events = read_events(run)
+        self.assertFalse({"test/recon_loss", "final/test_recon_loss"} & set(events.Tags()["scalars"]))
+        self.assertIn("_hparams_/session_start_info", events.summary_metadata)
+        [final], [last] = events.Scalars("final/recon_loss"), events.Scalars("generator/recon_loss")
+        self.check_close(final.value, last.value, "final/recon_loss is not the mean over the epoch")
 
-    def test_deterministic_kernels_are_set_per_run(self):
+    def test_seed_and_deterministic_kernels_are_set_per_run(self):
         self.addCleanup(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
-        for flags in (["--deterministic"], []):
-            self.parts(*flags)
-            self.assertEqual(torch.are_deterministic_algorithms_enabled(), bool(flags))
+        models = []
+        for flags in (["--seed", "3", "--deterministic"], ["--seed", "4"]):
+            models.append(self.parts(*flags)[1].state_dict())
+            self.assertEqual(torch.are_deterministic_algorithms_enabled(), "--deterministic" in flags)
+        self.assertFalse(same(*models), "two seeds give the same weights")
 
-    def test_inputs_of_reconstructions_stay_the_same_and_have_all_labels(self):
-        run, _ = self.train_quietly("--epochs", "1")
-        first, later = (read_png(run / f"results/Reconstruction/reconstruction_{epoch}.png") for epoch in (0, 1))
-        self.assertTrue(np.array_equal(first[:31], later[:31]))
-        self.assertFalse(np.array_equal(first[31:], later[31:]))
-        images, labels = self.mnist.load_digits()
-        for label in range(10):
-            column = first[2:30, 2 + 30 * label:30 + 30 * label]
-            shown = (images - torch.from_numpy(column / 127.5 - 1)).abs().amax((1, 2, 3)).argmin()
-            self.assertEqual(int(labels[shown]), label)
-
-    def test_training_learns(self):
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            self.train.main(Namespace(dataset="digits", epochs=3, log_dir=self.folder(), no_cuda=True))
-        losses = [float(line.split("recon_loss ")[1].split(",")[0]) for line in out.getvalue().splitlines()
+    def test_training_learns_without_a_network_and_tells_where_the_results_are(self):
+        used, log_dir = mock.Mock(side_effect=AssertionError("the network was used")), self.folder() / "a b"
+        with mock.patch("socket.socket.connect", used), mock.patch("socket.getaddrinfo", used):
+            status, out, err = self.run_cli("--dataset", "digits", "--epochs", 3, "--no-cuda", "--log_dir", log_dir)
+        self.assertEqual((status, err), (0, ""))
+        losses = [float(line.split("recon_loss ")[1].split(",")[0]) for line in out.splitlines()
                   if line.startswith("epoch")]
         self.assertEqual(len(losses), 3)
         self.assertLess(losses[2], 0.12, f"reconstruction losses of three epochs: {losses}")
+        self.assertRegex(out, r"(?s)device: cpu \(.+\).*epoch 1/3: recon_loss \d\.\d+.*done: .*accuracy [\d.]+%")
+        self.assertRegex(out, r"tensorboard --logdir '.*/a b/[\d_]+'")
 
-    def test_seed_and_drop_of_the_rate_determine_the_weights(self):
-        def weights(*flags):
-            return self.train_quietly("--epochs", "2", *flags)[1]
-
-        reference = weights("--seed", "3")
-        self.assertTrue(same(reference, weights("--seed", "3")), "two runs with the same seed have different weights")
-        self.assertFalse(same(reference, weights("--seed", "4")), "two seeds give the same weights")
-        self.assertFalse(same(reference, weights("--seed", "3", "--drop_after", "1")),
-                         "--drop_after does not affect the second epoch")
-
-    def test_namespace_of_the_assignments_flags_alone(self):
+    def test_assignments_flags_alone_and_a_fallback_that_warns_at_start_and_end_and_is_recorded(self):
         args = Namespace(z_dim=2, batch_size=64, lambda_=1.0, ae_lr=1e-3, d_lr=5e-3, data_dir=str(self.folder()),
                          epochs=1, seed=42, num_workers=4, log_dir=str(self.folder()), no_cuda=True)
         with self.few_digits, mock.patch("torchvision.datasets.MNIST.mirrors", []), \
-                contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            self.assertTrue(self.train.main(args).is_dir())
-
-    def test_fallback_warns_at_start_and_end_and_is_recorded(self):
-        folder = self.folder()
-        with self.few_digits, mock.patch("torchvision.datasets.MNIST.mirrors", []):
-            status, _, err = self.run_cli("--data_dir", folder, "--log_dir", folder / "logs",
-                                          "--epochs", 1, "--no-cuda")
-        self.assertEqual(status, 0)
+                contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
+            run = self.train.main(args)
         warning = r"WARNING: this run trains on the bundled digits instead of MNIST.*put its four files"
-        self.assertRegex(err, f"(?s)\\A{warning}.*{warning}")
-        run, = (folder / "logs").iterdir()
+        self.assertRegex(err.getvalue(), f"(?s)\\A{warning}.*{warning}")
         settings = json.loads((run / "hparams.json").read_text())
         self.assertEqual((settings["dataset"], settings["trained_on"]), ("auto", "digits"))
         self.assertIn("could not be downloaded", settings["fallback"])
-
-    def test_last_lines_tell_where_the_results_are(self):
-        with self.few_digits:
-            _, out, _ = self.run_cli("--dataset", "digits", "--epochs", 1, "--no-cuda",
-                                     "--log_dir", self.folder() / "a b")
-        self.assertRegex(out, r"(?s)device: cpu \(.+\).*epoch 1/1: recon_loss \d\.\d+.*done: .*accuracy [\d.]+%")
-        self.assertRegex(out, r"tensorboard --logdir '.*/a b/[\d_]+'")
-
-    def test_digits_never_touch_the_network(self):
-        with mock.patch("socket.socket.connect", side_effect=AssertionError("the network was used")), \
-                mock.patch("socket.getaddrinfo", side_effect=AssertionError("a host name was looked up")):
-            self.train_quietly("--epochs", "1", "--data_dir", str(self.folder()))
 
     def test_two_runs_in_one_second_have_two_folders(self):
         log_dir = self.folder()
