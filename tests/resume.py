@@ -57,8 +57,7 @@ class Resume(ResumeGroup):
     """A stopped and resumed run equals an uninterrupted one."""
 
     STEPS = 2  # per epoch: 100 digits in batches of 64
-    DROP = "--drop_after", "1"  # of the learning rate
-    FLAGS = "--epochs", "4", *DROP
+    FLAGS = "--epochs", "4", "--drop_after", "1"
 
     def setUp(self):  # means of 7 steps are logged, so that the state has a part of all sums at one stop or another
         super().setUp()
@@ -112,17 +111,7 @@ class Resume(ResumeGroup):
         for name, weights in last_saved.items():
             self.assertEqual(torch.equal(weights, saved[name]), not weights.is_floating_point(), name)
 
-    def test_extended_run_equals_a_longer_one_even_after_a_kill(self):
-        run = self.finished_run("--epochs", "2", *self.DROP)
-        with mock.patch.object(self.train, "train_aae", side_effect=Stop), self.assertRaises(Stop):
-            self.resume(run, "--epochs", 4)
-        self.assert_resumed(run)
-        self.assert_same_run(run, self.finished_run(*self.FLAGS))
-        self.assertEqual(json.loads((run / "hparams.json").read_text())["epochs"], 4)
-        group, = self.checkpoint.load_state(run)["optimizer_ae"]["param_groups"]
-        self.check_close(group["lr"], 1e-4, "the learning rate does not drop after the epoch of --drop_after")
-
-    def test_a_run_ended_by_a_full_disk_and_then_killed_is_resumed_from_its_checkpoint(self):
+    def test_a_run_ended_by_a_full_disk_then_extended_and_killed_is_resumed_from_its_checkpoint(self):
         log_dir, fsync = self.folder(), os.fsync
 
         def full(file):  # while the third state is written, after later events and pictures
@@ -131,17 +120,20 @@ class Resume(ResumeGroup):
             fsync(file)
 
         with mock.patch("os.fsync", full):
-            result = self.run_digits("--log_dir", log_dir, *self.FLAGS, "--checkpoint_every", 1)
+            result = self.run_digits("--log_dir", log_dir, "--epochs", 2, "--drop_after", 1, "--checkpoint_every", 1)
         self.assert_refused(result, 1, "training_state.pt", "No space left")
         run, = log_dir.iterdir()
         self.assertEqual(list(run.rglob("*.tmp")), [])
-        with mock.patch.object(self.checkpoint, "save_state", side_effect=Stop), self.assertRaises(Stop):
-            self.resume(run)
+        with mock.patch.object(self.train, "train_aae", side_effect=Stop), self.assertRaises(Stop):
+            self.resume(run, "--epochs", 4)
         (run / "checkpoints" / "training_state.pt.tmp").write_bytes(b"half")
         self.assertEqual(self.checkpoint.load_state(run)["epoch"], 1)
         self.assert_resumed(run)
         self.assert_same_run(run, self.finished_run(*self.FLAGS))
         self.assertEqual(list(run.rglob("*.tmp")), [])
+        self.assertEqual(json.loads((run / "hparams.json").read_text())["epochs"], 4)
+        group, = self.checkpoint.load_state(run)["optimizer_ae"]["param_groups"]
+        self.check_close(group["lr"], 1e-4, "the learning rate does not drop after the epoch of --drop_after")
 
     def test_a_second_interrupt_stops_at_once_and_ignored_signals_stay_ignored(self):
         with runs.stop_signals() as pending_signals:
@@ -155,7 +147,7 @@ class Resume(ResumeGroup):
         self.assertEqual(pending_signals, [])
 
     def test_files_of_the_user_are_kept(self):
-        run = self.finished_run("--epochs", "2", *self.DROP)
+        run = self.finished_run(*self.FLAGS)
         foreign = [run / name for name in (
             "events.notes", "events.out.tfevents.mine", "old/events.out.tfevents.1700000000.host.1.0", "x.tmp",
             "results/Prior_samples/samples_epoch_99.png", "checkpoints/best.pt", "00002/codes/mine.tsv")]
@@ -164,19 +156,17 @@ class Resume(ResumeGroup):
             file.write_text(str(file))
         late = run / "events.out.tfevents.9999999999.host.1.0"
         late.write_bytes(b"half")
-        for flags in ((), ("--epochs", "3")):  # with nothing left to do, with more epochs
+        for flags in ((), ("--epochs", "5")):  # with nothing left to do, with more epochs
             self.assert_resumed(run, *flags)
             self.assertEqual([file for file in foreign if not file.is_file() or file.read_text() != str(file)], [])
         self.assertFalse(late.exists(), "events newer than the checkpoint remain")
 
     def test_a_students_train_aae_is_trained_stopped_and_resumed(self):
-        log_dir, trained = self.folder(), []
+        log_dir, trained, step = self.folder(), [], self.train.train_aae
 
-        def train_aae(epoch, model, train_loader, logger_ae, logger_disc, optimizer_ae, optimizer_disc, lambda_=1):
-            for number, (x, _) in enumerate(train_loader, 1):
-                values = self.train.train_step(model, optimizer_ae, optimizer_disc, lambda_, x)
-                logger_ae.add_values(values[0])
-                logger_disc.add_values(values[1])
+        def train_aae(epoch, model, train_loader, *others):
+            for number, batch in enumerate(train_loader, 1):
+                step(epoch, model, [batch], *others)
                 trained.append((epoch, number, len(train_loader)))
                 if len(trained) == 3:
                     signal.raise_signal(signal.SIGTERM)
