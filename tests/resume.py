@@ -44,13 +44,11 @@ class ResumeGroup(TrainGroup):
         self.assertEqual(status, 0, err)
         return err
 
-    def assert_contents(self, run, expected):
-        contents = run_contents(run)
-        differing = [name for name in contents | expected if contents.get(name) != expected.get(name)]
+    def assert_same_contents(self, run, other):
+        """Compare a run with the contents of another, or of itself before."""
+        contents, others = run_contents(run), other if isinstance(other, dict) else run_contents(other)
+        differing = [name for name in contents | others if contents.get(name) != others.get(name)]
         self.check(not differing, f"the runs differ in {differing[:10]}")
-
-    def assert_same_run(self, run, other):
-        self.assert_contents(run, run_contents(other))
 
 
 class Resume(ResumeGroup):
@@ -92,7 +90,7 @@ class Resume(ResumeGroup):
             run = self.stop_after(steps, name, *flags)
             for _ in range(2):  # the second time, nothing is left to do
                 self.assert_resumed(run)
-                self.assert_same_run(run, self.finished_run(*flags))
+                self.assert_same_contents(run, self.finished_run(*flags))
             settings = json.loads((run / "hparams.json").read_text())
             model = self.models.AdversarialAE(networks=settings["networks"], posterior=settings["posterior"])
             model.load_state_dict(torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True))
@@ -129,7 +127,7 @@ class Resume(ResumeGroup):
         (run / "checkpoints" / "training_state.pt.tmp").write_bytes(b"half")
         self.assertEqual(self.checkpoint.load_state(run)["epoch"], 1)
         self.assert_resumed(run)
-        self.assert_same_run(run, self.finished_run(*self.FLAGS))
+        self.assert_same_contents(run, self.finished_run(*self.FLAGS))
         self.assertEqual(list(run.rglob("*.tmp")), [])
         self.assertEqual(json.loads((run / "hparams.json").read_text())["epochs"], 4)
         group, = self.checkpoint.load_state(run)["optimizer_ae"]["param_groups"]
@@ -178,4 +176,4 @@ class Resume(ResumeGroup):
             self.assert_resumed(run)
         self.assertEqual(trained, [(1, 1, 2), (1, 2, 2), (2, 1, 2), (2, 1, 2), (3, 1, 2), (3, 2, 2), (4, 1, 2),
                                    (4, 2, 2)])
-        self.assert_same_run(run, self.finished_run(*self.FLAGS))
+        self.assert_same_contents(run, self.finished_run(*self.FLAGS))

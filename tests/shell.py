@@ -17,14 +17,11 @@ from unittests import HERE
 __unittest = True
 
 CLOSE_STREAMS = "import os, sys; os.close(1); os.close(2); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+COMMAND = str(HERE / "train.py"), "--dataset", "digits", "--no-cuda", "--log_dir"
 
 
 class Shell(TrainGroup):
     """Signals, streams, folders and modules as a user's shell may have them."""
-
-    def command(self, log_dir, epochs):
-        return [str(HERE / "train.py"), "--dataset", "digits", "--no-cuda", "--log_dir", str(log_dir), "--epochs",
-                str(epochs)]
 
     def run_in(self, log_dir):
         """Return the only run in a folder, after a look at its weights."""
@@ -38,7 +35,7 @@ class Shell(TrainGroup):
         home = self.folder()
         (home / "tensorflow").mkdir()  # an empty package, which TensorBoard would take for TensorFlow
         environment = {**os.environ, "HOME": str(home), "PYTHONPATH": str(home), "PYTHONIOENCODING": "ascii"}
-        command = [sys.executable, *self.command("~/\u00dc", 1000), "--data_dir", "~/data"]
+        command = [sys.executable, *COMMAND, "~/\u00dc", "--data_dir", "~/data"]
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                               text=True) as process:
             try:
@@ -65,7 +62,7 @@ class Shell(TrainGroup):
     @unittest.skipIf(os.name == "nt", "Windows has no exec")
     def test_missing_streams(self):  # as after 2>&- and >&-
         log_dir = self.folder()
-        closed = [sys.executable, "-c", CLOSE_STREAMS, *self.command(log_dir, 1)]
+        closed = [sys.executable, "-c", CLOSE_STREAMS, *COMMAND, log_dir, "--epochs", "1"]
         self.assertEqual(subprocess.run(closed, capture_output=True).returncode, 0)
         self.run_in(log_dir)
 
