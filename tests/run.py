@@ -1,9 +1,15 @@
-"""Whole runs of main."""
+"""Whole runs of main, in this process and in processes of their own."""
 
 import contextlib
 import io
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import unittest
 from argparse import Namespace
 from unittest import mock
 
@@ -13,9 +19,13 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from tests.common import TrainGroup, read_events, read_png, same
 from training.checkpoint import create_run_folder
-from unittests import images_like_mnist
+from unittests import HERE, images_like_mnist
 
 __unittest = True
+
+
+CLOSE_STREAMS = "import os, sys; os.close(1); os.close(2); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+COMMAND = str(HERE / "train.py"), "--dataset", "digits", "--no-cuda", "--log_dir"
 
 
 class WholeRun(TrainGroup):
@@ -51,6 +61,7 @@ class WholeRun(TrainGroup):
         self.assertEqual((settings["z_dim"], settings["lambda_"], settings["trained_on"], settings["fallback"]),
                          (3, 0.995, "digits", None))
         self.check_final_measurements(events, run, weights)
+        self.check_reconstructions(run)
 
     def check_final_measurements(self, events, run, weights):
         """Compare the results on test images, and the projector's files, with those of a model with these weights."""
@@ -70,9 +81,9 @@ class WholeRun(TrainGroup):
         np.testing.assert_allclose(sprite[:28, 28:56], 127.5 * (images[1, 0] + 1), atol=1.5)
         self.assertIn("00006/codes/tensors.tsv", (run / "projector_config.pbtxt").read_text())
 
-    def test_inputs_of_reconstructions_have_all_labels_and_two_dimensions_get_a_third_in_the_projector(self):
-        run, _ = self.train_quietly("--epochs", "1", "--z_dim", "2")
-        first, later = (read_png(run / f"results/Reconstruction/reconstruction_{epoch}.png") for epoch in (0, 1))
+    def check_reconstructions(self, run):
+        """Check that the inputs of reconstructions stay the same, and have all labels in order."""
+        first, later = (read_png(run / f"results/Reconstruction/reconstruction_{epoch}.png") for epoch in (0, 5))
         self.assertTrue(np.array_equal(first[:31], later[:31]))
         self.assertFalse(np.array_equal(first[31:], later[31:]))
         images, labels = self.mnist.load_digits()
@@ -80,8 +91,6 @@ class WholeRun(TrainGroup):
             column = first[2:30, 2 + 30 * label:30 + 30 * label]
             shown = (images - torch.from_numpy(column / 127.5 - 1)).abs().amax((1, 2, 3)).argmin()
             self.assertEqual(int(labels[shown]), label)
-        codes = np.loadtxt(run / "00001" / "codes" / "tensors.tsv")  # with two columns, TensorBoard shows nothing
-        self.assertTrue(codes.shape[1] == 3 and codes[:, :2].any() and not codes[:, 2].any(), codes[:2])
 
     def test_infinite_codes_do_not_end_a_run(self):
         model, images = self.models.AdversarialAE(), images_like_mnist(4)
@@ -131,7 +140,69 @@ class WholeRun(TrainGroup):
         settings = json.loads((run / "hparams.json").read_text())
         self.assertEqual((settings["dataset"], settings["trained_on"]), ("auto", "digits"))
         self.assertIn("could not be downloaded", settings["fallback"])
+        codes = np.loadtxt(run / "00001" / "codes" / "tensors.tsv")
+        self.assertTrue(codes.shape[1] == 3 and codes[:, :2].any() and not codes[:, 2].any(),
+                        "two dimensions need a third of zeros, or TensorBoard's projector shows nothing")
 
     def test_two_runs_in_one_second_have_two_folders(self):
         log_dir = self.folder()
         self.assertNotEqual(*(create_run_folder(log_dir) for _ in range(2)))
+
+
+class Shell(TrainGroup):
+    """Signals, streams, folders and modules as a user's shell may have them."""
+
+    def run_in(self, log_dir):
+        """Return the only run in a folder, after a look at its weights."""
+        run, = log_dir.iterdir()
+        weights = torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)
+        self.models.AdversarialAE().load_state_dict(weights)
+        return run
+
+    @unittest.skipIf(os.name == "nt", "Windows has no SIGINT to send, and another variable for the home folder")
+    def test_a_run_in_ascii_whose_output_is_closed_and_that_is_interrupted_leaves_everything_readable(self):
+        home = self.folder()
+        (home / "tensorflow").mkdir()  # an empty package, which TensorBoard would take for TensorFlow
+        environment = {**os.environ, "HOME": str(home), "PYTHONPATH": str(home), "PYTHONIOENCODING": "ascii"}
+        command = [sys.executable, *COMMAND, "~/\u00dc", "--data_dir", "~/data"]
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              text=True) as process:
+            try:
+                lines = [next(process.stdout) for _ in range(4)]  # the last one on epoch 1
+                process.stdout.close()  # as by `| head -4`
+                while process.poll() is None and not list(home.rglob("samples_epoch_3.png")):
+                    time.sleep(0.1)
+                process.send_signal(signal.SIGINT)
+                process.wait(timeout=60)
+            finally:
+                process.kill()
+            err = process.stderr.read()
+        self.assertEqual(process.returncode, 130, err)
+        run = self.run_in(home / "\u00dc")
+        self.assertEqual(lines[2], f"run:    {home}/\\xdc/{run.name}\n")
+        self.assertRegex(err, r"\A\nstopped by SIGINT after \d+ epochs and \d+ steps; resume it with: python train\.py "
+                              rf"--resume '.*/\\xdc/{run.name}'\n\Z")
+        self.assertEqual(json.loads((run / "hparams.json").read_text())["data_dir"], str(home / "data"))
+        events = read_events(run)
+        self.assertGreaterEqual(len(events.Images("samples")), 4)
+        self.assertGreaterEqual(events.Scalars("generator/recon_loss")[-1].step, 3 * 24)
+        self.assertGreaterEqual(len([read_png(file) for file in run.rglob("*.png")]), 6)
+
+    @unittest.skipIf(os.name == "nt", "Windows has no exec")
+    def test_missing_streams(self):  # as after 2>&- and >&-
+        log_dir = self.folder()
+        closed = [sys.executable, "-c", CLOSE_STREAMS, *COMMAND, log_dir, "--epochs", "1"]
+        self.assertEqual(subprocess.run(closed, capture_output=True).returncode, 0)
+        self.run_in(log_dir)
+
+    def test_messages_to_a_closed_pipe_are_discarded(self):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open(writer, "w") as stream:
+            for _ in range(2):
+                self.cli.print_line("text", stream)
+
+    def test_commands_are_quoted_for_the_systems_shell(self):
+        for system, command in (("posix", "tensorboard 'a b'"), ("nt", 'tensorboard "a b"')):
+            with mock.patch("os.name", system):
+                self.assertEqual(self.cli.shell_command("tensorboard", "a b"), command)
