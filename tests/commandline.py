@@ -1,8 +1,6 @@
 """Flags and user errors."""
 
-import json
-import os
-import unittest
+import shutil
 from argparse import Namespace
 from unittest import mock
 
@@ -19,118 +17,84 @@ class Flags(TrainGroup):
 
     def test_defaults(self):
         expected = {"z_dim": 8, "batch_size": 64, "lambda_": 0.995, "ae_lr": 1e-3, "d_lr": 5e-3, "data_dir": "../data/",
-                    "epochs": 100, "seed": 42, "log_dir": "AAE_logs/", "no_cuda": False}
-        args = vars(self.train.parse_args([]))
-        self.assertEqual({name: args[name] for name in expected}, expected)
-        self.assertIn(args["num_workers"], (0, 4))
+                    "epochs": 100, "seed": 42, "log_dir": "AAE_logs/", "no_cuda": False, "num_workers": 0}
+        self.assertLessEqual(expected.items(), vars(self.train.parse_args([])).items())
 
     def test_help_explains_every_flag(self):
         status, out, _ = self.run_cli("--help")
         self.assertEqual(status, 0)
-        actions = self.train.make_parser()._actions
-        self.assertGreaterEqual(len(actions), 14)
-        for action in actions:
+        for action in self.train.make_parser()._actions:
             self.assertRegex(action.help, r"\A[^\n]{10,}\Z", action.option_strings)
-            self.assertIn(action.option_strings[-1], out)
         self.assertIn("(default: 0.995)", out)
         self.assertNotRegex(out, r"default:\s+(None|False)")
 
     def test_invalid_flags_are_rejected_in_one_sentence(self):
-        log_dir = self.folder() / "none"
-        for flags in ("--lambda_ 1.01", "--lambda_ -0.1", "--lambda_ nan", "--lambda_ half", "--z_dim 0", "--z_dim 2.5",
-                      "--batch_size 0", "--batch_size -64", "--epochs 0", "--ae_lr -1e-3", "--ae_lr nan", "--ae_lr inf",
-                      "--d_lr -1", "--num_workers -1", "--seed -1", "--seed 9999999999999999999999", "--seed x",
-                      "--dataset cifar", "--epoch 3", "--lamda_ 1", "--z_dim", "digits", "--nonsense",
-                      "--epochs 1" + "0" * 400, "--batch_size 99999999999999999999", "--lambda_ -inf",
+        for flags in ("--lambda_ 1.01", "--lambda_ -0.1", "--lambda_ nan", "--lambda_ half", "--lambda_ -inf",
+                      "--z_dim 0", "--z_dim 2.5", "--z_dim", "--batch_size 0", "--batch_size -64", "--epochs 0",
+                      "--batch_size 99999999999999999999", "--epochs 1" + "0" * 400, "--ae_lr -1e-3", "--ae_lr nan",
+                      "--ae_lr inf", "--d_lr -1", "--num_workers -1", "--seed -1", "--seed 9999999999999999999999",
+                      "--seed x", "--dataset cifar", "--epoch 3", "--lamda_ 1", "digits", "--nonsense",
                       "--checkpoint_every 0"):
-            with mock.patch.object(self.train, "main", side_effect=AssertionError("the run was started")):
-                status, out, err = self.run_cli(*flags.split(), *([] if flags == "--z_dim" else ["--log_dir", log_dir]))
-            self.assertEqual((status, out), (2, ""), flags)
-            self.assertRegex(err, r"\Atrain\.py: error: .+\n\Z|\A\S+: error: [^\n]+\n\Z", flags)
+            with self.subTest(flags), mock.patch.object(self.train, "main") as main:
+                self.assert_refused(self.run_cli(*flags.split()), 2, "train.py: error: ")
+                self.assertFalse(main.called)
 
     def test_base_is_short_for_its_four_flags(self):
-        short, spelled_out = (vars(self.train.parse_args(argv)) for argv in (["--base"], self.train.BASE))
-        self.assertEqual(short, spelled_out)
-        self.assertEqual(set(short["explicit_flags"]), {"networks", "drop_after", "d_momentum", "averaging"})
-        for argv in (["--base", "--d_momentum", "0.9"], ["--d_momentum", "0.9", "--base"]):
-            args = self.train.parse_args(argv)
-            self.assertEqual((args.networks, args.drop_after, args.d_momentum, args.averaging), ("base", 0, 0.9, 0))
-
-    def test_resume_with_base_is_checked_like_its_four_flags(self):
-        base, default = (vars(self.train.parse_args(argv)) for argv in (["--base"], []))
-        self.assertEqual(resumed_args(self.train.parse_args(["--base"]), base).networks, "base")
+        parse, names = self.train.parse_args, ("networks", "drop_after", "d_momentum", "averaging")
+        base, default = vars(parse(["--base"])), vars(parse([]))
+        self.assertEqual(base, vars(parse(self.train.BASE)))
+        self.assertEqual(set(base["explicit_flags"]), set(names))
+        for args in (parse(["--base", "--d_momentum", "0.9"]), parse(["--d_momentum", "0.9", "--base"]),
+                     self.train.with_defaults(Namespace(base=True, d_momentum=0.9))):
+            self.assertEqual([getattr(args, name) for name in names], ["base", 0, 0.9, 0])
+            self.assertNotIn("base", args)
+        self.assertEqual(resumed_args(parse(["--base"]), base).networks, "base")
         for argv, settings in ((["--base"], default), (["--base", "--d_momentum", "0.9"], base)):
             with self.assertRaisesRegex(self.cli.FlagError, "contradicts the run"):
-                resumed_args(self.train.parse_args(argv), settings)
-
-    def test_base_in_a_namespace_is_short_for_its_four_flags(self):
-        args = self.train.with_defaults(Namespace(base=True, d_momentum=0.9))
-        self.assertEqual((args.networks, args.drop_after, args.d_momentum, args.averaging), ("base", 0, 0.9, 0))
-        self.assertNotIn("base", args)
-
-    def test_a_run_with_base_records_the_four_settings_alone(self):
-        run, _ = self.train_quietly("--epochs", "1", "--base")
-        settings = json.loads((run / "hparams.json").read_text())
-        self.assertNotIn("base", settings)
-        self.assertEqual([settings[name] for name in ("networks", "drop_after", "d_momentum", "averaging")],
-                         ["base", 0, 0, 0])
+                resumed_args(parse(argv), settings)
 
 
 class BadInput(TrainGroup):
     """Errors that the user can fix end a run with status 1 and one sentence."""
 
-    def assert_refused(self, result, *fragments):
-        status, _, err = result
-        self.assertEqual(status, 1, err)
-        self.assertEqual(len(err.strip().splitlines()), 1, err)
-        self.assertNotIn("Traceback", err)
-        for fragment in fragments:
-            self.assertIn(str(fragment), err)
-
-    def run_digits(self, *flags):
-        with self.few_digits:
-            return self.run_cli("--dataset", "digits", "--no-cuda", "--epochs", 1, *flags)
+    def test_data_that_cannot_be_used(self):
+        folder = self.folder()
+        (folder / "file").write_text("")
+        (folder / "MNIST" / "raw").mkdir(parents=True)
+        (folder / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(b"half")
+        for dataset, data_dir, words in (("auto", folder, "is damaged"), ("mnist", folder, "is damaged"),
+                                         ("auto", folder / "file", f"{folder / 'file'} is a file"),
+                                         ("mnist", folder / "none", "could not be downloaded")):
+            with self.subTest(dataset=dataset, data_dir=data_dir), \
+                    mock.patch("torchvision.datasets.MNIST.mirrors", []):
+                result = self.run_cli("--dataset", dataset, "--data_dir", data_dir, "--log_dir", folder / "logs",
+                                      "--no-cuda")
+                self.assert_refused(result, 1, words)
+        self.assertFalse((folder / "logs").exists())
 
     def test_log_dir_that_is_a_file(self):
         file = self.folder() / "file"
         file.write_text("")
-        self.assert_refused(self.run_digits("--log_dir", file), file, "--log_dir")
-        self.assert_refused(self.run_digits("--log_dir", file / "below"), file, "--log_dir")
+        for log_dir in (file, file / "below"):
+            self.assert_refused(self.run_digits("--log_dir", log_dir), 1, log_dir, "--log_dir")
 
-    def test_data_dir_that_is_a_file(self):
-        folder = self.folder()
-        (folder / "file").write_text("")
-        for dataset in ("auto", "mnist"):
-            self.assert_refused(self.run_cli("--dataset", dataset, "--data_dir", folder / "file", "--log_dir",
-                                             folder / "logs"), folder / "file", "--data_dir")
-        self.assertFalse((folder / "logs").exists())
+    def test_full_disk_or_removed_folder(self):
+        def remove_run(epoch, model, batches, *_):
+            shutil.rmtree(batches.run.folder)
 
-    @unittest.skipIf(not hasattr(os, "geteuid") or os.geteuid() == 0, "root can write to every folder")
-    def test_log_dir_that_cannot_be_written(self):
-        folder = self.folder()
-        folder.chmod(0o500)
-        self.addCleanup(folder.chmod, 0o700)
-        self.assert_refused(self.run_digits("--log_dir", folder), folder, "--log_dir")
-
-    def test_damaged_data(self):
-        folder = self.folder()
-        raw = folder / "MNIST" / "raw"
-        raw.mkdir(parents=True)
-        (raw / "train-images-idx3-ubyte").write_bytes(b"half")
-        with mock.patch("torchvision.datasets.MNIST.mirrors", []):
-            for dataset in ("auto", "mnist"):
-                result = self.run_cli("--dataset", dataset, "--data_dir", folder, "--log_dir", folder / "logs")
-                self.assert_refused(result, "is damaged")
-        self.assertFalse((folder / "logs").exists())
-
-    def test_mnist_never_falls_back(self):
-        with mock.patch("torchvision.datasets.MNIST.mirrors", []):
-            result = self.run_cli("--dataset", "mnist", "--data_dir", self.folder(), "--log_dir", self.folder())
-        self.assert_refused(result, "could not be downloaded")
+        full, writer = OSError(28, "No space left on device"), "tensorboard.summary.writer.record_writer.RecordWriter"
+        for place, effect, words in (("os.fsync", full, "hparams.json"), (f"{writer}.write", full, "No space left"),
+                                     ("train.generate_and_save", full, "No space left"),
+                                     ("train.save_measurements", full, "No space left"),
+                                     ("train.train_aae", remove_run, "No such file")):
+            log_dir = self.folder()
+            with self.subTest(place), mock.patch(place, side_effect=effect):
+                self.assert_refused(self.run_digits("--log_dir", log_dir, "--epochs", 1), 1, log_dir, words)
+        self.assertEqual(list(log_dir.iterdir()), [], "the removed folder comes back")
 
     def test_not_enough_memory(self):
         log_dir = self.folder()
-        self.assert_refused(self.run_digits("--log_dir", log_dir, "--z_dim", 2**31 - 1), "not enough memory")
+        self.assert_refused(self.run_digits("--log_dir", log_dir, "--z_dim", 2**31 - 1), 1, "not enough memory")
         self.assertEqual(list(log_dir.iterdir()), [], "a run that never trained leaves files behind")
 
     def test_gpu_that_is_full_or_busy(self):
@@ -147,25 +111,18 @@ class BadInput(TrainGroup):
             with mock.patch.object(self.train, "main", side_effect=error):
                 self.assertEqual(self.run_cli(), (1, "", f"train.py: error: {full}\n"))
 
-    def test_programming_errors_keep_their_traceback(self):
-        with mock.patch.object(self.train, "main", side_effect=RuntimeError("a bug")), self.assertRaises(RuntimeError):
-            self.run_cli()
+    def test_errors_of_a_students_code_keep_their_traceback(self):
+        for error in (RuntimeError("a bug"), FileNotFoundError(2, "No such file or directory", "weights.txt")):
+            for place in ("AdversarialAE", "train_aae"):
+                with mock.patch.object(self.train, place, side_effect=error), self.assertRaises(type(error)):
+                    self.run_digits("--log_dir", self.folder())
 
     def test_interrupt_before_training(self):
         with mock.patch.object(self.data, "digits", side_effect=KeyboardInterrupt):
-            status, _, err = self.run_cli("--dataset", "digits")
-        self.assertEqual((status, err.strip()), (130, "interrupted"))
-
-    def test_full_disk(self):
-        folder, full = self.folder(), OSError(28, "No space left on device")
-        writer = "tensorboard.summary.writer.record_writer.RecordWriter.write"
-        for place, named in (("os.fsync", "hparams.json"), (writer, folder), ("train.generate_and_save", folder),
-                             ("train.save_measurements", folder)):
-            with mock.patch(place, side_effect=full):
-                self.assert_refused(self.run_digits("--log_dir", folder), named, "No space left")
+            self.assertEqual(self.run_cli("--dataset", "digits", "--no-cuda"), (130, "", "\ninterrupted\n"))
 
     def test_divergence(self):
-        flags = ("--log_dir", self.folder(), "--ae_lr", "1e9")
-        self.assert_refused(self.run_digits(*flags), "before step 3 of epoch 1", "diverged")
+        flags = ("--log_dir", self.folder(), "--epochs", 1, "--ae_lr", "1e9")
+        self.assert_refused(self.run_digits(*flags), 1, "before step 3 of epoch 1", "diverged")
         with mock.patch.object(self.train.TensorBoardLogger.__init__, "__defaults__", (1, None)):  # read at each step
-            self.assert_refused(self.run_digits(*flags, "--batch_size", 10), "of epoch 1", "diverged")
+            self.assert_refused(self.run_digits(*flags, "--batch_size", 10), 1, "of epoch 1", "diverged")

@@ -6,9 +6,12 @@ from unittest import mock
 
 import torch
 import torch.nn as nn
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 
-from tests.train_mistakes import read_png
+from tests.train_mistakes import read_png  # noqa: F401 (other files import it from here)
+from training.checkpoint import load_state
 from unittests import Group
 
 __unittest = True
@@ -23,9 +26,10 @@ class TinyAAE(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.z_dim = 1
-        self.encoder, self.decoder, self.discriminator = (Scale(start) for start in (0.7, 0.9, 0.5))
-        self.batches = []
+        self.z_dim, self.batches = 1, []
+        self.encoder, self.decoder, self.discriminator = (nn.Conv2d(1, 1, 1, bias=False) for _ in range(3))
+        for network, weight in ((self.encoder, 0.7), (self.decoder, 0.9), (self.discriminator, 0.5)):
+            nn.init.constant_(network.weight, weight)
 
     @property
     def device(self):
@@ -52,17 +56,6 @@ class TinyAAE(nn.Module):
 
     def sample(self, batch_size):
         return torch.randn(batch_size, 1, 28, 28).clamp(-1, 1)
-
-
-class Scale(nn.Module):
-    """Multiplies by one learned number."""
-
-    def __init__(self, start):
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor(start))
-
-    def forward(self, x):
-        return self.weight * x
 
 
 def snapshot(model):
@@ -92,37 +85,23 @@ class Stop(Exception):
 
 def read_events(folder):
     """Return TensorBoard's reader of the event files in a folder, with everything loaded."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "histograms": 0}).Reload()
 
 
 def run_contents(run):
-    """Return the content of a run's files by name, in a form that can be compared bit for bit."""
-    from training.checkpoint import load_state
-
-    contents = {}
-
-    def flatten(name, value):
-        if isinstance(value, (dict, list)):
-            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-                flatten(f"{name}/{key}", part)
-        else:
-            contents[name] = value.numpy().tobytes() if torch.is_tensor(value) else value
-
-    flatten("state", {name: value for name, value in load_state(run).items()
-                      if name not in ("settings", "events", "seconds", "path")})
+    """Return all that a finished run has written, except its settings and times, by name; == compares it to the bit."""
+    parts = {name: part for name, part in load_state(run).items()
+             if name not in ("settings", "events", "seconds", "path")}
+    parts["weights"] = dict(torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True))
+    contents = tree_map(lambda part: part.numpy().tobytes() if torch.is_tensor(part) else part, parts)
     events = read_events(run)
     for kind, value in (("Scalars", lambda event: event.value), ("Images", lambda event: event.encoded_image_string),
                         ("Histograms", lambda event: tuple(event.histogram_value.bucket))):
         for tag in events.Tags()[kind.lower()]:  # sorted, as event files of the same second may be read in any order
             contents[tag] = sorted((event.step, value(event)) for event in getattr(events, kind)(tag))
-    last = max(run.glob("[0-9]*/codes"), default=run)  # an extended run keeps the projector's files of the shorter one
-    for file in (*last.glob("*.*sv"), *last.glob("sprite.png"), *run.glob("*.pbtxt")):
+    codes = max(run.glob("[0-9]*/codes"))  # an extended run keeps those of the shorter one
+    for file in (*codes.iterdir(), *run.glob("*.pbtxt"), *(run / "results").rglob("*.png")):
         contents[str(file.relative_to(run))] = file.read_bytes()
-    flatten("model_checkpoint.pt", dict(torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)))
-    for file in (run / "results").rglob("*.png"):
-        contents[str(file.relative_to(run))] = read_png(file).tobytes()
     return contents
 
 
@@ -146,6 +125,18 @@ class TrainGroup(Group):
                 status = stop.code
         return status, out.getvalue(), err.getvalue()
 
+    def run_digits(self, *flags):
+        """Run the command line on 100 of the bundled digits."""
+        with self.few_digits:
+            return self.run_cli("--dataset", "digits", "--no-cuda", *flags)
+
+    def assert_refused(self, result, status, *fragments):
+        """Check that a command line has ended with this status and one sentence, which contains the fragments."""
+        self.assertEqual(result[0], status, result[2])
+        self.assertRegex(result[2], r"\A\S+: error: [^\n]+\n\Z")
+        for fragment in fragments:
+            self.assertIn(str(fragment), result[2])
+
     def train_quietly(self, *flags):
         """Run `main` on 100 of the bundled digits; return the run's folder and saved weights."""
         with self.few_digits, contextlib.redirect_stdout(io.StringIO()):
@@ -155,15 +146,9 @@ class TrainGroup(Group):
 
     def parts(self, *flags):
         """Return the arguments that `main` passes to train_aae for these flags, on 100 of the bundled digits."""
-        parts = []
-
-        def train_aae(*args):
-            parts.extend(args)
-            raise Stop
-
-        with mock.patch.object(self.train, "train_aae", train_aae), self.assertRaises(Stop):
+        with mock.patch.object(self.train, "train_aae", side_effect=Stop) as train_aae, self.assertRaises(Stop):
             self.train_quietly("--epochs", "1", *flags)
-        return parts
+        return train_aae.call_args.args
 
     def writer(self):
         writer = SummaryWriter(self.folder())

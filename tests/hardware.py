@@ -1,6 +1,5 @@
 """Devices, precisions and threads, with mocks of torch.cuda."""
 
-import importlib
 import json
 import os
 import re
@@ -27,24 +26,22 @@ class Hardware(TrainGroup):
         file.write_text(text)
         self.enterContext(mock.patch.object(self.device, "CPUINFO", file))
 
-    def assert_refused(self, status, words, *flags):
+    def assert_run_refused(self, status, words, *flags):
         """Check that a run is rejected in one sentence before a folder is created."""
         log_dir = self.folder()
-        result, out, err = self.run_cli("--dataset", "digits", "--epochs", 1, "--log_dir", log_dir, *flags)
-        self.assertEqual((result, out, err.count("\n"), list(log_dir.iterdir())), (status, "", 1, []), err)
-        self.assertIn(words, err)
+        self.assert_refused(self.run_cli("--dataset", "digits", "--log_dir", log_dir, *flags), status, words)
+        self.assertEqual(list(log_dir.iterdir()), [])
 
     def test_unsupported_precisions_are_rejected(self):
-        self.assert_refused(2, "needs an NVIDIA GPU", "--no-cuda", "--precision", "tf32")
+        self.assert_run_refused(2, "needs an NVIDIA GPU", "--no-cuda", "--precision", "tf32")
         for text in ("model name\t: Old\nflags\t\t: fpu avx2 avx512f avx512_bf16x\n", "nothing\n"):
             self.processor(text)
-            self.assert_refused(2, "AVX512-BF16", "--no-cuda", "--precision", "bf16")
+            self.assert_run_refused(2, "AVX512-BF16", "--no-cuda", "--precision", "bf16")
         self.processor("model name\t: Old\n")
         self.assertEqual(self.device.device_name(torch.device("cpu")), f"Old, {torch.get_num_threads()} threads")
         with mock.patch("torch.cuda.get_device_capability", return_value=(7, 5)):
             for precision in ("tf32", "bf16"):
-                self.assertRaises(self.device.PrecisionError, self.device.set_precision, precision,
-                                  torch.device("cuda"))
+                self.assertRaises(self.cli.FlagError, self.device.set_precision, precision, torch.device("cuda"))
 
     def test_bf16_run_is_resumed_to_the_bit(self):
         self.processor("flags\t\t: fpu amx_bf16\n")
@@ -52,11 +49,10 @@ class Hardware(TrainGroup):
         stopped, early = self.train_quietly("--epochs", "1", "--precision", "bf16")
         self.assertEqual(json.loads((stopped / "hparams.json").read_text())["precision"], "bf16")
         self.check(not same(self.train_quietly("--epochs", "1")[1], early), "--precision bf16 changes nothing")
-        self.enterContext(self.few_digits)
         self.processor("")
-        self.assert_refused(1, f"{stopped} was trained with --precision bf16", "--resume", stopped, "--epochs", 2)
+        self.assert_run_refused(2, "train with --precision fp32 here", "--resume", stopped, "--epochs", 2)
         self.processor("flags\t\t: fpu avx512_bf16\n")
-        self.assertEqual(self.run_cli("--resume", stopped, "--epochs", 2)[0], 0)
+        self.assertEqual(self.run_digits("--resume", stopped, "--epochs", 2)[0], 0)
         resumed = torch.load(stopped / "checkpoints" / "model_checkpoint.pt", weights_only=True)
         self.check(same(resumed, weights), "a resumed bf16 run has other weights than an uninterrupted one")
 
@@ -79,9 +75,9 @@ class Hardware(TrainGroup):
         with mock.patch.multiple("torch.cuda", is_available=lambda: True, get_device_capability=lambda *_: (6, 1),
                                  get_device_name=lambda *_: "NVIDIA Something"):
             with mock.patch("torch.ones", side_effect=old):
-                self.assert_refused(1, sentence)
+                self.assert_run_refused(1, sentence)
             with mock.patch("torch.ones", side_effect=RuntimeError("a bug")):
-                self.assertRaises(RuntimeError, self.device.choose_device)
+                self.assertRaises(RuntimeError, self.device.setup_device)
 
     def test_no_cuda_never_touches_the_gpu(self):
         touched = mock.Mock(side_effect=AssertionError("the GPU was touched"))
@@ -89,55 +85,48 @@ class Hardware(TrainGroup):
         with mock.patch.multiple("torch.cuda", **dict.fromkeys(names, touched)), mock.patch("shutil.which", touched):
             self.train_quietly("--epochs", "1")
             with mock.patch("torch.cuda.is_available", touched):  # torch's optimizers call it
-                self.device.setup_device(self.train.parse_args(["--no-cuda"]))
+                self.device.setup_device(no_cuda=True)
         self.assertFalse(touched.called)
 
-    def test_torch_without_cuda_on_a_machine_with_an_nvidia_gpu(self):
-        for function in ("torch.cuda.is_available", "torch.backends.cuda.is_built", "shutil.which"):
+    def test_a_torch_that_cannot_use_the_gpu_says_so(self):
+        for function in ("torch.backends.cuda.is_built", "shutil.which"):
             self.enterContext(mock.patch(function, return_value=False))
         with mock.patch.object(self.device, "NVIDIA_DRIVER", HERE / "none"):
             self.assertIsNone(self.device.unused_gpu_warning(False))
-        with mock.patch.object(self.device, "NVIDIA_DRIVER", HERE), self.few_digits:
+        with mock.patch.object(self.device, "NVIDIA_DRIVER", HERE), self.few_digits, \
+                mock.patch("torch.cuda.is_available", lambda: warnings.warn("The driver is too old", stacklevel=1)):
             self.assertIsNone(self.device.unused_gpu_warning(True))
             with mock.patch("torch.backends.cuda.is_built", return_value=True):
                 self.assertIsNone(self.device.unused_gpu_warning(False))
-            status, out, err = self.run_cli("--dataset", "digits", "--epochs", 1, "--log_dir", self.folder())
+            with self.assertWarnsRegex(UserWarning, "too old"):
+                status, out, err = self.run_cli("--dataset", "digits", "--epochs", 1, "--log_dir", self.folder())
         self.assertEqual((status, err.count("is built without CUDA")), (0, 2), err)  # at the start and at the end
         self.assertIn("device: cpu", out)
-
-    def test_warnings_of_torch_reach_the_user(self):
-        with mock.patch("torch.cuda.is_available", lambda: warnings.warn("The driver is too old", stacklevel=1)), \
-                self.assertWarnsRegex(UserWarning, "too old"):
-            self.assertEqual(self.device.choose_device(), torch.device("cpu"))
 
 
 class Threads(Group):
     """A container's CPU quota, and the variables that are set before torch is imported."""
 
-    def configured(self, quota="max 100000", system="linux", **environment):
-        """Return what `configure` sets and returns on a machine of four CPUs."""
-        threads, file = importlib.import_module("training.threads"), self.folder() / "cpu.max"
-        if quota is not None:
+    needs = ("training.threads",)
+
+    def test_a_short_spin_and_no_more_threads_than_the_quota_allows_unless_the_user_has_set_them(self):
+        file, spin = self.folder() / "cpu.max", {"GOMP_SPINCOUNT": "1000"}
+        self.enterContext(mock.patch("os.sched_getaffinity", lambda _: range(4), create=True))
+        self.enterContext(mock.patch.object(self.threads, "CPU_MAX", file))
+        for environment, quota, changes, returned in (
+                ({}, "50000 100000", {**spin, "OMP_NUM_THREADS": "1"}, 0.5),
+                ({}, "100000 100000\n", {**spin, "OMP_NUM_THREADS": "1"}, 1.0),
+                ({}, "390000 100000", {**spin, "OMP_NUM_THREADS": "3"}, 3.9),
+                ({}, "400000 100000", spin, None), ({}, "max 100000", spin, None), ({}, "nonsense", spin, None),
+                ({"OMP_NUM_THREADS": "8"}, "200000 100000", spin, None),
+                ({"GOMP_SPINCOUNT": "7"}, "max 100000", {}, None),
+                ({"OMP_WAIT_POLICY": "PASSIVE"}, "max 100000", {}, None)):
             file.write_text(quota)
-        with mock.patch.dict(os.environ, environment, clear=True), mock.patch("sys.platform", system), \
-                mock.patch("os.sched_getaffinity", lambda _: range(4), create=True), \
-                mock.patch.object(threads, "CPU_MAX", file):
-            returned = threads.configure()
-            return {name: value for name, value in os.environ.items() if environment.get(name) != value}, returned
-
-    def test_settings_of_the_user_are_kept(self):
-        spin = {"GOMP_SPINCOUNT": "1000"}
-        for environment, expected in (({}, spin), ({"GOMP_SPINCOUNT": "7"}, {}), ({"OMP_WAIT_POLICY": "PASSIVE"}, {})):
-            self.assertEqual(self.configured(**environment), (expected, None))
-        self.assertEqual(self.configured(system="darwin"), ({}, None))
-        self.assertEqual(self.configured("200000 100000", OMP_NUM_THREADS="8"), (spin, None))
-
-    def test_no_more_threads_than_the_quota_allows(self):
-        for quota, threads, returned in (("50000 100000", "1", 0.5), ("100000 100000\n", "1", 1.0),
-                                         ("390000 100000", "3", 3.9), ("400000 100000", None, None),
-                                         ("max 100000", None, None), ("nonsense", None, None), (None, None, None)):
-            environment = {"OMP_NUM_THREADS": threads} if threads else {}
-            self.assertEqual(self.configured(quota, GOMP_SPINCOUNT="7"), (environment, returned), quota)
+            with mock.patch.dict(os.environ, environment, clear=True), mock.patch("sys.platform", "linux"):
+                self.assertEqual((self.threads.configure(), dict(os.environ)), (returned, {**environment, **changes}))
+        file.unlink()
+        with mock.patch.dict(os.environ, clear=True), mock.patch("sys.platform", "darwin"):
+            self.assertEqual((self.threads.configure(), dict(os.environ)), (None, {}))
 
     def test_every_program_sets_it_before_torch_is_imported(self):
         for name in ("train.py", "unittests.py", "evaluation/__main__.py", "benchmarks/__init__.py"):

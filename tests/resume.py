@@ -1,15 +1,18 @@
-"""Stopped and resumed runs."""
+"""Stopped and resumed runs, and their training states."""
 
-import copy
+import functools
+import itertools
 import json
+import os
 import shutil
 import signal
 import tempfile
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 
 from tests.common import Stop, TrainGroup, run_contents, same
 from training import run as runs
@@ -21,7 +24,6 @@ class ResumeGroup(TrainGroup):
     """Shared by the groups on stopped runs."""
 
     needs = (*TrainGroup.needs, "training.checkpoint")
-    STEPS = 2  # per epoch: 100 digits in batches of 64
 
     @classmethod
     def setUpClass(cls):
@@ -35,14 +37,38 @@ class ResumeGroup(TrainGroup):
             self.trained[flags] = shutil.copytree(run, self.trained_in / str(len(self.trained)))
         return shutil.copytree(self.trained[flags], self.folder() / "run", copy_function=shutil.copy)
 
-    def start(self, log_dir, *flags):
-        """Start a run on 100 digits in `log_dir`; return its exit status, standard output and standard error."""
+    def resume(self, run, *flags):
         with self.few_digits:
-            return self.run_cli("--dataset", "digits", "--no-cuda", "--log_dir", log_dir, *flags)
+            return self.run_cli("--resume", run, *flags)
 
-    def stop_after(self, steps, *flags, signum=signal.SIGTERM):
+    def assert_resumed(self, run, *flags):
+        """Resume a run to its end; return standard error."""
+        status, _, err = self.resume(run, *flags)
+        self.assertEqual(status, 0, err)
+        return err
+
+    def assert_same_contents(self, run, other):
+        """Compare a run with the contents of another, or of itself before."""
+        contents, others = run_contents(run), other if isinstance(other, dict) else run_contents(other)
+        differing = [name for name in contents | others if contents.get(name) != others.get(name)]
+        self.check(not differing, f"the runs differ in {differing[:10]}")
+
+
+class Resume(ResumeGroup):
+    """A stopped and resumed run equals an uninterrupted one."""
+
+    STEPS = 2  # per epoch: 100 digits in batches of 64
+    FLAGS = "--epochs", "4", "--drop_after", "1"
+
+    def setUp(self):  # means of 7 steps are logged, so that the state has a part of all sums at one stop or another
+        super().setUp()
+        self.enterContext(mock.patch.object(self.train.TensorBoardLogger.__init__, "__defaults__", (7, None)))
+
+    def stop_after(self, steps, name, *flags):
         """Train until a signal arrives after a number of steps; return the run's folder."""
-        log_dir, step_done, count = self.folder(), runs.Run.step_done, iter(range(1, 1000))
+        log_dir, step_done, count = self.folder(), runs.Run.step_done, itertools.count(1)
+        signum = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGUSR1
+        handler = signal.getsignal(signum)
 
         def signal_and_step_done(run):
             if next(count) == steps:
@@ -50,135 +76,79 @@ class ResumeGroup(TrainGroup):
             step_done(run)
 
         with mock.patch.object(runs.Run, "step_done", signal_and_step_done):
-            status, _, err = self.start(log_dir, *flags)
-        run, = log_dir.iterdir()
+            status, _, err = self.run_digits("--log_dir", log_dir, *flags)
+        self.assertEqual(signal.getsignal(signum), handler, "the handler was not restored")
         self.assertEqual(status, 128 + signum, err)
-        self.assertRegex(err, rf"{signal.Signals(signum).name} after {steps // self.STEPS} epochs and "
-                              rf"{steps % self.STEPS} steps; resume it with: python .*train.py --resume {run}\n\Z")
+        run, = log_dir.iterdir()
+        epochs, rest = divmod(steps, self.STEPS)
+        self.assertIn(f"by {signal.Signals(signum).name} after {epochs} epochs and {rest} steps; resume it with: "
+                      f"python train.py --resume {run}\n", err)
         return run
 
-    def resume(self, run, *flags):
-        with self.few_digits:
-            return self.run_cli("--resume", run, *flags)
-
-    def assert_resumed(self, run, *flags):
-        result = self.resume(run, *flags)
-        self.assertEqual(result[0], 0, result[2])
-
-    def assert_same_run(self, run, other):
-        self.assert_same_contents(run_contents(run), run_contents(other))
-
-    def assert_same_contents(self, contents, others):
-        differing = sorted(name for name in contents.keys() | others.keys() if contents.get(name) != others.get(name))
-        self.check(not differing, f"the runs differ in {differing[:10]}")
-
-    def assert_refused(self, result, status, *fragments):
-        self.assertEqual(result[0], status, result[2])
-        self.assertEqual(len(result[2].strip().splitlines()), 1, result[2])
-        for fragment in fragments:
-            self.assertIn(str(fragment), result[2])
-
-
-class Resume(ResumeGroup):
-    """A stopped and resumed run equals an uninterrupted one."""
-
-    DROP = "--drop_after", "1"  # of the learning rate
-    FLAGS = "--epochs", "4", *DROP
-
-    def setUp(self):  # means of 7 steps are logged, so that the state has a part of all sums at one stop or another
-        super().setUp()
-        self.enterContext(mock.patch.object(self.train.TensorBoardLogger.__init__, "__defaults__", (7, None)))
-
-    def test_resumed_run_equals_the_uninterrupted_one(self):
-        for steps in (1, 2, 7):  # within an epoch, at its end, within the last epoch
-            run = self.stop_after(steps, *self.FLAGS)
+    def test_a_run_stopped_by_a_signal_and_resumed_equals_the_uninterrupted_one(self):
+        base = "--epochs", "2", "--networks", "base", "--posterior", "gaussian"
+        universal = "--epochs", "2", "--posterior", "universal"
+        for steps, name, flags in ((1, "SIGINT", self.FLAGS), (2, "SIGTERM", self.FLAGS), (7, "SIGUSR1", self.FLAGS),
+                                   (3, "SIGTERM", base), (3, "SIGTERM", universal)):
+            run = self.stop_after(steps, name, *flags)
             for _ in range(2):  # the second time, nothing is left to do
                 self.assert_resumed(run)
-                self.assert_same_run(run, self.finished_run(*self.FLAGS))
-
-    def test_every_model_is_resumed(self):
-        for options in ({"networks": "base", "posterior": "gaussian"}, {"posterior": "universal"}):
-            flags = [part for name, value in options.items() for part in (f"--{name}", value)]
-            whole, weights = self.train_quietly("--epochs", "2", *flags)
-            self.models.AdversarialAE(**options).load_state_dict(weights)
-            run = self.stop_after(3, "--epochs", "2", *flags)
-            for name in options:
-                other = "residual" if name == "networks" else "deterministic"
-                self.assert_refused(self.resume(run, f"--{name}", other), 2, f"--{name} {other} contradicts")
-            self.assert_resumed(run)
-            self.assert_same_run(run, whole)
-            self.assertEqual(options.items() - json.loads((run / "hparams.json").read_text()).items(), set())
+                self.assert_same_contents(run, self.finished_run(*flags))
+            settings = json.loads((run / "hparams.json").read_text())
+            model = self.models.AdversarialAE(networks=settings["networks"], posterior=settings["posterior"])
+            model.load_state_dict(torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True))
 
     def test_the_average_is_shown_measured_and_saved_and_training_uses_the_others(self):
-        names, seen = ("generate_and_save", "save_reconstruction", "save_measurements", "save_summary"), {}
-
-        def record(name, model, *_, **__):
-            seen[name] = copy.deepcopy(model.state_dict())
-
+        names = "generate_and_save", "save_reconstruction", "save_measurements", "save_summary"
         last, last_saved = self.train_quietly("--epochs", "1", "--averaging", "0")
-        with mock.patch.multiple(self.train, **{name: partial(record, name) for name in names}):
-            averaged, averaged_saved = self.train_quietly("--epochs", "1", "--averaging", "0.9")
-        states = [self.checkpoint.load_state(run) for run in (last, averaged)]
-        for name in names:
-            self.assertTrue(same(seen[name], averaged_saved), f"{name} does not get the averaged weights")
-        self.assertTrue(same(states[1]["ema"]["weights"], averaged_saved))
-        self.assertTrue(same(states[0]["model"], states[1]["model"]), "the weights depend on the average")
-        for name, weights in states[0]["model"].items():
-            if weights.is_floating_point():
-                self.assertTrue(torch.equal(last_saved[name], weights), f"{name} with --averaging 0")
-                self.assertFalse(torch.equal(last_saved[name], averaged_saved[name]), f"{name} is not averaged")
+        with mock.patch.multiple(self.train, **dict.fromkeys(names, mock.DEFAULT)) as functions:
+            run, saved = self.train_quietly("--epochs", "1", "--averaging", "0.9")
+        for name, function in functions.items():
+            self.check(same(function.call_args.args[0].state_dict(), saved), f"{name} does not get the average")
+        state, last_state = self.checkpoint.load_state(run), self.checkpoint.load_state(last)
+        self.assertTrue(same(state["ema"]["weights"], saved))
+        self.assertTrue(same(state["model"], last_state["model"]), "the weights depend on the average")
+        self.assertTrue(same(last_state["model"], last_saved), "--averaging 0 averages")
+        for name, weights in last_saved.items():
+            self.assertEqual(torch.equal(weights, saved[name]), not weights.is_floating_point(), name)
 
-    def test_extended_run_equals_a_longer_one_even_after_a_kill(self):
-        run = self.finished_run("--epochs", "2", *self.DROP)
+    def test_a_run_ended_by_a_full_disk_then_extended_and_killed_is_resumed_from_its_checkpoint(self):
+        log_dir, fsync = self.folder(), os.fsync
+
+        def full(file):  # while the third state is written, after later events and pictures
+            if all(any(log_dir.glob(f"*/checkpoints/{name}")) for name in (self.checkpoint.PREVIOUS, "*state.pt.tmp")):
+                raise OSError(28, "No space left on device")
+            fsync(file)
+
+        with mock.patch("os.fsync", full):
+            result = self.run_digits("--log_dir", log_dir, "--epochs", 2, "--drop_after", 1, "--checkpoint_every", 1)
+        self.assert_refused(result, 1, "training_state.pt", "No space left")
+        run, = log_dir.iterdir()
+        self.assertEqual(list(run.rglob("*.tmp")), [])
         with mock.patch.object(self.train, "train_aae", side_effect=Stop), self.assertRaises(Stop):
             self.resume(run, "--epochs", 4)
-        self.assert_resumed(run)
-        self.assert_same_run(run, self.finished_run(*self.FLAGS))
-        self.assertEqual(json.loads((run / "hparams.json").read_text())["epochs"], 4)
-
-    def test_killed_run_is_resumed_from_its_checkpoint(self):
-        log_dir, save_state, count = self.folder(), self.checkpoint.save_state, iter(range(100))
-
-        def save_and_die(*args):  # like a kill, after later events and pictures were written
-            if next(count) in (2, 3):
-                raise Stop
-            save_state(*args)
-
-        with mock.patch.object(self.checkpoint, "save_state", save_and_die):
-            with self.assertRaises(Stop):
-                self.start(log_dir, *self.FLAGS, "--checkpoint_every", 1)
-            run, = log_dir.iterdir()
-            with self.assertRaises(Stop):
-                self.resume(run)
         (run / "checkpoints" / "training_state.pt.tmp").write_bytes(b"half")
         self.assertEqual(self.checkpoint.load_state(run)["epoch"], 1)
         self.assert_resumed(run)
-        self.assert_same_run(run, self.finished_run(*self.FLAGS))
+        self.assert_same_contents(run, self.finished_run(*self.FLAGS))
         self.assertEqual(list(run.rglob("*.tmp")), [])
+        self.assertEqual(json.loads((run / "hparams.json").read_text())["epochs"], 4)
+        group, = self.checkpoint.load_state(run)["optimizer_ae"]["param_groups"]
+        self.check_close(group["lr"], 1e-4, "the learning rate does not drop after the epoch of --drop_after")
 
-    def test_every_signal_stops_a_run_and_its_handler_is_restored(self):
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-            if signum := getattr(signal, name, None):
-                before = signal.getsignal(signum)
-                self.stop_after(1, "--epochs", "2", signum=signum)
-                self.assertEqual(signal.getsignal(signum), before, "the handler was not restored")
-
-    def test_ignored_signals_stay_ignored(self):
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        self.addCleanup(signal.signal, signal.SIGINT, before)
-        with runs.stop_signals() as pending_signals:
-            signal.raise_signal(signal.SIGINT)
-        self.assertEqual(pending_signals, [])
-
-    def test_second_interrupt_stops_at_once(self):
+    def test_a_second_interrupt_stops_at_once_and_ignored_signals_stay_ignored(self):
         with runs.stop_signals() as pending_signals:
             signal.raise_signal(signal.SIGINT)
             self.assertEqual(pending_signals, [signal.SIGINT])
             with self.assertRaises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
+        self.addCleanup(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.SIG_IGN))
+        with runs.stop_signals() as pending_signals:
+            signal.raise_signal(signal.SIGINT)
+        self.assertEqual(pending_signals, [])
 
     def test_files_of_the_user_are_kept(self):
-        run = self.finished_run("--epochs", "2", *self.DROP)
+        run = self.finished_run(*self.FLAGS)
         foreign = [run / name for name in (
             "events.notes", "events.out.tfevents.mine", "old/events.out.tfevents.1700000000.host.1.0", "x.tmp",
             "results/Prior_samples/samples_epoch_99.png", "checkpoints/best.pt", "00002/codes/mine.tsv")]
@@ -187,28 +157,135 @@ class Resume(ResumeGroup):
             file.write_text(str(file))
         late = run / "events.out.tfevents.9999999999.host.1.0"
         late.write_bytes(b"half")
-        for flags in ((), ("--epochs", "3")):  # with nothing left to do, with more epochs
+        for flags in ((), ("--epochs", "5")):  # with nothing left to do, with more epochs
             self.assert_resumed(run, *flags)
             self.assertEqual([file for file in foreign if not file.is_file() or file.read_text() != str(file)], [])
         self.assertFalse(late.exists(), "events newer than the checkpoint remain")
 
     def test_a_students_train_aae_is_trained_stopped_and_resumed(self):
-        log_dir, trained = self.folder(), []
+        log_dir, trained, step = self.folder(), [], self.train.train_aae
 
-        def train_aae(epoch, model, train_loader, logger_ae, logger_disc, optimizer_ae, optimizer_disc, lambda_=1):
-            for number, (x, _) in enumerate(train_loader, 1):
-                values = self.train.train_step(model, optimizer_ae, optimizer_disc, lambda_, x)
-                logger_ae.add_values(values[0])
-                logger_disc.add_values(values[1])
+        def train_aae(epoch, model, train_loader, *others):
+            for number, batch in enumerate(train_loader, 1):
+                step(epoch, model, [batch], *others)
                 trained.append((epoch, number, len(train_loader)))
                 if len(trained) == 3:
                     signal.raise_signal(signal.SIGTERM)
 
         with mock.patch.object(self.train, "train_aae", train_aae):
-            status, _, err = self.start(log_dir, *self.FLAGS)
+            status, _, err = self.run_digits("--log_dir", log_dir, *self.FLAGS)
             self.assertEqual(status, 128 + signal.SIGTERM, err)
             run, = log_dir.iterdir()
             self.assert_resumed(run)
         self.assertEqual(trained, [(1, 1, 2), (1, 2, 2), (2, 1, 2), (2, 1, 2), (3, 1, 2), (3, 2, 2), (4, 1, 2),
                                    (4, 2, 2)])
-        self.assert_same_run(run, self.finished_run(*self.FLAGS))
+        self.assert_same_contents(run, self.finished_run(*self.FLAGS))
+
+
+class Checkpoint(ResumeGroup):
+    """Training states that are damaged, of another version, or of another run; full disks and locks."""
+
+    def change(self, run, **entries):
+        """Replace entries of a run's training state."""
+        file = run / "checkpoints" / "training_state.pt"
+        file.write_bytes(self.checkpoint.serialize({**torch.load(file, weights_only=True), **entries}))
+
+    def test_latest_run_is_the_one_saved_last_whatever_its_name(self):
+        log_dir = self.folder()
+        for name in ("z20", "a"):
+            self.finished_run("--epochs", "1").rename(log_dir / name)
+        (log_dir / "2999_01_01_00_00_00").mkdir()  # has no checkpoint
+        flags = "latest", "--log_dir", log_dir
+        self.assertIn(f"run:    {log_dir / 'a'}", self.resume(*flags)[1])
+        self.assert_resumed(log_dir / "z20", "--epochs", 2)
+        self.assertIn(f"run:    {log_dir / 'z20'}", self.resume(*flags)[1])
+        (log_dir / "z20" / "checkpoints" / "training_state.pt").write_bytes(b"half")
+        self.assert_refused(self.resume(*flags), 1, log_dir / "z20", "is damaged")
+
+    def test_contradicting_flags_are_rejected_by_name(self):
+        run = self.finished_run("--epochs", "2")
+        before = run_contents(run)
+        for flag, value in (("--z_dim", 3), ("--batch_size", 32), ("--lambda_", 1), ("--ae_lr", 0.1), ("--d_lr", 0.1),
+                            ("--seed", 1), ("--dataset", "auto"), ("--epochs", 1), ("--networks", "base"),
+                            ("--posterior", "gaussian")):
+            self.assert_refused(self.resume(run, flag, value), 2, flag)
+        self.assert_resumed(run, "--z_dim", 8, "--num_workers", 2)
+        self.assert_same_contents(run, before)
+
+    def test_what_cannot_be_resumed(self):
+        run = self.finished_run("--epochs", "1")
+        empty, file = self.folder(), self.folder() / "training_state.pt"
+        file.write_bytes(b"")
+        for wrong, named in ((empty, empty), (empty / "none", empty / "none"), (file, file), ("latest", empty),
+                             (run / "checkpoints" / "model_checkpoint.pt", "model_checkpoint.pt"), ("", "")):
+            self.assert_refused(self.run_cli("--resume", wrong, "--log_dir", empty), 1, named, "resume")
+        for place in ("builtins.open", "os.truncate"):  # a run of somebody else; on Windows, one that is being read
+            with next(run.glob("events.out.*")).open("ab") as events:
+                events.write(b"later")
+            with mock.patch(place, side_effect=PermissionError(13, "Permission denied", str(run / "x"))):
+                self.assert_refused(self.resume(run), 1, run, "Permission denied")
+        self.change(run, format="adversarial autoencoder, training state 1")
+        self.assert_refused(self.resume(run), 1, run / "checkpoints" / "training_state.pt", "of this version")
+
+    def test_damaged_checkpoint_is_rejected_and_the_previous_one_offered(self):
+        run, _ = self.train_quietly("--epochs", "2", "--checkpoint_every", "1")
+        whole, current = run_contents(run), run / "checkpoints" / "training_state.pt"
+        previous, content = current.with_name("training_state.previous.pt"), current.read_bytes()
+        damages = [content[:-100], b"", b"not a checkpoint", self.checkpoint.serialize({"weight": torch.zeros(3)})]
+        for place in np.linspace(len(content) // 4, len(content) // 2, 4, dtype=int):  # among the data of tensors
+            damages.append(content[:place] + bytes([content[place] ^ 16]) + content[place + 1:])  # one bit
+        for damage in damages:
+            current.write_bytes(damage)
+            self.assert_refused(self.resume(run), 1, current, f"--resume {previous}")
+        self.assertEqual(self.checkpoint.load_state(previous)["epoch"], 1)
+        self.assert_resumed(previous)
+        self.assert_same_contents(run, whole)
+        for file in (previous, current):
+            file.write_bytes(b"")
+        self.assert_refused(self.resume(run), 1, current, "is damaged, or not a checkpoint; name another file\n")
+
+    def test_checkpoint_of_another_model_or_optimizer(self):
+        run = self.finished_run("--epochs", "1")
+        before = run_contents(run)
+
+        def plain(z_dim):  # with the same weights, but without a stream for samples
+            model = self.models.AdversarialAE(z_dim)
+            del model.sample_stream
+            model.sample = lambda batch_size: model.decoder(torch.randn(batch_size, z_dim))
+            return model
+
+        base = functools.partial(self.models.AdversarialAE, networks="base")
+        with mock.patch.object(self.train, "AdversarialAE", base):
+            self.assert_refused(self.resume(run), 1, run, "does not fit models.py")
+        with mock.patch("torch.optim.Adam", lambda weights, lr, **_: torch.optim.RMSprop(weights, lr)):
+            self.assert_refused(self.resume(run), 1, run, "RMSprop")
+        self.assert_same_contents(run, before)
+        with mock.patch.object(self.train, "AdversarialAE", plain):
+            self.assert_resumed(run, "--epochs", 2)
+
+    def test_state_of_another_device_and_version(self):
+        run = self.finished_run("--epochs", "1")
+        state = self.checkpoint.load_state(run)
+        cuda_layout = tree_map(lambda part: part.contiguous() if torch.is_tensor(part) else part, state["optimizer_ae"])
+        del state["settings"]["precision"]  # as if the flag were newer than the run
+        self.change(run, optimizer_ae=cuda_layout, settings={**state["settings"], "device": "cuda"},
+                    random={**state["random"], "device": torch.zeros(16, dtype=torch.uint8)})
+        self.assertIn("began with cuda and continues with cpu", self.assert_resumed(run, "--epochs", 2))
+        self.assert_same_contents(run, self.finished_run("--epochs", "2"))
+
+    def test_finished_run_is_resumed_from_any_folder_and_locked(self):
+        run = self.finished_run("--epochs", "1")
+        file = run / "checkpoints" / "model_checkpoint.pt"
+        weights = torch.load(file, weights_only=True)
+        file.unlink()  # as if the run had been killed between the state and the weights
+        self.addCleanup(os.chdir, os.getcwd())
+        for folder, name in ((run / "checkpoints", "training_state.pt"), (run, ".")):
+            os.chdir(folder)
+            self.assert_resumed(name)
+        self.assertTrue(same(weights, torch.load(file, weights_only=True)))
+        if self.checkpoint.fcntl is None:
+            self.skipTest("runs are not locked here")
+        with self.checkpoint.locked(run):
+            self.assert_refused(self.resume(run), 1, run, "in use")
+        with mock.patch.object(self.checkpoint.fcntl, "flock", side_effect=OSError(38, "Function not implemented")):
+            self.assertIn("cannot be locked", self.assert_resumed(run))

@@ -1,30 +1,39 @@
-"""Whole runs of main."""
+"""Whole runs of main, in this process and in processes of their own."""
 
 import contextlib
 import io
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import unittest
 from argparse import Namespace
 from unittest import mock
 
 import numpy as np
 import torch
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 from tests.common import TrainGroup, read_events, read_png, same
 from training.checkpoint import create_run_folder
-from unittests import images_like_mnist
+from unittests import HERE, images_like_mnist
 
 __unittest = True
 
 
+CLOSE_STREAMS = "import os, sys; os.close(1); os.close(2); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+COMMAND = str(HERE / "train.py"), "--dataset", "digits", "--no-cuda", "--log_dir"
+
+
 class WholeRun(TrainGroup):
-    """`main` from start to end on 100 of the bundled digits."""
+    """`main` from start to end on the bundled digits."""
 
     needs = (*TrainGroup.needs, "evaluation.metrics")
 
     def test_everything_is_written(self):
-        from tensorboard.plugins.hparams import plugin_data_pb2
-
         run, weights = self.train_quietly("--epochs", "6", "--z_dim", "3")
         self.assertRegex(run.name, r"\A\d{4}(_\d\d){5}\Z")
         for folder, name, epochs in (("Prior_samples", "samples_epoch", range(7)),
@@ -34,13 +43,14 @@ class WholeRun(TrainGroup):
         self.assertEqual([file.name for file in run.rglob("*.tmp")], [])
         self.assertEqual(len(list(run.rglob("events.out.tfevents.*"))), 1)
         events = read_events(run)
-        for tag in ("generator/gen_loss", "generator/recon_loss", "generator/ae_loss", "discriminator/disc_loss",
-                    "discriminator/loss_real", "discriminator/loss_fake", "discriminator/accuracy"):
-            self.assertEqual([event.step for event in events.Scalars(tag)], [12])  # fewer steps than a window
-        self.assertEqual([event.step for event in events.Images("samples")], list(range(7)))
-        self.assertEqual([event.step for event in events.Images("reconstructions")], [0, 1, 5])
-        for tag in ("test/recon_loss", "test/ks_distance"):
-            self.assertEqual([event.step for event in events.Scalars(tag)], [0, 1, 5])
+        steps = {tag: [event.step for event in read(tag)] for kind, read in (
+            ("scalars", events.Scalars), ("images", events.Images)) for tag in events.Tags()[kind]}
+        expected = dict.fromkeys(("generator/gen_loss", "generator/recon_loss", "generator/ae_loss",
+                                  "discriminator/disc_loss", "discriminator/loss_real", "discriminator/loss_fake",
+                                  "discriminator/accuracy"), [12])  # fewer steps than a window
+        expected |= dict.fromkeys(("reconstructions", "test/recon_loss", "test/ks_distance"), [0, 1, 5])
+        expected |= {"samples": [*range(7)], "final/test_recon_loss": [6], "final/test_ks_distance": [6]}
+        self.assertEqual({tag: steps[tag] for tag in expected}, expected)
         for dimension in range(3):
             histograms = events.Histograms(f"codes/{dimension}")
             self.assertEqual([(event.step, event.histogram_value.num) for event in histograms], [(1, 299), (5, 299)])
@@ -51,6 +61,7 @@ class WholeRun(TrainGroup):
         self.assertEqual((settings["z_dim"], settings["lambda_"], settings["trained_on"], settings["fallback"]),
                          (3, 0.995, "digits", None))
         self.check_final_measurements(events, run, weights)
+        self.check_reconstructions(run)
 
     def check_final_measurements(self, events, run, weights):
         """Compare the results on test images, and the projector's files, with those of a model with these weights."""
@@ -60,7 +71,6 @@ class WholeRun(TrainGroup):
         with torch.no_grad():
             recon_x, codes = model(images)
         [loss], [distance] = events.Scalars("final/test_recon_loss"), events.Scalars("final/test_ks_distance")
-        self.assertEqual((loss.step, distance.step), (6, 6))
         self.check_close(loss.value, (recon_x - images).square().mean(),
                          "the reconstruction loss of the test images is wrong", 1e-4)
         self.check_close(distance.value, self.metrics.ks_distance(codes), "the KS distance is wrong", 1e-4)
@@ -71,39 +81,9 @@ class WholeRun(TrainGroup):
         np.testing.assert_allclose(sprite[:28, 28:56], 127.5 * (images[1, 0] + 1), atol=1.5)
         self.assertIn("00006/codes/tensors.tsv", (run / "projector_config.pbtxt").read_text())
 
-    def test_projector_of_two_dimensions_has_a_third(self):  # without it, TensorBoard shows nothing
-        run, _ = self.train_quietly("--epochs", "1", "--z_dim", "2")
-        codes = np.loadtxt(run / "00001" / "codes" / "tensors.tsv")
-        self.assertTrue(codes.shape[1] == 3 and codes[:, :2].any() and not codes[:, 2].any(), codes[:2])
-
-    def test_infinite_codes_do_not_end_a_run(self):
-        model, images = self.models.AdversarialAE(), images_like_mnist(4)
-        with torch.no_grad():
-            model.encoder.net[-1].bias.fill_(math.inf)
-        self.train.save_measurements(model, 1, self.writer(), images)
-
-    def test_without_test_files_a_run_continues_with_a_warning(self):
-        for error in (self.mnist.MissingData("gone"), self.mnist.DamagedData("gone")):
-            with mock.patch.object(self.data, "load_digits", side_effect=error), \
-                    contextlib.redirect_stderr(io.StringIO()) as err:
-                run, _ = self.train_quietly("--epochs", "1")
-            self.assertIn("WARNING: nothing is measured on test images: gone", err.getvalue())
-            events = read_events(run)
-            self.assertNotIn("test/recon_loss", events.Tags()["scalars"])
-            self.assertIn("_hparams_/session_start_info", events.summary_metadata)
-            [final], [last] = events.Scalars("final/recon_loss"), events.Scalars("generator/recon_loss")
-            self.check_close(final.value, last.value, "final/recon_loss is not the mean over the epoch")
-            self.assertNotIn("final/test_recon_loss", events.Tags()["scalars"])
-
-    def test_deterministic_kernels_are_set_per_run(self):
-        self.addCleanup(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
-        for flags in (["--deterministic"], []):
-            self.parts(*flags)
-            self.assertEqual(torch.are_deterministic_algorithms_enabled(), bool(flags))
-
-    def test_inputs_of_reconstructions_stay_the_same_and_have_all_labels(self):
-        run, _ = self.train_quietly("--epochs", "1")
-        first, later = (read_png(run / f"results/Reconstruction/reconstruction_{epoch}.png") for epoch in (0, 1))
+    def check_reconstructions(self, run):
+        """Check that the inputs of reconstructions stay the same, and have all labels in order."""
+        first, later = (read_png(run / f"results/Reconstruction/reconstruction_{epoch}.png") for epoch in (0, 5))
         self.assertTrue(np.array_equal(first[:31], later[:31]))
         self.assertFalse(np.array_equal(first[31:], later[31:]))
         images, labels = self.mnist.load_digits()
@@ -112,56 +92,117 @@ class WholeRun(TrainGroup):
             shown = (images - torch.from_numpy(column / 127.5 - 1)).abs().amax((1, 2, 3)).argmin()
             self.assertEqual(int(labels[shown]), label)
 
-    def test_training_learns(self):
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            self.train.main(Namespace(dataset="digits", epochs=3, log_dir=self.folder(), no_cuda=True))
-        losses = [float(line.split("recon_loss ")[1].split(",")[0]) for line in out.getvalue().splitlines()
+    def test_infinite_codes_do_not_end_a_run(self):
+        model, images = self.models.AdversarialAE(), images_like_mnist(4)
+        with torch.no_grad():
+            model.encoder.net[-1].bias.fill_(math.inf)
+        self.train.save_measurements(model, 1, self.writer(), images)
+
+    def test_without_test_files_a_run_continues_with_a_warning(self):
+        with mock.patch.object(self.data, "load_digits", side_effect=self.mnist.DataError("gone")), \
+                contextlib.redirect_stderr(io.StringIO()) as err:
+            run, _ = self.train_quietly("--epochs", "1")
+        self.assertIn("WARNING: nothing is measured on test images: gone", err.getvalue())
+        events = read_events(run)
+        self.assertFalse({"test/recon_loss", "final/test_recon_loss"} & set(events.Tags()["scalars"]))
+        self.assertIn("_hparams_/session_start_info", events.summary_metadata)
+        [final], [last] = events.Scalars("final/recon_loss"), events.Scalars("generator/recon_loss")
+        self.check_close(final.value, last.value, "final/recon_loss is not the mean over the epoch")
+
+    def test_seed_and_deterministic_kernels_are_set_per_run(self):
+        self.addCleanup(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+        models = []
+        for flags in (["--seed", "3", "--deterministic"], ["--seed", "4"]):
+            models.append(self.parts(*flags)[1].state_dict())
+            self.assertEqual(torch.are_deterministic_algorithms_enabled(), "--deterministic" in flags)
+        self.assertFalse(same(*models), "two seeds give the same weights")
+
+    def test_training_learns_without_a_network_and_tells_where_the_results_are(self):
+        used, log_dir = mock.Mock(side_effect=AssertionError("the network was used")), self.folder() / "a b"
+        with mock.patch("socket.socket.connect", used), mock.patch("socket.getaddrinfo", used):
+            status, out, err = self.run_cli("--dataset", "digits", "--epochs", 3, "--no-cuda", "--log_dir", log_dir)
+        self.assertEqual((status, err), (0, ""))
+        losses = [float(line.split("recon_loss ")[1].split(",")[0]) for line in out.splitlines()
                   if line.startswith("epoch")]
         self.assertEqual(len(losses), 3)
         self.assertLess(losses[2], 0.12, f"reconstruction losses of three epochs: {losses}")
+        self.assertRegex(out, r"(?s)device: cpu \(.+\).*epoch 1/3: recon_loss \d\.\d+.*done: .*accuracy [\d.]+%")
+        self.assertRegex(out, r"tensorboard --logdir '.*/a b/[\d_]+'")
 
-    def test_seed_and_drop_of_the_rate_determine_the_weights(self):
-        def weights(*flags):
-            return self.train_quietly("--epochs", "2", *flags)[1]
-
-        reference = weights("--seed", "3")
-        self.assertTrue(same(reference, weights("--seed", "3")), "two runs with the same seed have different weights")
-        self.assertFalse(same(reference, weights("--seed", "4")), "two seeds give the same weights")
-        self.assertFalse(same(reference, weights("--seed", "3", "--drop_after", "1")),
-                         "--drop_after does not affect the second epoch")
-
-    def test_namespace_of_the_assignments_flags_alone(self):
+    def test_assignments_flags_alone_and_a_fallback_that_warns_at_start_and_end_and_is_recorded(self):
         args = Namespace(z_dim=2, batch_size=64, lambda_=1.0, ae_lr=1e-3, d_lr=5e-3, data_dir=str(self.folder()),
                          epochs=1, seed=42, num_workers=4, log_dir=str(self.folder()), no_cuda=True)
         with self.few_digits, mock.patch("torchvision.datasets.MNIST.mirrors", []), \
-                contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            self.assertTrue(self.train.main(args).is_dir())
-
-    def test_fallback_warns_at_start_and_end_and_is_recorded(self):
-        folder = self.folder()
-        with self.few_digits, mock.patch("torchvision.datasets.MNIST.mirrors", []):
-            status, _, err = self.run_cli("--data_dir", folder, "--log_dir", folder / "logs",
-                                          "--epochs", 1, "--no-cuda")
-        self.assertEqual(status, 0)
+                contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
+            run = self.train.main(args)
         warning = r"WARNING: this run trains on the bundled digits instead of MNIST.*put its four files"
-        self.assertRegex(err, f"(?s)\\A{warning}.*{warning}")
-        run, = (folder / "logs").iterdir()
+        self.assertRegex(err.getvalue(), f"(?s)\\A{warning}.*{warning}")
         settings = json.loads((run / "hparams.json").read_text())
         self.assertEqual((settings["dataset"], settings["trained_on"]), ("auto", "digits"))
         self.assertIn("could not be downloaded", settings["fallback"])
-
-    def test_last_lines_tell_where_the_results_are(self):
-        with self.few_digits:
-            _, out, _ = self.run_cli("--dataset", "digits", "--epochs", 1, "--no-cuda",
-                                     "--log_dir", self.folder() / "a b")
-        self.assertRegex(out, r"(?s)device: cpu \(.+\).*epoch 1/1: recon_loss \d\.\d+.*done: .*accuracy [\d.]+%")
-        self.assertRegex(out, r"tensorboard --logdir '.*/a b/[\d_]+'")
-
-    def test_digits_never_touch_the_network(self):
-        with mock.patch("socket.socket.connect", side_effect=AssertionError("the network was used")), \
-                mock.patch("socket.getaddrinfo", side_effect=AssertionError("a host name was looked up")):
-            self.train_quietly("--epochs", "1", "--data_dir", str(self.folder()))
+        codes = np.loadtxt(run / "00001" / "codes" / "tensors.tsv")
+        self.assertTrue(codes.shape[1] == 3 and codes[:, :2].any() and not codes[:, 2].any(),
+                        "two dimensions need a third of zeros, or TensorBoard's projector shows nothing")
 
     def test_two_runs_in_one_second_have_two_folders(self):
         log_dir = self.folder()
         self.assertNotEqual(*(create_run_folder(log_dir) for _ in range(2)))
+
+
+class Shell(TrainGroup):
+    """Signals, streams, folders and modules as a user's shell may have them."""
+
+    def run_in(self, log_dir):
+        """Return the only run in a folder, after a look at its weights."""
+        run, = log_dir.iterdir()
+        weights = torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)
+        self.models.AdversarialAE().load_state_dict(weights)
+        return run
+
+    @unittest.skipIf(os.name == "nt", "Windows has no SIGINT to send, and another variable for the home folder")
+    def test_a_run_in_ascii_whose_output_is_closed_and_that_is_interrupted_leaves_everything_readable(self):
+        home = self.folder()
+        (home / "tensorflow").mkdir()  # an empty package, which TensorBoard would take for TensorFlow
+        environment = {**os.environ, "HOME": str(home), "PYTHONPATH": str(home), "PYTHONIOENCODING": "ascii"}
+        command = [sys.executable, *COMMAND, "~/\u00dc", "--data_dir", "~/data"]
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              text=True) as process:
+            try:
+                lines = [next(process.stdout) for _ in range(4)]  # the last one on epoch 1
+                process.stdout.close()  # as by `| head -4`
+                while process.poll() is None and not list(home.rglob("samples_epoch_3.png")):
+                    time.sleep(0.1)
+                process.send_signal(signal.SIGINT)
+                process.wait(timeout=60)
+            finally:
+                process.kill()
+            err = process.stderr.read()
+        self.assertEqual(process.returncode, 130, err)
+        run = self.run_in(home / "\u00dc")
+        self.assertEqual(lines[2], f"run:    {home}/\\xdc/{run.name}\n")
+        self.assertRegex(err, r"\A\nstopped by SIGINT after \d+ epochs and \d+ steps; resume it with: python train\.py "
+                              rf"--resume '.*/\\xdc/{run.name}'\n\Z")
+        self.assertEqual(json.loads((run / "hparams.json").read_text())["data_dir"], str(home / "data"))
+        events = read_events(run)
+        self.assertGreaterEqual(len(events.Images("samples")), 4)
+        self.assertGreaterEqual(events.Scalars("generator/recon_loss")[-1].step, 3 * 24)
+        self.assertGreaterEqual(len([read_png(file) for file in run.rglob("*.png")]), 6)
+
+    @unittest.skipIf(os.name == "nt", "Windows has no exec")
+    def test_missing_streams(self):  # as after 2>&- and >&-
+        log_dir = self.folder()
+        closed = [sys.executable, "-c", CLOSE_STREAMS, *COMMAND, log_dir, "--epochs", "1"]
+        self.assertEqual(subprocess.run(closed, capture_output=True).returncode, 0)
+        self.run_in(log_dir)
+
+    def test_messages_to_a_closed_pipe_are_discarded(self):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open(writer, "w") as stream:
+            for _ in range(2):
+                self.cli.print_line("text", stream)
+
+    def test_commands_are_quoted_for_the_systems_shell(self):
+        for system, command in (("posix", "tensorboard 'a b'"), ("nt", 'tensorboard "a b"')):
+            with mock.patch("os.name", system):
+                self.assertEqual(self.cli.shell_command("tensorboard", "a b"), command)
