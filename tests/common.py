@@ -1,6 +1,7 @@
 """Shared by several groups of tests: a tiny model, readers of a run's files, and runs on 100 digits."""
 
 import contextlib
+import copy
 import io
 from unittest import mock
 
@@ -12,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from tests.train_mistakes import read_png  # noqa: F401 (other files import it from here)
 from training.checkpoint import load_state
+from training.random_state import random_states
 from unittests import Group
 
 __unittest = True
@@ -59,13 +61,13 @@ class TinyAAE(nn.Module):
 
 
 def snapshot(model):
-    """Return copies of everything in a model that sampling must not change."""
-    return ({name: tensor.clone() for name, tensor in model.state_dict().items()},
-            [module.training for module in model.modules()])
+    """Return copies of a model's weights, statistics and modes, and all random states, for `same`."""
+    modes = torch.tensor([module.training for module in model.modules()])
+    return {**copy.deepcopy(model.state_dict()), **random_states(model), "modes": modes}
 
 
 def same(state, other):
-    """Whether two state_dicts are equal to the last bit."""
+    """Whether two dicts of tensors are equal to the last bit."""
     return state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
 
 
@@ -133,7 +135,7 @@ class TrainGroup(Group):
     def assert_refused(self, result, status, *fragments):
         """Check that a command line has ended with this status and one sentence, which contains the fragments."""
         self.assertEqual(result[0], status, result[2])
-        self.assertRegex(result[2], r"\A\S+: error: [^\n]+\n\Z")
+        self.assertRegex(result[2], r"\A[^\n]+: error: [^\n]+\n\Z")
         for fragment in fragments:
             self.assertIn(str(fragment), result[2])
 
