@@ -71,16 +71,6 @@ def same(state, other):
     return state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
 
 
-class ValueList:
-    """A logger that keeps all values."""
-
-    def __init__(self):
-        self.values = []
-
-    def add_values(self, values):
-        self.values.append({name: float(value) for name, value in values.items()})
-
-
 class Stop(Exception):
     """Raised within a run to end it."""
 

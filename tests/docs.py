@@ -60,13 +60,6 @@ class Docs(Group):
         stale = [page.name for page, text in pages.items() if text != self.pages[page]]
         self.check(not stale, f"stale tables (run python -m benchmarks.report): {', '.join(stale)}")
 
-    def test_ablation_marks_what_lies_outside_the_spread_of_the_default(self):
-        values = {"final": (1, 2, 3), "within": (3, 4, 5), "outside": (4, 5, 6), "unfinished": (9, 9)}
-        figures = {f"{name}; 6 epochs; seed {seed}; bf16": {"ks": ks}
-                   for name, of_seeds in values.items() for seed, ks in enumerate(of_seeds)}
-        table = importlib.import_module("benchmarks.tables").ablation({"ablation": figures})
-        self.assertEqual([line.count("**") for line in table.splitlines()[2:]], [0, 0, 2], table)
-
     def test_every_flag_is_in_the_table_of_flags(self):
         table = self.pages[HERE / "docs" / "RUNS.md"].partition("## All flags")[2]
         rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `--")]
