@@ -69,7 +69,7 @@ class Evaluation(TrainGroup):
             self.check_close(metrics["reconstruction"]["mse_per_label"][str(label)], errors[labels == label].mean(),
                              f"the reconstruction error of label {label} is wrong")
         quality = self.measures.classifier_quality({"test_images": images, "seen": seen_recon_x})["seen"]
-        for name in ("frechet_to_test_images", "sure"):
+        for name in ("images", "frechet_to_test_images", "sure"):
             ratio = metrics["digit_classifier"]["training_reconstructions"][name] / quality[name]
             self.check_close(ratio, 1, f"{name} is not that of the reconstructions of training images")
         self.check_close(match["prior_draws"]["ks"], 0.8687 / math.sqrt(299), "this is no sample of the prior", 0.03)
