@@ -68,7 +68,7 @@ class BadInput(TrainGroup):
             with self.subTest(dataset=dataset, data_dir=data_dir), \
                     mock.patch("torchvision.datasets.MNIST.mirrors", []):
                 result = self.run_cli("--dataset", dataset, "--data_dir", data_dir, "--log_dir", folder / "logs",
-                                      "--no-cuda")
+                                      "--epochs", 1, "--no-cuda")
                 self.assert_refused(result, 1, words)
         self.assertFalse((folder / "logs").exists())
 

