@@ -26,16 +26,14 @@ class TinyAAE(nn.Module):
     train_aae must keep the gradients of the two players apart. Its prior samples are always the same.
     """
 
+    z_dim, device = 1, torch.device("cpu")
+
     def __init__(self):
         super().__init__()
-        self.z_dim, self.batches = 1, []
+        self.batches = []
         self.encoder, self.decoder, self.discriminator = (nn.Conv2d(1, 1, 1, bias=False) for _ in range(3))
         for network, weight in ((self.encoder, 0.7), (self.decoder, 0.9), (self.discriminator, 0.5)):
             nn.init.constant_(network.weight, weight)
-
-    @property
-    def device(self):
-        return self.encoder.weight.device
 
     def forward(self, x):
         self.batches.append(len(x))
@@ -109,8 +107,7 @@ class TrainGroup(Group):
 
     def run_cli(self, *flags):
         """Run the command line in this process; return its exit status, standard output and standard error."""
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
             try:
                 status = self.train.cli([str(flag) for flag in flags])
             except SystemExit as stop:
@@ -125,7 +122,7 @@ class TrainGroup(Group):
     def assert_refused(self, result, status, *fragments):
         """Check that a command line has ended with this status and one sentence, which contains the fragments."""
         self.assertEqual(result[0], status, result[2])
-        self.assertRegex(result[2], r"\A[^\n]+: error: [^\n]+\n\Z")
+        self.assertRegex(result[2], r"\A[\w. -]+: error: [^\n]+\n\Z")
         for fragment in fragments:
             self.assertIn(str(fragment), result[2])
 
@@ -143,6 +140,4 @@ class TrainGroup(Group):
         return train_aae.call_args.args
 
     def writer(self):
-        writer = SummaryWriter(self.folder())
-        self.addCleanup(writer.close)
-        return writer
+        return self.enterContext(SummaryWriter(self.folder()))

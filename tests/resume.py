@@ -186,7 +186,6 @@ class Checkpoint(ResumeGroup):
     """Training states that are damaged, of another version, or of another run; full disks and locks."""
 
     def change(self, run, **entries):
-        """Replace entries of a run's training state."""
         file = run / "checkpoints" / "training_state.pt"
         file.write_bytes(self.checkpoint.serialize({**torch.load(file, weights_only=True), **entries}))
 

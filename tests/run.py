@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import unittest
 from argparse import Namespace
 from unittest import mock
@@ -117,11 +116,14 @@ class WholeRun(TrainGroup):
             self.assertEqual(torch.are_deterministic_algorithms_enabled(), "--deterministic" in flags)
         self.assertFalse(same(*models), "two seeds give the same weights")
 
-    def test_training_learns_without_a_network_and_tells_where_the_results_are(self):
-        used, log_dir = mock.Mock(side_effect=AssertionError("the network was used")), self.folder() / "a b"
-        with mock.patch("socket.socket.connect", used), mock.patch("socket.getaddrinfo", used):
+    def test_training_learns_without_a_network_or_gpu_and_tells_where_the_results_are(self):
+        used, log_dir = mock.Mock(side_effect=AssertionError("the network or GPU was used")), self.folder() / "a b"
+        with contextlib.ExitStack() as stack:
+            for name in ("socket.socket.connect", "socket.getaddrinfo", "torch.cuda.get_device_capability",
+                         "torch.cuda.get_device_name", "torch.cuda.init", "torch.cuda._lazy_init", "shutil.which"):
+                stack.enter_context(mock.patch(name, used))
             status, out, err = self.run_cli("--dataset", "digits", "--epochs", 3, "--no-cuda", "--log_dir", log_dir)
-        self.assertEqual((status, err), (0, ""))
+        self.assertEqual((status, err, used.called), (0, "", False))
         losses = [float(line.split("recon_loss ")[1].split(",")[0]) for line in out.splitlines()
                   if line.startswith("epoch")]
         self.assertEqual(len(losses), 3)
@@ -152,13 +154,6 @@ class WholeRun(TrainGroup):
 class Shell(TrainGroup):
     """Signals, streams, folders and modules as a user's shell may have them."""
 
-    def run_in(self, log_dir):
-        """Return the only run in a folder, after a look at its weights."""
-        run, = log_dir.iterdir()
-        weights = torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)
-        self.models.AdversarialAE().load_state_dict(weights)
-        return run
-
     @unittest.skipIf(os.name == "nt", "Windows has no SIGINT to send, and another variable for the home folder")
     def test_a_run_in_ascii_whose_output_is_closed_and_that_is_interrupted_leaves_everything_readable(self):
         home = self.folder()
@@ -170,30 +165,32 @@ class Shell(TrainGroup):
             try:
                 lines = [next(process.stdout) for _ in range(4)]  # the last one on epoch 1
                 process.stdout.close()  # as by `| head -4`
-                while process.poll() is None and not list(home.rglob("samples_epoch_3.png")):
-                    time.sleep(0.1)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=3)  # time for more lines
                 process.send_signal(signal.SIGINT)
                 process.wait(timeout=60)
             finally:
                 process.kill()
             err = process.stderr.read()
         self.assertEqual(process.returncode, 130, err)
-        run = self.run_in(home / "\u00dc")
+        run, = (home / "\u00dc").iterdir()
         self.assertEqual(lines[2], f"run:    {home}/\\xdc/{run.name}\n")
         self.assertRegex(err, r"\A\nstopped by SIGINT after \d+ epochs and \d+ steps; resume it with: python train\.py "
                               rf"--resume '.*/\\xdc/{run.name}'\n\Z")
         self.assertEqual(json.loads((run / "hparams.json").read_text())["data_dir"], str(home / "data"))
+        weights = torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)
+        self.models.AdversarialAE().load_state_dict(weights)
         events = read_events(run)
-        self.assertGreaterEqual(len(events.Images("samples")), 4)
-        self.assertGreaterEqual(events.Scalars("generator/recon_loss")[-1].step, 3 * 24)
-        self.assertGreaterEqual(len([read_png(file) for file in run.rglob("*.png")]), 6)
+        self.assertGreaterEqual(len(events.Images("samples")), 2)
+        self.assertGreaterEqual(events.Scalars("generator/recon_loss")[-1].step, 24)
+        self.assertGreaterEqual(len([read_png(file) for file in run.rglob("*.png")]), 4)
 
     @unittest.skipIf(os.name == "nt", "Windows has no exec")
     def test_missing_streams(self):  # as after 2>&- and >&-
         log_dir = self.folder()
         closed = [sys.executable, "-c", CLOSE_STREAMS, *COMMAND, log_dir, "--epochs", "1"]
         self.assertEqual(subprocess.run(closed, capture_output=True).returncode, 0)
-        self.run_in(log_dir)
+        self.assertEqual(len(list(log_dir.glob("*/checkpoints/model_checkpoint.pt"))), 1)
 
     def test_messages_to_a_closed_pipe_are_discarded(self):
         reader, writer = os.pipe()
