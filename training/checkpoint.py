@@ -94,14 +94,13 @@ def rewind(run, state):
     A resumed run writes everything else again. Other files in the folder are not touched.
     """
     current = Path(run) / "checkpoints" / CURRENT
-    with writing(run):
-        if os.path.abspath(state["path"]) != os.path.abspath(current):
-            replace(state["path"], current)
-        for file in event_files(run):
-            if file.name not in state["events"]:
-                file.unlink()
-            elif file.stat().st_size > state["events"][file.name]:
-                os.truncate(file, state["events"][file.name])
+    if os.path.abspath(state["path"]) != os.path.abspath(current):
+        replace(state["path"], current)
+    for file in event_files(run):
+        if file.name not in state["events"]:
+            file.unlink()
+        elif file.stat().st_size > state["events"][file.name]:
+            os.truncate(file, state["events"][file.name])
 
 
 def event_files(run):
@@ -167,13 +166,11 @@ def resume_hint(run):
 
 @contextmanager
 def locked(run):
-    """Lock a run; raise CheckpointError if another process has locked it. The lock ends with the process."""
-    if fcntl is None:
-        yield
-        return
+    """Lock a run and report errors of writing to it; raise CheckpointError if another process has locked it."""
     with writing(run), open(Path(run) / ".lock", "wb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
         except BlockingIOError:
             raise CheckpointError(f"{run} is in use by another process; wait until it ends, or stop it") from None
         except OSError as error:  # a file system without locks

@@ -17,7 +17,7 @@ from training import checkpoint
 from training.cli import FlagError, RunStopped, UserError, print_line, shell_command, warn
 from training.device import device_name, unused_gpu_warning
 from training.ema import weights_on_cpu
-from training.files import write_atomically, writing
+from training.files import write_atomically
 from training.random_state import random_states, set_random_states
 from training.threads import QUOTA
 
@@ -92,7 +92,6 @@ class Run:
         else:
             self.folder = checkpoint.create_run_folder(self.args.log_dir)
             self._stack.enter_context(checkpoint.locked(self.folder))
-        self._stack.enter_context(writing(self.folder))
         self._pending_signals = self._stack.enter_context(stop_signals())
         write_atomically(self.folder / "hparams.json", (json.dumps(self.settings, indent=2) + "\n").encode())
         quota = f", quota of {QUOTA:g} CPUs" if QUOTA else ""
