@@ -268,7 +268,7 @@ class Checkpoint(ResumeGroup):
         cuda_layout = tree_map(lambda part: part.contiguous() if torch.is_tensor(part) else part, state["optimizer_ae"])
         del state["settings"]["precision"]  # as if the flag were newer than the run
         self.change(run, optimizer_ae=cuda_layout, settings={**state["settings"], "device": "cuda"},
-                    random={**state["random"], "device": torch.zeros(16, dtype=torch.uint8)})
+                    random={**state["random"], "cuda": torch.zeros(16, dtype=torch.uint8)})
         self.assertIn("began with cuda and continues with cpu", self.assert_resumed(run, "--epochs", 2))
         self.assert_same_contents(run, self.finished_run("--epochs", "2"))
 
