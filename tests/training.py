@@ -1,7 +1,7 @@
-"""train_aae, the training step, and the pictures of an epoch."""
+"""train_aae, the training step, the moving average of the weights, and the pictures of an epoch."""
 
 import io
-import itertools
+from argparse import Namespace
 from pathlib import Path
 from unittest import mock
 
@@ -18,37 +18,29 @@ __unittest = True
 class Training(TrainGroup):
     """train_aae; the requirements for every train.py are in Mistakes in unittests.py."""
 
-    LAMBDA, AE_LR, D_LR = 0.4, 0.5, 2.0
-
-    def reference(self, batches):
-        """Return a TinyAAE after one epoch in which each player follows only its own gradient."""
-        model = TinyAAE()
-        for x, _ in batches:
-            recon_x, z = model(x)
-            ae_loss, _ = model.get_loss_autoencoder(x, recon_x, z, self.LAMBDA)
-            disc_loss, _ = model.get_loss_discriminator(z.detach())
-            autoencoder = [model.encoder.weight, model.decoder.weight]
-            gradients = torch.autograd.grad(ae_loss, autoencoder)
-            gradient, = torch.autograd.grad(disc_loss, [model.discriminator.weight])
-            with torch.no_grad():
-                for weight, slope in zip(autoencoder, gradients, strict=True):
-                    weight -= self.AE_LR * slope
-                model.discriminator.weight -= self.D_LR * gradient
-        return model
-
-    def test_players_are_kept_apart_in_training_mode_with_a_careless_model(self):
-        batches = [(images_like_mnist(count), torch.zeros(count)) for count in (6, 6, 2)]
-        model, modes = TinyAAE().eval(), []
+    def test_each_player_follows_its_own_gradient_even_with_a_careless_model(self):
+        batches = [(images_like_mnist(count), None) for count in (6, 6, 2)]
+        model, expected, loggers, modes = TinyAAE().eval(), TinyAAE(), (mock.Mock(), mock.Mock()), []
         for part in model.modules():
             part.register_forward_pre_hook(lambda module, args: modes.append(module.training))
-        optimizer_ae = torch.optim.SGD([model.encoder.weight, model.decoder.weight], self.AE_LR)
-        optimizer_disc = torch.optim.SGD([model.discriminator.weight], self.D_LR)
-        self.train.train_aae(1, model, batches, mock.Mock(), mock.Mock(), optimizer_ae, optimizer_disc, self.LAMBDA)
-        for part, weight in self.reference(batches).named_parameters():
-            self.check_close(model.get_parameter(part), weight,
-                             f"the steps of {part} do not follow only the gradient of its own loss")
-        self.assertEqual(model.batches, [6, 6, 2])
+        optimizers = (torch.optim.SGD([model.encoder.weight, model.decoder.weight], 0.5),
+                      torch.optim.SGD([model.discriminator.weight], 2.0))
+        self.train.train_aae(1, model, batches, *loggers, *optimizers, 0.4)
         self.check(modes and all(modes), "train_aae does not train in training mode: call model.train() first")
+        encoder, decoder, discriminator = expected.parameters()
+        for x, _ in batches:
+            recon_x, z = expected(x)
+            ae_loss, _ = expected.get_loss_autoencoder(x, recon_x, z, 0.4)
+            disc_loss, _ = expected.get_loss_discriminator(z.detach())
+            slopes = *torch.autograd.grad(ae_loss, (encoder, decoder)), *torch.autograd.grad(disc_loss, discriminator)
+            with torch.no_grad():
+                for weight, rate, slope in zip((encoder, decoder, discriminator), (0.5, 0.5, 2.0), slopes, strict=True):
+                    weight -= rate * slope
+        torch.testing.assert_close(model.state_dict(), expected.state_dict())
+        self.assertEqual(model.batches, [6, 6, 2])
+        for logger, names in zip(loggers, ({"gen_loss", "recon_loss", "ae_loss"},
+                                           {"disc_loss", "loss_real", "loss_fake", "accuracy"}), strict=True):
+            self.assertEqual([names - call.args[0].keys() for call in logger.add_values.call_args_list], [set()] * 3)
 
     def test_training_succeeds_with_seeds_that_start_bright(self):
         for seed in (1, 2):  # with torch's initial bias in the decoder, every fourth seed gave black images
@@ -56,36 +48,28 @@ class Training(TrainGroup):
             for epoch in (1, 2):
                 logger = self.train.TensorBoardLogger(mock.Mock())
                 self.train.train_aae(epoch, model, self.mnist.digits(), logger, mock.Mock(), *optimizers, 0.995)
-            recon_loss = logger.end_epoch()["recon_loss"]
-            self.check(recon_loss < 0.25, f"with seed {seed} recon_loss stays at {recon_loss:.3f}: the first steps "
-                       "drive the decoder's tanh to -1 everywhere; start its bias at the mean pixel")
+            loss = logger.end_epoch()["recon_loss"]
+            self.check(loss < 0.25, f"with seed {seed} recon_loss stays at {loss:.3f}: the first steps drive the "
+                                    "decoder's tanh to -1 everywhere; start its bias at the mean pixel")
 
-    def test_average_agrees_with_the_formula(self):
-        model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
-        average, decays = self.train.EMA(model, 0.5), []
-        expected = {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
+    def test_average_agrees_with_the_formula_and_continues_from_its_state(self):
+        model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+        model[2].weight = model[0].weight  # a shared weight, averaged once per step
+        average = self.train.EMA(model, 0.5)
+        expected = {name: tensor.double() for name, tensor in model.state_dict().items()}
         for step in range(1, 12):
             with torch.no_grad():
-                for tensor in model.state_dict().values():
+                for tensor in (*model.parameters(), *model.buffers()):
                     tensor.add_(torch.rand_like(tensor) if tensor.is_floating_point() else 1)
+            if step == 5:  # in a resumed run
+                state, average = average.state_dict(), self.train.EMA(model, 0.5)
+                average.load_state_dict(state)
             average.update()
-            decays.append(min(0.5, (1 + step) / (10 + step)))
+            decay = min(0.5, (1 + step) / (10 + step))  # 0.5 from step 8 on
             for name, tensor in model.state_dict().items():
-                expected[name] = decays[-1] * expected[name] + (1 - decays[-1]) * tensor.double().numpy()
-        self.assertLess(decays[0], decays[5])
-        self.assertEqual(decays[-1], 0.5)
-        self.assertEqual(average.model.state_dict()["1.num_batches_tracked"], 11)
-        for name in ("0.weight", "0.bias", "1.weight", "1.running_mean", "1.running_var"):
-            np.testing.assert_allclose(average.model.state_dict()[name], expected[name], rtol=1e-5, err_msg=name)
-
-    def test_average_updates_a_shared_weight_once(self):
-        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-        model[1].weight = model[0].weight
-        average = self.train.EMA(model, 0.5)
-        expected = 2 / 11 * model[0].weight.detach().clone() + 9 / 11
-        nn.init.ones_(model[0].weight)
-        average.update()
-        self.assertTrue(torch.allclose(average.model[1].weight, expected), "a shared weight is averaged twice per step")
+                expected[name] = decay * expected[name] + (1 - decay) * tensor
+        expected["1.num_batches_tracked"] = torch.tensor(11)  # a counter, not averaged
+        torch.testing.assert_close(average.model.state_dict(), expected, check_dtype=False)
 
     def test_bf16_differs_only_by_rounding(self):
         def after_one_step(precision):
@@ -103,8 +87,8 @@ class Training(TrainGroup):
         for name, value in values.items():
             self.check_close(rounded_values[name], value, f"{name} in bf16 differs from fp32", 0.02)
         self.assertNotEqual(rounded_values["ae_loss"], values["ae_loss"])
-        self.assertEqual({weight.dtype for weight in rounded.parameters()}, {torch.float32})
-        self.assertEqual({value.dtype for value in rounded_values.values()}, {torch.float32})
+        dtypes = {tensor.dtype for tensor in (*rounded.parameters(), *rounded_values.values())}
+        self.assertEqual(dtypes, {torch.float32})
         self.assertFalse(any(value.requires_grad for value in rounded_values.values()))
 
     def test_a_model_with_lazy_layers_is_trained(self):
@@ -117,71 +101,69 @@ class Training(TrainGroup):
             _, model, *_ = self.parts()
         self.assertEqual(model.encoder.net[-1].weight.shape, (8, 1024))
 
-    def test_recommended_optimizers_and_a_clipped_gradient(self):
-        _, model, _, _, _, adam, sgd, lambda_ = self.parts("--d_momentum", "0")
-        self.assertEqual((type(adam), type(sgd), lambda_), (torch.optim.Adam, torch.optim.SGD, 0.995))
-        self.assertEqual((adam.defaults["lr"], adam.defaults["betas"][0], sgd.defaults["lr"]), (1e-3, 0.5, 5e-3))
-        self.assertEqual(self.parts()[6].defaults["momentum"], 0.95)
+    def test_recommended_optimizers_and_a_clipped_gradient_of_the_discriminator(self):
+        _, model, _, _, _, *optimizers, lambda_ = self.parts()
+        self.assertEqual(([type(optimizer) for optimizer in optimizers], lambda_),
+                         ([torch.optim.Adam, torch.optim.SGD], 0.995))
+        adam, sgd = (optimizer.defaults for optimizer in optimizers)
+        self.assertEqual((adam["lr"], adam["betas"][0], sgd["lr"], sgd["momentum"]), (1e-3, 0.5, 5e-3, 0.95))
         nn.init.constant_(model.discriminator.net[-1].weight, 10.0)
         before = nn.utils.parameters_to_vector(model.discriminator.parameters()).clone()
-        self.train.train_step(model, adam, sgd, 0.5, images_like_mnist(16))
+        self.train.train_step(model, *optimizers, lambda_, images_like_mnist(16))
         moved = (nn.utils.parameters_to_vector(model.discriminator.parameters()) - before).norm()
         self.check_close(moved, 5e-3 * self.train.MAX_GRAD_NORM,
                          "a large gradient of the discriminator is not clipped", 1e-4)
 
     def test_rate_drops_after_the_epochs_of_the_flag(self):
-        args = self.train.parse_args(["--drop_after", "10"])
-        for rate in (args.ae_lr, torch.tensor(args.ae_lr)):  # on CUDA, a tensor that a captured graph reads
+        for rate in (1e-3, torch.tensor(1e-3)):  # on CUDA, a tensor that a captured graph reads
             optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=rate, foreach=False)
-            for epoch, expected in ((1, 1e-3), (10, 1e-3), (11, 1e-4), (40, 1e-4)):
-                self.train.set_learning_rate(optimizer, epoch, args)
-                self.check_close(1e3 * optimizer.param_groups[0]["lr"], 1e3 * expected,
-                                 f"the learning rate of epoch {epoch} is wrong")
-            self.assertTrue(not torch.is_tensor(rate) or optimizer.param_groups[0]["lr"] is rate)
-        self.train.set_learning_rate(optimizer, 1000, self.train.parse_args(["--drop_after", "0"]))
-        self.check_close(1e3 * optimizer.param_groups[0]["lr"], 1, "the learning rate drops with --drop_after 0")
+            group = optimizer.param_groups[0]
+            for drop_after, epoch, expected in ((10, 1, 1), (10, 10, 1), (10, 11, 0.1), (10, 40, 0.1), (0, 1000, 1)):
+                self.train.set_learning_rate(optimizer, epoch, Namespace(ae_lr=1e-3, drop_after=drop_after))
+                self.check_close(1e3 * group["lr"], expected,
+                                 f"the learning rate of epoch {epoch} is wrong with --drop_after {drop_after}")
+            self.assertTrue(group["lr"] is rate or not torch.is_tensor(rate))
 
 
 class Pictures(TrainGroup):
     """generate_and_save and save_reconstruction: their files, and that nothing else changes."""
 
-    def setUp(self):
-        super().setUp()
-        self.summaries = self.writer()
+    def models_to_show(self):
+        """Yield a model that samples from torch's global generator, and one with modes and statistics to restore."""
+        yield TinyAAE()
+        model = self.models.AdversarialAE(z_dim=3).train()
+        model.decoder = nn.Sequential(model.decoder, nn.BatchNorm2d(1), nn.Dropout(0.5).eval(), nn.Tanh())
+        yield model
 
-    def picture(self, name):
-        return read_png(Path(self.summaries.log_dir) / "results" / name)
-
-    def test_samples_are_8_per_row_with_the_same_codes_each_time_also_in_tensorboard(self):
-        model = self.models.AdversarialAE()
-        for epoch in range(2):
-            self.train.generate_and_save(model, epoch, self.summaries)
-            torch.rand(1)  # as training would
-        first, second = (self.picture(f"Prior_samples/samples_epoch_{epoch}.png") for epoch in range(2))
-        self.assertEqual(first.shape, (8 * 30 + 2, 8 * 30 + 2))
-        self.assertTrue(np.array_equal(first, second))
-        self.summaries.flush()
-        events = read_events(self.summaries.log_dir).Images("samples")
-        self.assertEqual([event.step for event in events], [0, 1])
-        self.assertTrue(np.array_equal(read_png(io.BytesIO(events[1].encoded_image_string)), second))
+    def test_samples_are_8_per_row_with_the_same_codes_each_time_and_in_tensorboard(self):
+        for model in self.models_to_show():
+            writer = self.writer()
+            for epoch in range(2):
+                self.train.generate_and_save(model, epoch, writer)
+                torch.rand(1)  # as training would
+            writer.flush()
+            files = [Path(writer.log_dir) / f"results/Prior_samples/samples_epoch_{epoch}.png" for epoch in range(2)]
+            events = read_events(writer.log_dir).Images("samples")
+            self.assertEqual([event.step for event in events], [0, 1])
+            first, *others = map(read_png, (*files, *(io.BytesIO(event.encoded_image_string) for event in events)))
+            self.assertEqual(first.shape, (8 * 30 + 2, 8 * 30 + 2))
+            self.check(all(np.array_equal(first, other) for other in others), "the pictures are not the same")
 
     def test_reconstructions_are_below_their_inputs(self):
-        x = images_like_mnist(20)
-        for count, data, given in ((8, x, {}), (10, x, {"count": 10}), (3, x[:3], {})):
-            self.train.save_reconstruction(TinyAAE(), count, self.summaries, data, **given)
-            pixels = self.picture(f"Reconstruction/reconstruction_{count}.png")
-            self.assertEqual(pixels.shape, (2 * 30 + 2, count * 30 + 2))
-            for i, (row, images) in itertools.product((0, count - 1), enumerate((x, 0.9 * 0.7 * x))):
-                tile = pixels[2 + 30 * row:30 + 30 * row, 2 + 30 * i:30 + 30 * i]
-                self.assertLessEqual(np.abs(tile - (images[i, 0].numpy() + 1) * 127.5).max(), 1)
+        writer, x = self.writer(), images_like_mnist(20)
+        for epoch, (images, given, columns) in enumerate(((x, {}, 8), (x, {"count": 10}, 10), (x[:3], {}, 3))):
+            self.train.save_reconstruction(TinyAAE(), epoch, writer, images, **given)
+            pixels = read_png(Path(writer.log_dir) / f"results/Reconstruction/reconstruction_{epoch}.png")
+            self.assertEqual(pixels.shape, (2 * 30 + 2, columns * 30 + 2))
+            tiles = pixels[2:, 2:].reshape(2, 30, columns, 30)[:, :28, :, :28].swapaxes(1, 2)
+            for row, expected in zip(tiles, (images, 0.9 * 0.7 * images), strict=True):
+                np.testing.assert_allclose(row, (expected[:columns, 0] + 1) * 127.5, atol=1)
 
     def test_11_pictures_change_nothing(self):
-        ours, x = self.models.AdversarialAE(z_dim=3).train(), images_like_mnist(8)
-        ours.decoder = nn.Sequential(ours.decoder, nn.BatchNorm2d(1), nn.Dropout(0.5).eval(), nn.Tanh())
-        for model in (ours, TinyAAE()):  # which samples from torch's global generator
+        for model in self.models_to_show():
+            writer, x = self.writer(), images_like_mnist(8)
             before = snapshot(model)
-            self.train.generate_and_save(model, 0, self.summaries)
-            self.train.save_reconstruction(model, 0, self.summaries, x)
-            after = snapshot(model)
-            changed = [name for name in before if not torch.equal(before[name], after[name])]
+            self.train.generate_and_save(model, 0, writer)
+            self.train.save_reconstruction(model, 0, writer, x)
+            changed = [name for name, tensor in snapshot(model).items() if not torch.equal(tensor, before[name])]
             self.check(not changed, f"Mistake 11: saving pictures changes {changed}")
