@@ -1,204 +1,158 @@
-"""Training and evaluation on a CUDA device without data, which refuses what CUDA refuses; no GPU is needed."""
+"""Training and evaluation on a CUDA device whose memory is the CPU's, and which refuses what CUDA refuses."""
 
 import contextlib
 import functools
 import io
-import itertools
 from unittest import mock
 
-import numpy as np
 import torch
-import torch.nn as nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.common import TrainGroup
-from unittests import images_like_mnist
+from unittests import HERE
 
 __unittest = True
 
-CUDA = torch.device("cuda:0")
+CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
+aten = torch.ops.aten
 
 
-class Reads(TorchDispatchMode):
-    """Lets the CPU read fake tensors, and counts these reads; amid every sixteen numbers is a maximum."""
+class OnCuda(torch.Tensor):
+    """A tensor on the device; `content`, a tensor on the CPU, has its numbers."""
 
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-        self.restart()
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    copy_, nonzero = map(functools.partialmethod, (aten.copy_, aten.nonzero))  # torch's own methods need a GPU
+    __float__ = torch.Tensor.item
 
-    def restart(self):
-        self.numbers = itertools.cycle([0.5] * 8 + [1.0] + [0.5] * 7)
+    def __new__(cls, content):
+        tensor = cls._make_wrapper_subclass(cls, content.shape, content.stride(), content.storage_offset(),
+                                            dtype=content.dtype, device=CUDA)
+        tensor.content = content
+        return tensor
 
-    def tolist(self, tensor):
-        self.count += 1
-        return np.full(tensor.shape, 0.5).tolist()
+    @classmethod
+    def __torch_dispatch__(cls, operation, *_):
+        raise AssertionError(f"{operation} outside of a Device")
+
+    def __getitem__(self, key):
+        return OnCuda(self.content[tree_map(content_of, key)])
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+
+def content_of(value):
+    return value.content if isinstance(value, OnCuda) else value
+
+
+class Device(TorchDispatchMode):
+    """Runs the operations of the device, and counts how often the CPU waits for it."""
+
+    waits = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        aten = torch.ops.aten
-        if operation is aten._local_scalar_dense.default:
-            self.count += 1
-            number = next(self.numbers)
-            return int(number) if args[0].dtype is torch.int64 else number  # a truth value is true
-        if operation in (aten.nonzero.default, aten._unique2.default, aten.bincount.default):  # of labels
-            return {aten.nonzero.default: torch.arange(len(args[0]), device=args[0].device)[:, None],
-                    aten.bincount.default: args[0].new_empty(10)}.get(operation, (args[0].new_empty(10), None, None))
-        if operation is aten.index.Tensor and args[1][0] is not None and args[1][0].dtype is torch.bool:
-            args = args[0], [torch.arange(len(args[0]), device=args[1][0].device)]
-        return operation(*args, **kwargs or {})
+        kwargs = dict(kwargs or {})
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        on_cuda = any(isinstance(tensor, OnCuda) for tensor in tensors)
+        device = kwargs.pop("device", None) or (CUDA if on_cuda else CPU)
+        if on_cuda:
+            refuse_mixtures(operation, args, tensors)
+            self.waits += device == CPU or must_wait(operation, args)
+        results = operation(*tree_map(content_of, args), **tree_map(content_of, kwargs))
+        given = {id(content_of(tensor)): tensor for tensor in tensors}  # the results of operations in place
+
+        def wrapped(result):
+            new = OnCuda(result) if device == CUDA and isinstance(result, torch.Tensor) else result
+            return given.get(id(result), new)
+
+        return tree_map(wrapped, results)
 
 
-# What stands in for parts of torch that need a GPU -------------------------------------------------------------------
-
-def moved(module, device, memory_format):
-    """Return a module with new tensors on the device."""
-    for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
-            for name, tensor in tensors.items():
-                layout = memory_format if tensor is not None and tensor.dim() == 4 else torch.preserve_format
-                new = None if tensor is None else tensor.detach().to(device, memory_format=layout)
-                tensors[name] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
-    return module
+def must_wait(operation, args):
+    tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(operation.tags)
+    return bool(tags) and operation is not aten.index.Tensor or operation is aten.copy_.default and args[0].is_cpu
 
 
-def deepcopy(tensor, memo):
-    copy = tensor.detach().clone() if isinstance(tensor, FakeTensor) else tensor  # not those of random states
-    return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
-
-
-def index(tensor, key):
-    """Replace Tensor.__getitem__, which sets the CUDA device in torch 2.7."""
-    place = 0
-    for part in key if isinstance(key, tuple) else (key,):
-        if part is None:
-            tensor = tensor.unsqueeze(place)
-        elif isinstance(part, slice):
-            tensor = torch.ops.aten.slice(tensor, place, part.start, part.stop, part.step or 1)
-        elif isinstance(part, (torch.Tensor, list)):
-            part = torch.as_tensor(part, device=None if torch.is_tensor(part) else tensor.device)
-            tensor = torch.ops.aten.index(tensor, [*[None] * place, part])
-        else:
-            tensor, place = tensor.select(place, part), place - 1
-        place += 1
-    return tensor
-
-
-def assert_like(weights, *lists):
-    """Check what a fused kernel needs: tensors of the weights' device, shape, type and strides."""
-    for weight, *tensors in zip(weights, *lists, strict=True):
-        kinds = {(tensor.device, tensor.shape, tensor.dtype, tensor.stride()) for tensor in (weight, *tensors)}
-        assert len(kinds) == 1 and weight.device == CUDA, kinds
-
-
-def fused_adam(weights, gradients, means, squares, max_squares, steps, *, lr, **options):
-    assert_like(weights, gradients, means, squares)
-    assert {tensor.device for tensor in (lr, *steps)} == {CUDA}
-
-
-def fused_sgd(weights, gradients, momenta, **options):
-    assert_like(weights, gradients, *([momenta] if any(momentum is not None for momentum in momenta) else []))
+def refuse_mixtures(operation, args, tensors):
+    """Raise AssertionError for an operation that mixes devices, or whose fused kernel mixes memory layouts."""
+    if operation is aten.copy_.default or operation is aten.index.Tensor and args[0].is_cuda:  # by indices on the CPU
+        return
+    numbers = torch.Tag.pointwise in operation.tags
+    others = [tensor for tensor in tensors if tensor.is_cpu and not (numbers and tensor.dim() == 0)]
+    assert not others, f"{operation} on {CUDA} and on the CPU"
+    if operation.name().startswith("aten::_fused_"):
+        for weight, *others in zip(*filter(None, args[:4]), strict=True):  # the gradient and moments
+            assert {tensor.stride() for tensor in others} == {weight.stride()}, operation
 
 
 class Devices(TrainGroup):
     """No operation mixes devices, and the CPU reads nothing from the device between two reads of the losses."""
 
-    needs = (*TrainGroup.needs, "training.checkpoint", "evaluation.measures", "evaluation.metrics",
-             "evaluation.pictures", "evaluation.classifier")
+    needs = (*TrainGroup.needs, "evaluation.measures", "evaluation.metrics", "evaluation.pictures")
 
     @contextlib.contextmanager
     def cuda(self):
-        """Make all tensors fake, and replace what needs a GPU in torch; yield the mode and the reads.
-
-        Every loss gives every weight a gradient of its own layout: torch's engine needs a GPU, in torch 2.7 even to
-        record operations. (So no operation is checked in the backward pass, whose devices are those of the forward.)
-        """
-        mode, reads, weights = FakeTensorMode(), Reads(), []
-
-        def to(module, device, memory_format=torch.preserve_format):
-            weights.extend(moved(module, device, memory_format).parameters())
-            return module
-
-        def backward(loss):
-            assert loss.device == CUDA and not loss.shape, loss
-            for weight in weights:
-                weight.grad = torch.empty_like(weight) if weight.grad is None else weight.grad + weight
-
+        """Let torch use the device without a GPU; yield the device."""
         with contextlib.ExitStack() as stack:
             for target, stand_in in (
-                    ("torch.Tensor.backward", backward), ("torch.nn.Module.to", to),
-                    ("torch.Tensor.__deepcopy__", deepcopy), ("torch.Tensor.__getitem__", index),
-                    ("torch.Tensor.copy_", lambda tensor, source, *_: torch.ops.aten.copy_(tensor, source)),
-                    ("torch._subclasses.fake_tensor.FakeTensor.tolist", lambda tensor: reads.tolist(tensor)),
-                    ("torch._fused_adam_", fused_adam), ("torch._fused_sgd_", fused_sgd),
+                    ("torch.cuda._lazy_init", mock.Mock()), ("torch.cuda.is_bf16_supported", lambda *_: True),
                     ("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
-                    ("torch.cuda.is_bf16_supported", lambda *_: True),
                     ("torch.cuda.get_rng_state", torch.get_rng_state),
-                    ("torch.cuda.set_rng_state", torch.set_rng_state)):
+                    ("torch.cuda.set_rng_state", torch.set_rng_state),
+                    ("torch.is_autocast_cache_enabled", lambda: False),
+                    ("torch.__future__.get_overwrite_module_params_on_conversion", lambda: True)):
                 stack.enter_context(mock.patch(target, stand_in))
-            for context in (torch.no_grad(), torch.backends.cudnn.flags(enabled=False), mode, reads):
-                stack.enter_context(context)
-            yield mode, reads
+            torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor then copies from the CPU
+            stack.callback(torch._C._set_only_lift_cpu_tensors, False)
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(torch.no_grad())
+            yield stack.enter_context(Device())
 
-    def train_on_cuda(self, *flags, state):
-        """Run main, with --resume from a state; return train_aae's arguments, and how often it reads the device."""
-        data = self.data.load_data(self.train.parse_args(["--dataset", "digits"]), "cpu")
-        writer, kept, train_aae = mock.MagicMock(log_dir=self.folder()), [], self.train.train_aae
-        writer.__enter__.return_value = writer
+    def train_on_cuda(self, *flags):
+        """Run main; return the two optimizers, and how often train_aae waits for the device.
 
-        def fake(tensor):
-            return mode.from_tensor(tensor) if torch.is_tensor(tensor) else tensor
+        Every loss gives every weight a gradient of its own layout, because torch's engine needs a GPU.
+        """
+        kept, train_aae = [], self.train.train_aae
 
-        def load_data(args, device, resumed=None):
-            images, labels, *test = map(fake, (*data.train_loader.dataset.tensors, *data[3:]))
-            loader = self.mnist.BatchLoader(images[:70], labels[:70], 20, device=device)
-            return self.data.Data(loader, "digits", None, test[0].to(device), test[1].to(device), test[2])
+        def counted(epoch, model, *args):
+            def backward(loss):
+                assert loss.device == CUDA and not loss.shape, loss
+                for weight in model.parameters():
+                    weight.grad = weight.clone() if weight.grad is None else weight.grad + weight
 
-        def counted(*args):
-            before = reads.count
-            train_aae(*args)
-            kept.extend((*args, reads.count - before))
+            before = device.waits
+            with mock.patch.object(OnCuda, "backward", backward):
+                train_aae(epoch, model, *args)
+            kept.extend((*args[-3:-1], device.waits - before))
 
-        with self.cuda() as (mode, reads), contextlib.redirect_stdout(io.StringIO()), \
-                contextlib.redirect_stderr(io.StringIO()), mock.patch("training.run.device_name", str), \
-                mock.patch.multiple("training.checkpoint", save_state=mock.Mock(), load_state=lambda path: {
-                    name: part if name == "random" else tree_map(fake, part) for name, part in state.items()}), \
-                mock.patch.multiple(
-                    self.train, load_data=load_data, setup_device=lambda args: CUDA, train_aae=counted,
-                    SummaryWriter=lambda folder: writer, to_pil_image=mock.Mock(), png_bytes=lambda picture: b"",
+        with self.cuda() as device, contextlib.redirect_stderr(io.StringIO()), \
+                mock.patch("training.run.device_name", str), mock.patch.multiple(
+                    self.train, setup_device=lambda *args: CUDA, train_aae=counted,
                     TensorBoardLogger=functools.partial(self.train.TensorBoardLogger, avg_window=2)):
-            self.train.main(self.train.parse_args(["--log_dir", str(self.folder()), "--no-graph", *flags]))
+            self.train_quietly("--batch_size", "30", "--no-graph", *flags)
         return kept
 
     def test_a_new_run_and_one_from_the_cpu_that_is_resumed(self):
-        run, _ = self.train_quietly("--epochs", "1")
-        state = self.checkpoint.load_state(run)
+        run, _ = self.train_quietly("--epochs", "1", "--batch_size", "30")
         for flags in (("--epochs", "1"), ("--resume", str(run), "--epochs", "2"),
                       ("--epochs", "1", "--base", "--posterior", "gaussian"),
                       ("--epochs", "1", "--posterior", "universal", "--precision", "bf16", "--d_momentum", "0")):
             with self.subTest(flags=flags):
-                _, _, _, _, _, *optimizers, _, reads = self.train_on_cuda(*flags, state=state)
-                self.assertEqual(reads, 4)  # two windows of two loggers
+                *optimizers, waits = self.train_on_cuda(*flags)
+                self.assertEqual(waits, 4)  # two windows of two loggers
+                self.assertEqual(optimizers[0].param_groups[0]["lr"].device, CUDA)  # which a graph reads
                 for weight, moments in (item for optimizer in optimizers for item in optimizer.state.items()):
                     self.assertEqual({moment.device for moment in (weight, *moments.values())}, {CUDA})
 
     def test_evaluation(self):
-        def load_classifier(device):
-            return self.classifier.DigitClassifier().eval().to(device)
-
-        def choose_sigma(*args):
-            reads.restart()
-            return sigma(*args)
-
-        sigma = self.metrics.choose_sigma
-        for flags in ({}, {"z_dim": 2, "networks": "base", "posterior": "gaussian"}):
-            with self.subTest(**flags), self.cuda() as (_, reads), \
-                    mock.patch.multiple(self.measures, SAMPLES=500, load_classifier=load_classifier), \
-                    mock.patch.multiple(self.metrics, choose_sigma=choose_sigma,
-                                        train_mlp=lambda codes, *_: lambda part: part[:, :1]), \
-                    mock.patch.multiple(self.pictures, grid=self.pictures.image_grid, draw_codes=mock.Mock()):
-                model = self.models.AdversarialAE(**flags).to(CUDA)
-                images, labels = images_like_mnist(2000), torch.arange(2000) % 10
-                self.measures.evaluate(model, images, images[:500], labels[:500])
-                self.pictures.draw_pictures(model, images, images[:500], labels[:500])
+        images, labels = self.mnist.load_digits(train=False)
+        weights = torch.load(HERE / "assets" / "autoencoder.pt", weights_only=True)
+        with self.cuda(), mock.patch.object(self.measures, "SAMPLES", 500), \
+                mock.patch.object(self.metrics, "STEPS", 10):
+            model, flat = self.models.AdversarialAE(), self.models.AdversarialAE(z_dim=2)
+            model.load_state_dict(weights, strict=False)
+            self.measures.evaluate(model.to(CUDA), images, images, labels)
+            self.pictures.draw_pictures(model, images, images, labels)
+            self.pictures.draw_pictures(flat.to(CUDA), images, images, labels)

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import io
-from importlib import import_module
 from unittest import mock
 
 import torch
@@ -17,7 +16,7 @@ __unittest = True
 class Cuda(TrainGroup):
     """Training, evaluation and pictures on the GPU, compared with the CPU."""
 
-    needs = (*TrainGroup.needs, "training.device", "training.cuda_graph")
+    needs = (*TrainGroup.needs, "training.device", "evaluation.measures", "evaluation.pictures")
 
     def setUp(self):  # asks here: at import, CUDA would start in every process
         super().setUp()
@@ -27,20 +26,19 @@ class Cuda(TrainGroup):
 
     def train_quietly(self, *flags):
         """Run `main` on the GPU; return the run's folder and saved weights."""
+        args = self.train.parse_args(["--dataset", "digits", "--log_dir", str(self.folder()), *flags])
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            run = self.train.main(self.train.parse_args(["--dataset", "digits", "--log_dir", str(self.folder()),
-                                                         *flags]))
+            run = self.train.main(args)
         self.assertIn("device: cuda", out.getvalue())
         return run, torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)
 
     def steps(self, *flags, before=lambda *optimizers: None):
         """Return the losses of 40 steps with two batch sizes, the weights after them, and the step."""
-        args = self.train.parse_args(["--deterministic", *flags])
-        _, model, _, _, _, *optimizers, _ = self.parts("--deterministic", *flags)
+        args, values = self.train.parse_args(flags), []
+        _, model, _, _, _, *optimizers, lambda_ = self.parts("--deterministic", *flags)
         torch.manual_seed(0)
         before(*optimizers)
-        step, images = self.train.build_step(model, *optimizers, args.lambda_), images_like_mnist(64).cuda()
-        values = []
+        step, images = self.train.build_step(model, *optimizers, lambda_), images_like_mnist(64).cuda()
         for number in range(40):
             self.train.set_learning_rate(optimizers[0], 90 + number // 20, args)  # drops after the captures
             parts = step(images[:32] if number % 3 == 2 else images)
@@ -59,20 +57,18 @@ class Cuda(TrainGroup):
         (_, weights), (_, repeated) = (self.train_quietly("--epochs", "2", "--deterministic") for _ in range(2))
         self.check(same(weights, repeated), "a second run has other weights")
         stopped, _ = self.train_quietly("--epochs", "1", "--deterministic")
-        self.assertEqual(self.run_cli("--resume", stopped, "--epochs", 2)[0], 0)
-        resumed = torch.load(stopped / "checkpoints" / "model_checkpoint.pt", weights_only=True)
+        _, resumed = self.train_quietly("--resume", str(stopped), "--epochs", "2")
         self.check(same(weights, resumed), "a resumed run has other weights")
 
     def test_losses_and_evaluation_agree_with_the_cpu_and_pictures_keep_the_random_state(self):
-        measures, pictures = import_module("evaluation.measures"), import_module("evaluation.pictures")
         self.device.set_precision("fp32", torch.device("cuda"))
         model, (images, labels), results = self.models.AdversarialAE(), self.mnist.load_digits(train=False), []
-        with mock.patch.object(measures, "SAMPLES", 300):
-            for device in ("cpu", "cuda"):
-                x = images[:16].to(device)
-                loss, _ = model.to(device).eval().get_loss_autoencoder(x, *model(x), 0.5)
-                results.append({"loss": loss.item(), **measures.evaluate(model, images, images, labels)})
-                pictures.draw_pictures(model, images, images, labels)
+        for device in ("cpu", "cuda"):
+            x = images[:16].to(device)
+            loss, _ = model.to(device).eval().get_loss_autoencoder(x, *model(x), 0.5)
+            with mock.patch.object(self.measures, "SAMPLES", 300):
+                results.append({"loss": loss.item(), **self.measures.evaluate(model, images, images, labels)})
+            self.pictures.draw_pictures(model, images, images, labels)
         for names in (("loss",), ("reconstruction", "mse"), ("prior_match", "codes", "ks"), ("log_likelihood", "mean"),
                       ("digit_classifier", "samples", "frechet_to_test_images")):
             values = [functools.reduce(dict.get, names, result) for result in results]

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import io
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -19,6 +20,7 @@ __unittest = True
 SIZES = (4, 4, 3)  # batch sizes in turn, the last one partial
 STEPS, REPLAYS = 24, 18  # the others are the warm-up of the two batch sizes
 FIRST = 5          # replays of one batch size before the other is captured
+assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)  # rejects NaN, too
 
 
 class RecordedGraph(TorchDispatchMode):
@@ -34,21 +36,19 @@ class RecordedGraph(TorchDispatchMode):
 
     def __init__(self, before_replay=lambda: None):
         super().__init__()
-        self.before_replay = before_replay
-        self.calls = []    # operation, arguments, results
-        self.replays = 0
-        self._before = {}  # existing storages: the storage and a copy of its content
-        self._made = {}    # storages created by the recording
+        self.before_replay, self.replays = before_replay, 0
+        self.calls = []  # operation, arguments, results
+        self._storages = {}  # by address: the storage, and a copy of its content if it is older than the recording
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         for storage in storages((args, kwargs)):
-            if storage._cdata not in self._made:
-                self._before.setdefault(storage._cdata, (storage, storage.clone()))
+            if storage._cdata not in self._storages:
+                self._storages[storage._cdata] = storage, storage.clone()
         results = operation(*args, **kwargs)
         refuse(operation, (args, kwargs, results))
-        self._made.update((storage._cdata, storage) for storage in storages(results)
-                          if storage._cdata not in self._before)
+        for storage in storages(results):
+            self._storages.setdefault(storage._cdata, (storage, None))
         if tensors((args, kwargs, results)):  # not a marker for the profiler
             self.calls.append((operation, args, kwargs, results))
         return results
@@ -62,10 +62,11 @@ class RecordedGraph(TorchDispatchMode):
                 yield
         finally:
             torch.set_rng_state(random)
-            for storage, content in self._before.values():
-                storage.copy_(content)
-            for storage in self._made.values():
-                storage.fill_(255)  # a NaN in every floating-point format
+            for storage, content in self._storages.values():
+                if content is None:
+                    storage.fill_(255)  # a NaN in every floating-point format
+                else:
+                    storage.copy_(content)
 
     @torch.no_grad()
     def replay(self):
@@ -97,14 +98,12 @@ def refuse(operation, tree):
 
 @contextlib.contextmanager
 def cuda_on_the_cpu(group, failing=None):
-    """Make models on the CPU look like models on CUDA, with RecordedGraphs as graphs; yield their list and a mock.
+    """Make models on the CPU look like models on CUDA; yield a namespace of RecordedGraphs and mocks of torch.cuda.
 
     Tensors for a model's device are created on the CPU; runs draw no pictures. `failing`, a number and one of "start",
-    "end" and "replay", makes this capture fail there. A capture that fails in its block raises again at its end. The
-    mock stands for torch.cuda.
+    "end" and "replay", makes this capture fail there. A capture that fails in its block raises again at its end.
     """
-    graphs, tensor = [], torch.tensor
-    cuda = mock.MagicMock(default_generators={None: mock.Mock()})  # for the index of the CPU
+    graphs, generator, tensor = [], mock.Mock(), torch.tensor
 
     def fail(stage):
         if failing == (len(graphs), stage):
@@ -116,7 +115,7 @@ def cuda_on_the_cpu(group, failing=None):
 
     @contextlib.contextmanager
     def capture(graph, stream, capture_error_mode):
-        assert (stream, capture_error_mode) == (cuda.Stream.return_value, "thread_local")
+        assert (stream, capture_error_mode) == (mocks["Stream"].return_value, "thread_local")
         fail("start")
         try:
             with graph.record():
@@ -125,23 +124,21 @@ def cuda_on_the_cpu(group, failing=None):
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
         fail("end")
 
-    cuda.configure_mock(CUDAGraph=new_graph, graph=capture, get_rng_state=torch.get_rng_state,
-                        set_rng_state=torch.set_rng_state)
-    pictures = {name: mock.Mock() for name in ("generate_and_save", "save_reconstruction", "save_measurements")}
+    pictures = dict.fromkeys(("generate_and_save", "save_reconstruction", "save_measurements"), mock.Mock())
+    mocks = {name: mock.MagicMock() for name in ("Stream", "stream", "current_stream", "set_stream")}
     with mock.patch.object(group.models.AdversarialAE, "device", torch.device("cuda")), \
             mock.patch("torch.version.hip", None), mock.patch.multiple(group.train, **pictures), \
             mock.patch("torch.tensor", lambda *args, device=None, **options: tensor(*args, **options)), \
-            mock.patch.multiple("torch.cuda", **{name: getattr(cuda, name) for name in (
-                "CUDAGraph", "graph", "Stream", "stream", "current_stream", "set_stream", "default_generators",
-                "get_rng_state", "set_rng_state")}):
-        yield graphs, cuda
+            mock.patch.multiple("torch.cuda", **mocks, CUDAGraph=new_graph, graph=capture,
+                                default_generators={None: generator},  # of the CPU's index
+                                get_rng_state=torch.get_rng_state, set_rng_state=torch.set_rng_state):
+        yield SimpleNamespace(graphs=graphs, generator=generator, **mocks)
 
 
 class GraphReplay(TrainGroup):
     """Steps replayed from one capture, compared bit for bit with the same steps run eagerly."""
 
     needs = (*TrainGroup.needs, "training.cuda_graph", "training.device")
-    FLAGS = "--networks", "base", "--posterior", "gaussian"  # of the tests of failing captures
 
     def setUp(self):
         super().setUp()
@@ -154,7 +151,7 @@ class GraphReplay(TrainGroup):
         halfway. `before` is called with the optimizers.
         """
         args, values = self.train.parse_args(["--seed", "1", *flags]), []
-        with cuda_on_the_cpu(self, failing) as (graphs, self.cuda):
+        with cuda_on_the_cpu(self, failing) as self.cuda:
             _, model, _, _, _, *optimizers, _ = self.parts("--seed", "1", *flags)
             torch.manual_seed(1)
             model.capturable, average, images = captured, self.train.EMA(model, args.averaging), images_like_mnist(40)
@@ -167,41 +164,36 @@ class GraphReplay(TrainGroup):
                 self.train.set_learning_rate(optimizers[0], args.drop_after + 2 * number // STEPS, args)
                 values.append(copy.deepcopy(step(images[number:][:SIZES[number % len(SIZES)]])))  # may be overwritten
                 average.update()
-        self.assertEqual(sum(graph.replays for graph in graphs), replays if captured else 0)
+        self.assertEqual(sum(graph.replays for graph in self.cuda.graphs), replays if captured else 0)
         return [values, model.state_dict(), average.model.state_dict(), torch.get_rng_state(),
                 [optimizer.state_dict()["state"] for optimizer in optimizers]]
-
-    def assert_equal(self, replayed, eager):
-        torch.testing.assert_close(replayed, eager, rtol=0, atol=0)  # rejects NaN, too
 
     def test_replayed_steps_equal_eager_steps(self):
         for flags in ("", "--networks base --posterior gaussian --precision bf16",
                       "--posterior universal --z_dim 20 --precision bf16"):
             with self.subTest(flags=flags):
                 eager, replayed = (self.trained(captured, *flags.split()) for captured in (False, True))
-                self.assert_equal(replayed, eager)
+                assert_equal(replayed, eager)
         self.assertEqual(self.cuda.stream.call_args_list, 6 * [mock.call(self.cuda.Stream.return_value)])  # the warm-up
-
-    def assert_eager_after(self, cause, eager, **options):
-        """Check that a failed capture is reported with its cause, and that eager steps follow, to the bit."""
-        with contextlib.redirect_stderr(io.StringIO()) as err:
-            self.assert_equal(self.trained(True, *self.FLAGS, **options), eager)
-        self.assertRegex(err.getvalue(), rf"\AWARNING: .*capturing a step failed \({cause}\); --no-graph, or .*\n\Z")
-        [generator] = self.cuda.default_generators.values()
-        self.assertEqual(self.cuda.set_stream.call_args_list, [mock.call(self.cuda.current_stream.return_value)])
-        self.assertEqual(generator.graphsafe_set_state.call_args_list, [mock.call(generator.clone_state.return_value)])
 
     def test_training_goes_on_after_a_capture_that_fails(self):
         def before(optimizer_ae, optimizer_disc):  # reads a number when both players have gradients
             weight = optimizer_disc.param_groups[0]["params"][0]
             optimizer_disc.register_step_pre_hook(lambda *_: self.assertTrue(weight.grad.isfinite().all().item()))
 
-        eager = self.trained(False, *self.FLAGS)
-        for stage in ("start", "end", "replay"):
-            self.assert_eager_after(f"CUDA error: {stage} failed", eager, failing=(1, stage), replays=0)
-        self.assert_eager_after("CUDA error: end failed", eager, failing=(2, "end"), replays=FIRST)  # of the other size
-        self.assert_eager_after("aten._local_scalar_dense.default: the CPU would have to wait for the device", eager,
-                                before=before, replays=0)
+        flags = "--networks", "base", "--posterior", "gaussian"
+        eager = self.trained(False, *flags)
+        for cause, replays, options in (("CUDA error: start failed", 0, {"failing": (1, "start")}),
+                                        ("CUDA error: end failed", 0, {"failing": (1, "end")}),
+                                        ("CUDA error: replay failed", 0, {"failing": (1, "replay")}),
+                                        ("CUDA error: end failed", FIRST, {"failing": (2, "end")}),  # the other size
+                                        ("aten._local_scalar_dense.default: the CPU .*", 0, {"before": before})):
+            with contextlib.redirect_stderr(io.StringIO()) as err:
+                assert_equal(self.trained(True, *flags, replays=replays, **options), eager)
+            self.assertRegex(err.getvalue(), rf"\AWARNING: .*a step failed \({cause}\); --no-graph, or .*\n\Z")
+            self.cuda.set_stream.assert_called_once_with(self.cuda.current_stream.return_value)
+            state = self.cuda.generator.clone_state.return_value
+            self.cuda.generator.graphsafe_set_state.assert_called_once_with(state)
 
     def test_a_full_or_busy_gpu_ends_the_run(self):
         error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")

@@ -115,9 +115,9 @@ class Marks(Group):
     """Programs that a teacher or a student starts, with nothing on the PATH."""
 
     def run_python(self, *arguments, folder=HERE):
-        done = subprocess.run([sys.executable, *arguments], cwd=folder, text=True, env={**os.environ, "PATH": ""},
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        return done.returncode, done.stdout
+        done = subprocess.run([sys.executable, *arguments], cwd=folder, text=True, capture_output=True,
+                              env={**os.environ, "PATH": ""})
+        return done.returncode, done.stdout + done.stderr
 
     def test_a_class_is_marked(self):
         gpu = 'import os\nimport torch\ntorch.cuda.is_available = lambda: os.environ["CUDA_VISIBLE_DEVICES"] != ""\n'

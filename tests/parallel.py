@@ -3,12 +3,10 @@
 import multiprocessing
 import os
 import signal
-import sys
 import time
 import unittest
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from queue import SimpleQueue
 from types import SimpleNamespace
 from unittest import mock
 
@@ -21,34 +19,33 @@ from unittests import Group
 __unittest = True
 
 GPU_GROUPS = ("Cuda",)  # the only ones that see a GPU, one after the other
-LONG = ("WholeRun", "Resume", "Evaluation", "Marks", "Checkpoint", "Solutions", "GraphReplay")  # start first
+LONG = ("WholeRun", "Resume", "Evaluation", "Shell", "Marks", "Checkpoint", "Solutions", "GraphReplay")  # start first
 
 
 class Runner(unittest.TextTestRunner):
     """Runs groups in parallel, each process with one thread, which is faster than threads that compete for cores."""
 
     def run(self, suite):
-        groups = {}
+        groups, start = {}, time.monotonic()
         for test in tests_in(suite):
             groups.setdefault(type(test).__name__, []).append(name_of(test))
         if len(groups) < 2:
             return super().run(suite)
-        start = time.monotonic()
-        results = [report(*result) for result in run_in_processes(groups, usable_cpus())]
-        failed, skipped = ([test for result in results for test in result[kind]] for kind in (1, 2))
-        ran, seconds = sum(result[0] for result in results), time.monotonic() - start
-        self.stream.writeln(f"\nRan {ran} tests in {seconds:.1f} s\n\n"
+        ran, failed, skipped = 0, [], []
+        for name, number, failures, skips, seconds in run_in_processes(groups, usable_cpus()):
+            self.stream.writeln(f"{name}: {number} tests, {len(failures)} failed, {len(skips)} skipped, "
+                                f"{seconds:.1f} s")
+            for test, text in failures:
+                self.stream.writeln(f"\nFAIL: {test}\n{text}")
+            ran, failed, skipped = ran + number, failed + failures, skipped + skips
+        self.stream.writeln(f"\nRan {ran} tests in {time.monotonic() - start:.1f} s\n\n"
                             f"{'FAILED' if failed else 'OK'} ({len(failed)} failed, {len(skipped)} skipped)")
         return SimpleNamespace(skipped=skipped, wasSuccessful=lambda: not failed)
 
 
 def tests_in(suite):
-    """Yield the tests of nested suites."""
-    for part in suite:
-        if isinstance(part, unittest.TestSuite):
-            yield from tests_in(part)
-        else:
-            yield part
+    """Return the tests of nested suites."""
+    return [test for part in suite for test in tests_in(part)] if isinstance(suite, unittest.TestSuite) else [suite]
 
 
 def name_of(test):
@@ -60,26 +57,25 @@ def run_in_processes(groups, count):
     """Run groups of tests, {name: names of its tests}, in `count` processes; yield the results as they come."""
     names = sorted(groups, key=lambda name: LONG.index(name) if name in LONG else len(LONG))
     on_gpu = [name for name in names if name in GPU_GROUPS and torch.cuda.is_available()]
-    idle = SimpleQueue()
     for name in on_gpu:
-        idle.put(new_process())
-        yield run_group(name, groups[name], idle)
-        idle.get().shutdown()
-    threads = ThreadPoolExecutor(count)
+        yield from run_in_pool({name: groups[name]}, 1)
+    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
+        yield from run_in_pool({name: groups[name] for name in names if name not in on_gpu}, count)
+
+
+def run_in_pool(groups, count):
+    """Yield the name of each group and its results, in new processes, which do not inherit the state of this one."""
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=prepare)
     try:
-        with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
-            for _ in range(count):
-                idle.put(new_process())
-            for done in as_completed([threads.submit(run_group, name, groups[name], idle)
-                                      for name in names if name not in on_gpu]):
-                yield done.result()
+        names = {pool.submit(run_group, tests): name for name, tests in groups.items()}
+        for done in as_completed(names):
+            try:
+                yield names[done], *done.result()
+            except BrokenProcessPool:
+                words = "its process has died, or another one before it ran (was it killed, or out of memory?)"
+                yield names[done], 0, [(names[done], words)], [], 0
     finally:
-        threads.shutdown(wait=False, cancel_futures=True)
-
-
-def new_process():
-    """Return a pool of one process, which starts with its first task and does not inherit the state of this one."""
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=prepare)
+        pool.shutdown(cancel_futures=True)
 
 
 def prepare():
@@ -87,33 +83,15 @@ def prepare():
     unittests.load_groups()
 
 
-def run_group(name, tests, idle):
-    """Run a group in an idle process; return its name, the results of `run_tests` and the time in seconds."""
-    process, start = idle.get(), time.monotonic()
-    try:
-        results = process.submit(run_tests, tests).result()
-    except BrokenProcessPool:
-        process, results = new_process(), (0, [(name, "its process has died (was it killed, or out of memory?)")], [])
-    finally:
-        idle.put(process)
-    return name, *results, time.monotonic() - start
-
-
-def run_tests(names):
-    """Return the number of tests with these names, those that fail with their output, and those skipped with why."""
+def run_group(names):
+    """Return the number of tests, the failed ones with their output, the skipped ones with why, and the seconds."""
+    start = time.monotonic()
     with open(os.devnull, "w") as nowhere:
         result = unittest.TextTestRunner(nowhere).run(unittest.defaultTestLoader.loadTestsFromNames(names))
-    failed = [(str(test), text) for test, text in [*result.errors, *result.failures]]
-    failed += [(str(test), "unexpected success") for test in result.unexpectedSuccesses]
-    return result.testsRun, failed, [(str(test), words) for test, words in result.skipped]
-
-
-def report(name, ran, failed, skipped, seconds):
-    """Print a group's results; return the number of its tests, the failed ones and the skipped ones."""
-    print(f"{name}: {ran} tests, {len(failed)} failed, {len(skipped)} skipped, {seconds:.1f} s", file=sys.stderr)
-    for test, text in failed:
-        print(f"\nFAIL: {test}\n{text}", file=sys.stderr)
-    return ran, failed, skipped
+    unexpected = [(test, "unexpected success") for test in result.unexpectedSuccesses]
+    failed, skipped = ([(str(test), text) for test, text in part]
+                       for part in (result.errors + result.failures + unexpected, result.skipped))
+    return result.testsRun, failed, skipped, time.monotonic() - start
 
 
 class Cases(unittest.TestCase):
@@ -123,35 +101,30 @@ class Cases(unittest.TestCase):
         self.assertFalse(torch.cuda._is_in_bad_fork(), "a forked process cannot use CUDA")
         self.assertEqual((torch.get_num_threads(), os.environ["CUDA_VISIBLE_DEVICES"]), (1, ""))
 
-    def test_dies(self):
-        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
-
     def test_fails(self):
         self.fail("a message")
+
+    def test_dies(self):
+        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
 
 
 class Processes(Group):
     """The runner of all tests."""
 
-    def test_a_group_whose_process_dies_has_failed_and_the_others_run(self):
-        groups = {name: [f"tests.parallel.Cases.test_{name}"] for name in ("passes", "dies", "fails")}
+    def test_a_group_whose_process_dies_has_failed(self):
+        groups = {name: [f"tests.parallel.Cases.test_{name}"] for name in ("passes", "fails", "dies")}
         results = {name: result for name, *result in run_in_processes(groups, 1)}
         self.assertEqual(results["passes"][:3], [1, [], []])
-        self.assertIn("its process has died", results["dies"][1][0][1])
         self.assertIn("AssertionError: a message", results["fails"][1][0][1])
+        self.assertIn("its process has died", results["dies"][1][0][1])
 
     def test_only_groups_of_the_gpu_see_it_one_after_the_other(self):
-        def run_group(name, tests, idle):
-            start = time.monotonic()
-            time.sleep(0.05)
-            return name, os.environ.get("CUDA_VISIBLE_DEVICES"), start, time.monotonic()
+        def run_in_pool(groups, count):
+            yield [*groups], count, os.environ.get("CUDA_VISIBLE_DEVICES")
 
-        on_gpu = (*GPU_GROUPS, "Another")
         with mock.patch.dict(os.environ), mock.patch("torch.cuda.is_available", return_value=True), \
-                mock.patch.multiple("tests.parallel", GPU_GROUPS=on_gpu, run_group=run_group):
+                mock.patch.multiple("tests.parallel", GPU_GROUPS=("Cuda", "Another"), run_in_pool=run_in_pool):
             os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-            first, second, *others = run_in_processes(dict.fromkeys(("One", *on_gpu, "Two"), ()), 2)
-        self.assertEqual({first[0]: first[1], second[0]: second[1]}, dict.fromkeys(on_gpu))
-        self.assertEqual({name: visible for name, visible, *_ in others}, {"One": "", "Two": ""})
-        self.assertLessEqual(first[3], second[2])
+            pools = [*run_in_processes(dict.fromkeys(("One", "Cuda", "Another", "Resume"), ()), 2)]
+        self.assertEqual(pools, [(["Cuda"], 1, None), (["Another"], 1, None), (["Resume", "One"], 2, "")])
         self.assertLessEqual({*GPU_GROUPS, *LONG}, vars(unittests).keys(), "a group has another name now")

@@ -90,20 +90,6 @@ class TrainMistakes(MistakesGroup):
             self.check(learning[i] <= held[i] and not learning[1 - i] & held[i],
                        f"Mistake 2: the {player}'s optimizer must have the parameters of {networks}, and no others")
 
-    def modes_in_generate_and_save(self, words):
-        """Return the value of decoder.training at each call of the decoder in generate_and_save."""
-        modes, model = [], self.model().train()
-        model.decoder.register_forward_pre_hook(lambda module, args: modes.append(module.training))
-        self.pictures(words, "generate_and_save", model, 8)
-        return modes
-
-    def modes_in_main(self, words):
-        """Return the value of decoder.training at each call of generate_and_save in main."""
-        modes = []
-        self.run_main(words, lambda epoch, model, *_, **__: model.train(),
-                      lambda model, *_, **__: modes.append(model.decoder.training))
-        return modes
-
     def test_11_samples_are_drawn_in_evaluation_mode(self):
         model = self.model().train()
         model.decoder = Recorder(model.decoder)
@@ -112,9 +98,13 @@ class TrainMistakes(MistakesGroup):
         if torch.allclose(alone, images, atol=1e-4):
             return
         words = "Mistake 11: sample() does not call eval(), so its caller must, and train() afterwards"
-        modes = self.modes_in_generate_and_save(words)
-        if any(modes):
-            modes = self.modes_in_main(words)
+        modes, model = [], self.model().train()
+        model.decoder.register_forward_pre_hook(lambda module, args: modes.append(module.training))
+        self.pictures(words, "generate_and_save", model, 8)
+        if any(modes):  # main may call eval()
+            modes.clear()
+            self.run_main(words, lambda epoch, model, *_, **__: model.train(),
+                          lambda model, *_, **__: modes.append(model.decoder.training))
         if not modes:
             self.skip(words, "generate_and_save draws no samples, or main does not call it")
         self.check(not any(modes), "Mistake 11: samples are drawn in training mode, in which BatchNorm mixes a batch's "

@@ -29,16 +29,15 @@ class Network(nn.Module):
 
 class ConvEncoder(Network):
     def __init__(self, z_dim):
-        super().__init__(nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.ReLU(),
-                         nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(),
+        super().__init__(nn.Conv2d(1, 16, 4, 2, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 4, 2, padding=1), nn.ReLU(),
                          nn.Flatten(), nn.Linear(32 * 7 * 7, z_dim))
 
 
 class ConvDecoder(Network):
     def __init__(self, z_dim):
         super().__init__(nn.Linear(z_dim, 32 * 7 * 7), nn.ReLU(), nn.Unflatten(1, (32, 7, 7)),
-                         nn.ConvTranspose2d(32, 16, 3, stride=2, padding=1, output_padding=1), nn.ReLU(),
-                         nn.ConvTranspose2d(16, 1, 3, stride=2, padding=1, output_padding=1), nn.Tanh())
+                         nn.ConvTranspose2d(32, 16, 4, 2, padding=1), nn.ReLU(),
+                         nn.ConvTranspose2d(16, 1, 4, 2, padding=1), nn.Tanh())
 
 
 class Discriminator(Network):

@@ -6,6 +6,8 @@ A key is the beginning of a line, which is replaced; of a function or class, its
 STATEMENTS = {"forward": "recon_x, z = model(x)", "codes": "with torch.no_grad():\n    z = model.encoder(x)",
               "ae_loss": "ae_loss, ae_dict = model.get_loss_autoencoder(x, recon_x, z, lambda_)",
               "disc_loss": "disc_loss, disc_dict = model.get_loss_discriminator(z)",
+              **{f"update_{name}": f"optimizer_{name}.zero_grad()\n{name}_loss.backward()\noptimizer_{name}.step()"
+                 for name in ("ae", "disc")},
               "log": "logger_ae.add_values(ae_dict)\nlogger_disc.add_values(disc_dict)",
               "log_numbers": "for logger, terms in ((logger_ae, ae_dict), (logger_disc, disc_dict)):\n"
                              "    logger.add_values({name: term.item() for name, term in terms.items()})"}
@@ -36,14 +38,12 @@ STYLES = {
         "z_real =": "z_fake = z_fake.detach()\nz_real = torch.randn_like(z_fake)",
         "real, fake =": "fake, real = self.discriminator(torch.cat([z_fake, z_real])).chunk(2)",
         "disc_loss =": "disc_loss = loss_fake + loss_real",
-        "accuracy =": "accuracy = torch.cat([real >= 0, fake < 0]).double().mean()",
         "grid =": "grid = make_grid((images + 1) / 2, nrow=8)", "save(model.sample": EVALUATED,
         "def train_aae": loop("forward model.zero_grad() ae_loss ae_loss.backward() optimizer_ae.step() "
                               "model.zero_grad() disc_loss disc_loss.backward() optimizer_disc.step() log", "pass"),
         "optimizer_ae =": "weights = [weight for name, weight in model.named_parameters() if 'disc' not in name]\n"
                           "optimizer_ae = torch.optim.Adam(weights, lr=args.ae_lr, betas=(0.5, 0.999))"},
     "discriminator_first": {  # on codes of a forward pass without gradients; Dropout; log-sigmoids; sigmoid > 0.5
-        "class ConvEncoder": layers("nn.Flatten(), nn.Linear(784, 64), nn.GELU(), nn.Linear(64, z_dim)"),
         "class Discriminator": layers("nn.Linear(z_dim, 96), nn.ReLU(), nn.Dropout(0.2), nn.Linear(96, 1)"),
         "self.z_dim =": "self.z_dim, self.prior = z_dim, torch.distributions.Normal(0.0, 1.0)",
         "recon_loss =": 'recon_loss = F.mse_loss(recon_x, x, reduction="sum") / x.numel()',
@@ -53,10 +53,7 @@ STYLES = {
                       "accuracy = right / (2 * z_fake.size(0))",
         "def sample": "was_training = self.training\nself.eval()\nwith torch.no_grad():\n    images = self.decoder("
                       "self.prior.sample((batch_size, self.z_dim)))\nself.train(was_training)\nreturn images",
-        "grid =": "grid = make_grid(images.mul(0.5).add(0.5).clamp(0, 1), nrow=8)",
-        "def train_aae": loop("codes disc_loss optimizer_disc.zero_grad() disc_loss.backward() optimizer_disc.step() "
-                              "forward ae_loss optimizer_ae.zero_grad() ae_loss.backward() optimizer_ae.step() "
-                              "log_numbers")},
+        "def train_aae": loop("codes disc_loss update_disc forward ae_loss update_ae log_numbers")},
     "both_backward_first": {  # with retain_graph, then both steps; ae_loss freezes the discriminator; perceptrons
         "class ConvEncoder": "def __init__(self, z_dim):\n    super().__init__()\n    self.l1, self.l2, self.l3 = "
                              "nn.Linear(784, 99), nn.Linear(99, 99), nn.Linear(99, z_dim)\ndef forward(self, x):\n"
@@ -81,7 +78,6 @@ STYLES = {
         "class Discriminator": layers("nn.Linear(z_dim, 128), nn.LayerNorm(128), nn.ReLU(), nn.Linear(128, 1)"),
         "def cross_entropy": "return torch.logaddexp(torch.zeros_like(logits), logits * (1 - 2 * label)).mean()",
         "z_real =": "z_real = torch.empty(len(z_fake), self.z_dim, device=self.device).normal_()",
-        "disc_loss =": "disc_loss = loss_real + loss_fake",
         "accuracy =": "accuracy = torch.cat([real >= 0, fake < 0]).float().mean()",
         "def sample": "return self.decoder(torch.empty(batch_size, self.z_dim).normal_()).detach()",
         "grid =": "grid = make_grid(images, nrow=8, normalize=True)",
@@ -99,8 +95,7 @@ STYLES = {
         "save_image": "import torchvision\ntorchvision.io.write_png(grid.cpu(), path)",
         "def train_aae": loop("model.discriminator.requires_grad_(False) forward ae_loss optimizer_ae.zero_grad() "
                               "ae_loss.backward() nn.utils.clip_grad_norm_(model.parameters(),0.1) optimizer_ae.step() "
-                              "model.discriminator.requires_grad_(True) z=z.detach() disc_loss "
-                              "optimizer_disc.zero_grad() disc_loss.backward() optimizer_disc.step() log"),
+                              "model.discriminator.requires_grad_(True) z=z.detach() disc_loss update_disc log"),
         "optimizer_disc =": "optimizer_disc = torch.optim.Adam(model.discriminator.parameters(), lr=args.d_lr)",
         "generate_and_save(": "model.eval()\ngenerate_and_save(model, epoch, writer)\nmodel.train()"},
     "joint_backward": {  # of the sum of both losses, each of which holds the other player fixed; margins, einsum
@@ -121,12 +116,10 @@ STYLES = {
     "cleared_not_detached": {  # nothing is detached: what the discriminator's loss leaves on the encoder is cleared
         "class ConvEncoder": layers("nn.Flatten(), nn.Linear(784, 50), nn.Dropout(), nn.Tanh(), nn.Linear(50, z_dim)"),
         "class Discriminator": layers("nn.Linear(z_dim, 50), nn.PReLU(), nn.Linear(50, 1)"),
-        "accuracy =": "accuracy = 0.5 * (real.gt(0).float().mean() + fake.le(0).float().mean())",
         "def sample": "self.eval()\nreturn self.decoder(torch.randn(batch_size, self.z_dim)).detach()",
         "save_image": "from torchvision.transforms import ToPILImage\nToPILImage()(grid).convert('L').save(path)",
         "def train_aae": loop("forward disc_loss optimizer_disc.zero_grad() disc_loss.backward(retain_graph=True) "
-                              "optimizer_disc.step() ae_loss optimizer_ae.zero_grad() ae_loss.backward() "
-                              "optimizer_ae.step() log")},
+                              "optimizer_disc.step() ae_loss update_ae log")},
     "lazy": {  # layers that get their weights in the first forward pass
         "class ConvEncoder": layers("nn.LazyConv2d(8, 4, 4), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(z_dim)"),
         "class ConvDecoder": layers("nn.LazyLinear(784), nn.LazyBatchNorm1d(), " + IMAGES),
