@@ -20,12 +20,7 @@ from unittests import HERE, Group
 
 __unittest = True
 
-IMAGES, LABELS, *_ = NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte",
-                              "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-
-
-def md5(content):
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
 
 class Data(Group):
@@ -36,17 +31,19 @@ class Data(Group):
     def setUp(self):
         super().setUp()
         self.new_root()
-        self.files = {}
-        for names, count in ((NAMES[:2], 130), (NAMES[2:], 20)):
-            pixels = np.random.default_rng(count).integers(0, 256, (count, 28, 28), np.uint8)
-            for name, array in zip(names, (pixels, np.arange(count, dtype=np.uint8) % 10), strict=True):
+        self.files = {}  # each as it is and .gz
+        for kind, count in (("train", 130), ("t10k", 20)):
+            images = np.random.default_rng(count).integers(0, 256, (count, 28, 28), np.uint8)
+            labels = np.arange(count, dtype=np.uint8) % 10
+            for name, array in ((f"{kind}-images-idx3-ubyte", images), (f"{kind}-labels-idx1-ubyte", labels)):
                 header = np.array([0x0800 + array.ndim, *array.shape], ">i4").tobytes()
                 self.files[name] = header + array.tobytes()
-        self.packed = {name: gzip.compress(content, mtime=0) for name, content in self.files.items()}
+                self.files[f"{name}.gz"] = gzip.compress(self.files[name], mtime=0)
+        md5 = {name: hashlib.md5(content, usedforsecurity=False).hexdigest() for name, content in self.files.items()}
+        packed = {name: md5.pop(name) for name in self.files if name.endswith(".gz")}
         self.err = self.enterContext(contextlib.redirect_stderr(io.StringIO()))  # with torchvision's progress bars
-        self.enterContext(mock.patch.object(self.mnist, "MNIST_MD5", {name: md5(self.files[name]) for name in NAMES}))
-        self.enterContext(mock.patch("torchvision.datasets.MNIST.resources",
-                                     [(f"{name}.gz", md5(self.packed[name])) for name in NAMES]))
+        self.enterContext(mock.patch.object(self.mnist, "MNIST_MD5", md5))
+        self.enterContext(mock.patch("torchvision.datasets.MNIST.resources", list(packed.items())))
         self.enterContext(mock.patch.dict(os.environ, {"no_proxy": "*"}))
         self.set_mirrors()
 
@@ -57,16 +54,16 @@ class Data(Group):
 
     def put(self, place="{}"):
         """Write the files; `place` is a name's format, with the two ways of writing it as its arguments."""
-        for name, content in (self.packed if place.endswith(".gz") else self.files).items():
+        for name in self.mnist.MNIST_MD5:
             path = self.raw / place.format(name, name.replace("-idx", ".idx"))
             path.parent.mkdir(exist_ok=True)
-            path.write_bytes(content)
+            path.write_bytes(self.files[name + (".gz" if place.endswith(".gz") else "")])
 
     def mirror(self, change=bytes):
-        """Serve the compressed files, each changed by a function, on localhost; return the address."""
+        """Serve the files, each changed by a function, on localhost; return the address."""
         folder = self.folder()
-        for name, content in self.packed.items():
-            (folder / f"{name}.gz").write_bytes(change(content))
+        for name, content in self.files.items():
+            (folder / name).write_bytes(change(content))
         handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -122,10 +119,10 @@ class Data(Group):
             self.assertEqual(len(self.mnist.load_mnist(f"~/{self.root.name}")[0]), 130, "~ is not the home folder")
 
     def test_damaged_file_is_named_and_not_used(self):
-        for ending, whole in (("", self.files[IMAGES]), (".gz", self.packed[IMAGES])):
+        for ending in ("", ".gz"):
             self.new_root()
             self.put("{}" + ending)
-            path = self.raw / (IMAGES + ending)
+            path, whole = self.raw / (IMAGES + ending), self.files[IMAGES + ending]
             for damaged in (whole[:-1], whole[:10] + b"?" + whole[11:], b"", b"not MNIST at all"):
                 path.write_bytes(damaged)
                 with self.assertRaisesRegex(self.mnist.DataError, f"{path.name} is damaged") as caught:
@@ -143,7 +140,7 @@ class Data(Group):
                 "http://nonsense:port/")  # for which urllib raises an error that is no OSError
         self.enterContext(mock.patch.object(self.mnist, "TIMEOUT", 0.3))
         self.set_mirrors(*fail)
-        reasons = "(?s)timed out.*corrupted.*corrupted.*'port.*" + ".*".join(NAMES)
+        reasons = "(?s)timed out.*corrupted.*corrupted.*'port.*" + ".*".join(self.mnist.MNIST_MD5)
         with self.assertRaisesRegex(self.mnist.MissingData, reasons):
             self.mnist.load_mnist(self.root)
         self.assertEqual((list(self.raw.iterdir()), socket.getdefaulttimeout()), ([], None))
@@ -160,33 +157,30 @@ class Data(Group):
         for root in (self.root / "file", self.root / "file" / "below"):
             with self.assertRaisesRegex(self.mnist.DataError, "file is a file; .* --data_dir"):
                 self.mnist.mnist(root)
-        with mock.patch("pathlib.Path.mkdir", side_effect=PermissionError(13, "Permission denied")):
-            with self.assertRaisesRegex(self.mnist.MissingData, "put its four files there"):  # --dataset auto continues
-                self.mnist.mnist(self.root / "new")
-            self.set_mirrors(self.mirror())
-            with self.assertRaisesRegex(self.mnist.DataError, "cannot be written .*Permission denied.* --data_dir"):
-                self.mnist.mnist(self.root / "new")
-        with mock.patch("os.replace", side_effect=OSError(28, "No space left on device")), \
-                self.assertRaisesRegex(self.mnist.DataError, "No space left on device.* free disk space"):
-            self.mnist.mnist(self.root)
+        denied = mock.patch("pathlib.Path.mkdir", side_effect=PermissionError(13, "Permission denied"))
+        full = mock.patch("os.replace", side_effect=OSError(28, "No space left on device"))
+        with denied, self.assertRaisesRegex(self.mnist.MissingData, "put its four files there"):
+            self.mnist.mnist(self.root / "new")  # with --dataset auto, a run continues
+        self.set_mirrors(self.mirror())
+        for failure, words in ((denied, "Permission denied.* --data_dir"), (full, "No space left.* free disk space")):
+            with failure, self.assertRaisesRegex(self.mnist.DataError, f"cannot be written to .*{words}"):
+                self.mnist.mnist(self.root)
         self.assertEqual(list(self.raw.iterdir()), [], "half of a file was kept")
 
     def test_digits(self):
-        with torch.device("meta"):
-            (x, y), (held_out, _) = self.mnist.load_digits(), self.mnist.load_digits(train=False)
-        self.assertEqual((x.dtype, x.shape, y.dtype), (torch.float32, (1498, 1, 28, 28), torch.int64))
-        self.assertEqual(held_out.shape, (299, 1, 28, 28))
-        self.assertEqual((x.min(), x.max(), set(y.tolist())), (-1, 1, set(range(10))))
-        padded = nn.functional.pad(x[:, :, 4:24, 4:24], (4, 4, 4, 4), value=-1)
-        self.assertTrue(torch.equal(padded, x), "the border of 4 pixels is not empty")
-        centre = x[0, 0, 4:24, 4:24].view(1, 1, 20, 20)
-        with gzip.open(self.mnist.DIGITS_FILE, "rt") as file:
-            first = np.array(file.readline().split(","), float)[:64].reshape(8, 8) / 8 - 1
-        blocks = nn.functional.adaptive_avg_pool2d(centre, 4)[0, 0].numpy()
-        np.testing.assert_allclose(blocks, first.reshape(4, 2, 4, 2).mean((1, 3)), atol=0.2)
-        damaged = self.root / "digits.csv.gz"
-        damaged.write_bytes(self.mnist.DIGITS_FILE.read_bytes()[:-100])
-        with mock.patch.object(self.mnist, "DIGITS_FILE", damaged), self.assertRaises(self.mnist.DataError):
+        table = torch.from_numpy(np.loadtxt(self.mnist.DIGITS_FILE, delimiter=",", dtype=np.float32))
+        sixth = torch.arange(len(table)) % 6 == 5
+        for train, rows in ((True, table[~sixth]), (False, table[sixth])):
+            with torch.device("meta"):
+                images, labels = self.mnist.load_digits(train)
+            self.assertEqual((images.dtype, images.shape), (torch.float32, (1498 if train else 299, 1, 28, 28)))
+            torch.testing.assert_close(labels, rows[:, 64].long())
+            centre = images[:, :, 4:24, 4:24]
+            self.check(nn.functional.pad(centre, (4, 4, 4, 4), value=-1).equal(images), "the border is not empty")
+            pool, pixels = nn.functional.adaptive_avg_pool2d, rows[:, :64].view(-1, 1, 8, 8) / 8 - 1
+            torch.testing.assert_close(pool(centre, 4), pool(pixels, 4), atol=0.3, rtol=0)
+        with mock.patch.object(self.mnist, "DIGITS_FILE", self.root / "none"), \
+                self.assertRaisesRegex(self.mnist.DataError, "none is missing or damaged; restore it"):
             self.mnist.load_digits()
 
 
@@ -201,7 +195,6 @@ class RealMnist(Group):
             loader, test = (self.mnist.mnist(root, download=False, train=train) for train in (True, False))
         except self.mnist.MissingData:
             self.skipTest(f"MNIST is not in {root}")
-        self.assertEqual((len(loader), len(test)), (938, 157))
         images, labels = loader.dataset.tensors
-        self.assertEqual(labels[:5].tolist(), [5, 0, 4, 1, 9])
+        self.assertEqual((len(loader), len(test), labels[:5].tolist()), (938, 157, [5, 0, 4, 1, 9]))
         self.assertAlmostEqual(float(images.double().mean()), 2 * 0.1307 - 1, places=3)  # the known mean of MNIST
