@@ -165,7 +165,7 @@ class Devices(TrainGroup):
                 mock.patch.multiple("training.checkpoint", save_state=mock.Mock(), load_state=lambda path: {
                     name: part if name == "random" else tree_map(fake, part) for name, part in state.items()}), \
                 mock.patch.multiple(
-                    self.train, load_data=load_data, setup_device=lambda args: CUDA, train_aae=counted,
+                    self.train, load_data=load_data, setup_device=lambda *_: CUDA, train_aae=counted,
                     SummaryWriter=lambda folder: writer, to_pil_image=mock.Mock(), png_bytes=lambda picture: b"",
                     TensorBoardLogger=functools.partial(self.train.TensorBoardLogger, avg_window=2)):
             self.train.main(self.train.parse_args(["--log_dir", str(self.folder()), "--no-graph", *flags]))
