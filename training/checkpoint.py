@@ -136,15 +136,10 @@ def run_folder(resume):
     folder = Path(os.path.abspath(path)).parent
     if os.path.isfile(path) and folder.name == "checkpoints" and path.name in (CURRENT, PREVIOUS):
         return folder.parent
-    if not has_state(path):
+    if not os.path.exists(path / "checkpoints" / CURRENT):
         raise CheckpointError(f"{path} cannot be resumed: it is no training state, and has no checkpoints/{CURRENT}; "
                               f"name a run's folder or a training state in one, or start a new run")
     return path
-
-
-def has_state(run):
-    """Return whether a run has saved a training state."""
-    return os.path.exists(Path(run) / "checkpoints" / CURRENT)
 
 
 def latest_run(log_dir):
@@ -157,7 +152,7 @@ def latest_run(log_dir):
 
 def resume_hint(run):
     """Return a clause on how to resume a run."""
-    if not has_state(run):
+    if not os.path.exists(run / "checkpoints" / CURRENT):
         return "it had no checkpoint yet, so start a new run"
     return f"resume it with: {shell_command('python', 'train.py', '--resume', str(run))}"
 
