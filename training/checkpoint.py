@@ -32,8 +32,8 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be read, or a run that cannot be resumed."""
 
 
-def save_state(run, state, weights, keep=True):
-    """Save the training state, of tensors, numbers and strings in lists and dicts, and the averaged `weights`.
+def save_state(run, state, keep=True):
+    """Save the training state, of tensors, numbers and strings in lists and dicts, and its averaged weights alone.
 
     If `keep`, the current state becomes the previous one, as a copy: at any time, the current one exists.
     """
@@ -42,7 +42,7 @@ def save_state(run, state, weights, keep=True):
     if keep and (folder / CURRENT).exists():
         write_atomically(folder / PREVIOUS, (folder / CURRENT).read_bytes())
     write_atomically(folder / CURRENT, serialize(state))
-    write_atomically(folder / WEIGHTS, serialize(weights))
+    write_atomically(folder / WEIGHTS, serialize(state["ema"]["weights"]))
 
 
 def load_state(resume):

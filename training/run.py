@@ -173,7 +173,7 @@ class Run:
                  "epoch": self.epoch, "steps": self.steps, "means": self.means,
                  "seconds": time.monotonic() - self._started, "random": random_states(self._model)}
         self._writer.flush()  # events logged so far belong to this state, later ones do not
-        checkpoint.save_state(self.folder, state, weights_on_cpu(self._ema.model), keep)
+        checkpoint.save_state(self.folder, state, keep)
 
     def _restore(self, state):
         """Restore a stopped run's state; raise CheckpointError if it does not fit."""
