@@ -21,8 +21,7 @@ class TensorBoardLogger:
     def add_values(self, values):
         """Add the values of one step, a dict of names to scalar tensors or numbers."""
         self.global_step += 1
-        add(self._unread, {name: (value.detach().float() if torch.is_tensor(value) else value, 1)
-                           for name, value in values.items()})
+        add(self._unread, {name: (torch.as_tensor(value).detach().float(), 1) for name, value in values.items()})
         if self.global_step % self.avg_window == 0:
             self.flush()
 
@@ -69,9 +68,6 @@ def means(sums):
 
 def on_cpu(sums):
     """Convert sums, scalar tensors or numbers, to floats. The CPU waits for the device once."""
-    tensors = {name: total for name, (total, _) in sums.items() if torch.is_tensor(total)}
-    if tensors:
-        device = next(iter(tensors.values())).device
-        numbers = torch.stack([total.to(device).reshape(()) for total in tensors.values()]).tolist()
-        tensors = dict(zip(tensors, numbers, strict=True))
-    return {name: (float(tensors.get(name, total)), count) for name, (total, count) in sums.items()}
+    totals = [torch.as_tensor(total).reshape(()) for total, _ in sums.values()]
+    numbers = torch.stack([total.to(totals[0].device) for total in totals]).tolist() if totals else []
+    return {name: (number, count) for (name, (_, count)), number in zip(sums.items(), numbers, strict=True)}

@@ -116,7 +116,7 @@ class Resume(ResumeGroup):
         log_dir, fsync = self.folder(), os.fsync
 
         def full(file):  # while the third state is written, after later events and pictures
-            if all(any(log_dir.glob(f"*/checkpoints/{name}")) for name in (self.checkpoint.PREVIOUS, "*state.pt.tmp")):
+            if all(any(log_dir.rglob(name)) for name in ("samples_epoch_2.png", "training_state.pt.tmp")):
                 raise OSError(28, "No space left on device")
             fsync(file)
 

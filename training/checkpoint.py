@@ -32,15 +32,17 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be read, or a run that cannot be resumed."""
 
 
-def save_state(run, state, weights, keep=True):
-    """Save the training state, of tensors, numbers and strings in lists and dicts, and the averaged `weights`.
+def save_state(run, state, keep=True):
+    """Save the training state, of tensors, numbers and strings in lists and dicts, and its averaged weights alone.
 
-    If `keep`, the current state becomes the previous one; otherwise it is overwritten.
+    If `keep`, the current state becomes the previous one, as a copy: at any time, the current one exists.
     """
     folder = Path(run) / "checkpoints"
     state = {"format": FORMAT, "events": sync_event_files(run), **state}
-    write_atomically(folder / CURRENT, serialize(state), keep=folder / PREVIOUS if keep else None)
-    write_atomically(folder / WEIGHTS, serialize(weights))
+    if keep and (folder / CURRENT).exists():
+        write_atomically(folder / PREVIOUS, (folder / CURRENT).read_bytes())
+    write_atomically(folder / CURRENT, serialize(state))
+    write_atomically(folder / WEIGHTS, serialize(state["ema"]["weights"]))
 
 
 def load_state(resume):
@@ -48,8 +50,6 @@ def load_state(resume):
     if os.path.isfile(resume):
         return read_state(resume)
     current, previous = (Path(resume) / "checkpoints" / name for name in (CURRENT, PREVIOUS))
-    if not current.exists():  # killed between the two renames of write_atomically
-        return read_state(previous)
     try:
         return read_state(current)
     except CheckpointError as error:
@@ -93,9 +93,7 @@ def rewind(run, state):
 
     A resumed run writes everything else again. Other files in the folder are not touched.
     """
-    current = Path(run) / "checkpoints" / CURRENT
-    if os.path.abspath(state["path"]) != os.path.abspath(current):
-        replace(state["path"], current)
+    replace(state["path"], Path(run) / "checkpoints" / CURRENT)  # no change, unless it is the previous state
     for file in event_files(run):
         if file.name not in state["events"]:
             file.unlink()
@@ -138,20 +136,15 @@ def run_folder(resume):
     folder = Path(os.path.abspath(path)).parent
     if os.path.isfile(path) and folder.name == "checkpoints" and path.name in (CURRENT, PREVIOUS):
         return folder.parent
-    if not has_state(path):
+    if not os.path.exists(path / "checkpoints" / CURRENT):
         raise CheckpointError(f"{path} cannot be resumed: it is no training state, and has no checkpoints/{CURRENT}; "
                               f"name a run's folder or a training state in one, or start a new run")
     return path
 
 
-def has_state(run):
-    """Return whether a run has saved a training state."""
-    return any(os.path.exists(Path(run) / "checkpoints" / name) for name in (CURRENT, PREVIOUS))
-
-
 def latest_run(log_dir):
     """Return the folder of the run in `log_dir` that was saved last; raise CheckpointError if there is none."""
-    states = [state for name in (CURRENT, PREVIOUS) for state in Path(log_dir).glob(f"*/checkpoints/{name}")]
+    states = list(Path(log_dir).glob(f"*/checkpoints/{CURRENT}"))
     if not states:
         raise CheckpointError(f"{log_dir} has no run to resume; name the run's folder, or set --log_dir")
     return max(states, key=lambda state: state.stat().st_mtime).parent.parent
@@ -159,7 +152,7 @@ def latest_run(log_dir):
 
 def resume_hint(run):
     """Return a clause on how to resume a run."""
-    if not has_state(run):
+    if not os.path.exists(run / "checkpoints" / CURRENT):
         return "it had no checkpoint yet, so start a new run"
     return f"resume it with: {shell_command('python', 'train.py', '--resume', str(run))}"
 

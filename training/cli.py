@@ -21,15 +21,13 @@ NO_MEMORY = re.compile("allocate memory|you tried to allocate")  # of torch on L
 
 
 class UserError(RuntimeError):
-    """An error that the user can fix; the message says what is wrong and what to do. `status` is the exit status."""
-
-    status = 1
+    """An error that the user can fix; the message says what is wrong and what to do."""
 
 
 class FlagError(UserError):
     """A flag that this machine does not support, or that contradicts the run to be resumed."""
 
-    status = 2
+    status = 2  # the exit status; 1 for other errors
 
 
 class RunStopped(Exception):

@@ -36,17 +36,14 @@ class CapturedStep:
             return values
         if self.capturable and self._warm[x.shape] < WARM_UP:
             self._warm[x.shape] += 1
-            return self._on_side_stream(x)
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                values = self.step(x)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            return values
         if self.capturable:
             self._capture(x)
         return self._graphs[x.shape][2] if self.capturable else self.step(x)
-
-    def _on_side_stream(self, x):
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            values = self.step(x)
-        torch.cuda.current_stream().wait_stream(self._stream)
-        return values
 
     def _capture(self, x):
         """Capture the step on x and replay it once; if that fails, nothing has run, and steps are eager from now on.

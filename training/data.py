@@ -28,15 +28,14 @@ def load_data(args, device, resumed=None):
 def load_training_set(args, device, settings):
     """Return the loader, the data set's name, and a warning if the bundled digits replace MNIST, else None."""
     dataset, warning = (settings["trained_on"], settings["fallback"]) if settings else (args.dataset, None)
-    if dataset == "digits":
-        return digits(args.batch_size, device=device), "digits", warning
-    try:
-        return mnist(args.data_dir, args.batch_size, args.num_workers, device=device), "mnist", None
-    except MissingData as error:
-        if dataset == "mnist":
-            raise
-        warning = f"this run trains on the bundled digits instead of MNIST: {error}"
-    warn(warning)
+    if dataset != "digits":
+        try:
+            return mnist(args.data_dir, args.batch_size, args.num_workers, device=device), "mnist", None
+        except MissingData as error:
+            if dataset == "mnist":
+                raise
+            warning = f"this run trains on the bundled digits instead of MNIST: {error}"
+            warn(warning)
     return digits(args.batch_size, device=device), "digits", warning
 
 

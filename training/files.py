@@ -28,12 +28,11 @@ def writing(folder):
         raise UserError(f"{path} cannot be written: {error.strerror}; {ADVICE}") from None
 
 
-def write_atomically(path, content, keep=None):
+def write_atomically(path, content):
     """Write bytes to a file atomically: at any time, it has either all of them or its previous content.
 
-    The previous content is kept as the file `keep`, if given. The file's folder is created if it is missing, but not
-    the folder's parent: a run's folder that somebody has removed does not come back incomplete.
-    Raises UserError if the file cannot be written.
+    The file's folder is created if it is missing, but not the folder's parent: a run's folder that somebody has removed
+    does not come back incomplete. Raises UserError if the file cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -43,8 +42,6 @@ def write_atomically(path, content, keep=None):
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if keep and path.exists():
-            replace(path, keep)
         replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
@@ -54,9 +51,9 @@ def write_atomically(path, content, keep=None):
             temporary.unlink()
 
 
-def replace(source, target, seconds=2.0):
-    """Rename a file; if that is refused, as on Windows while another program reads it, try again for a while."""
-    end = time.monotonic() + seconds
+def replace(source, target):
+    """Rename a file; if that is refused, as on Windows while another program reads it, try again for two seconds."""
+    end = time.monotonic() + 2
     while True:
         try:
             return os.replace(source, target)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from argparse import Namespace
+from collections import ChainMap
 
 import torch
 from tqdm import tqdm
@@ -21,7 +22,7 @@ from training.files import write_atomically
 from training.random_state import random_states, set_random_states
 from training.threads import QUOTA
 
-RESUME_OVERRIDES = {"data_dir", "log_dir", "num_workers", "no_cuda", "no_graph", "checkpoint_every", "resume"}
+RESUME_OVERRIDES = {"data_dir", "log_dir", "num_workers", "no_cuda", "no_graph", "checkpoint_every", "epochs"}
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # Ctrl-C; kill, batch queues; a batch queue's warning before the time limit
 
 
@@ -37,7 +38,7 @@ def open_run(args):
             folder = checkpoint.run_folder(resume)
             stack.enter_context(checkpoint.locked(folder))
             state = checkpoint.load_state(resume)
-            args = Namespace(**{**vars(resumed_args(args, state["settings"])), "resume": str(folder)})
+            args = resumed_args(args, state["settings"])
         run = Run(args, stack, folder, state)
         try:
             yield run
@@ -53,14 +54,14 @@ def resumed_args(args, settings):
     Flags that the run's settings lack, because they are newer, are as given or have their defaults.
     """
     explicit = set(args.explicit_flags)
-    for name in sorted(explicit & set(settings) - RESUME_OVERRIDES - {"epochs"}):
+    for name in sorted(explicit & set(settings) - RESUME_OVERRIDES):
         if getattr(args, name) != settings[name]:
             raise FlagError(f"--{name} {getattr(args, name)} contradicts the run, which has {settings[name]}; omit "
                             f"the flag, or start a new run")
     if "epochs" in explicit and args.epochs < settings["epochs"]:
         raise FlagError(f"--epochs {args.epochs} is less than the run's {settings['epochs']}; give a larger "
                         f"number, or omit the flag")
-    kept = set(vars(args)) & set(settings) - (explicit & (RESUME_OVERRIDES | {"epochs"}))
+    kept = set(vars(args)) & set(settings) - explicit
     return Namespace(**{**vars(args), **{name: settings[name] for name in kept}})
 
 
@@ -127,26 +128,24 @@ class Run:
         latest = [logger.latest for logger in self._loggers]
         if latest != self._shown:
             self._shown = latest
-            self._show(merged(latest))
+            self._show(ChainMap(*latest))
         if self._pending_signals and self.steps < len(self._loader):
-            self._save()
             self._stop()
 
     def end_epoch(self, epoch):
         """Print the epoch's losses, and save a checkpoint if one is due; stop if a signal is pending."""
         if epoch:
-            self.means = merged(logger.end_epoch() for logger in self._loggers)
+            self.means = dict(ChainMap(*(logger.end_epoch() for logger in self._loggers)))
             self._show(self.means)
             self.epoch, self.steps = epoch, 0
             if self._bar.disable or not sys.stdout.isatty():
                 print_line(f"epoch {epoch}/{self.args.epochs}: {describe(self.means)}, "
                            f"{time.monotonic() - self._epoch_started:.1f} s")
-        signals = tuple(self._pending_signals)  # a later signal is handled after the next step
         last = epoch == self.args.epochs
-        if signals or last or epoch % self.args.checkpoint_every == 0:
-            self._save(keep=epoch > 0)
-        if signals and not last:
+        if self._pending_signals and not last:
             self._stop()
+        if last or epoch % self.args.checkpoint_every == 0:
+            self._save()
 
     def print_end(self):
         """Print how the run ended and where its results are."""
@@ -174,7 +173,7 @@ class Run:
                  "epoch": self.epoch, "steps": self.steps, "means": self.means,
                  "seconds": time.monotonic() - self._started, "random": random_states(self._model)}
         self._writer.flush()  # events logged so far belong to this state, later ones do not
-        checkpoint.save_state(self.folder, state, weights_on_cpu(self._ema.model), keep)
+        checkpoint.save_state(self.folder, state, keep)
 
     def _restore(self, state):
         """Restore a stopped run's state; raise CheckpointError if it does not fit."""
@@ -203,6 +202,8 @@ class Run:
             logger.flush()
 
     def _stop(self):
+        """Save the training state, and raise RunStopped."""
+        self._save()
         self._close_windows()
         signum = self._pending_signals[0]
         raise RunStopped(f"stopped by {signal.Signals(signum).name} after {self.epoch} epochs and {self.steps} steps; "
@@ -219,10 +220,8 @@ def stop_signals():
             raise KeyboardInterrupt
         pending_signals.append(signum)
 
-    if threading.current_thread() is not threading.main_thread():  # handlers can only be set there
-        yield pending_signals
-        return
-    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    in_main_thread = threading.current_thread() is threading.main_thread()  # handlers can only be set there
+    numbers = [getattr(signal, name) for name in SIGNALS if in_main_thread and hasattr(signal, name)]
     before = {number: signal.signal(number, handle) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield pending_signals
@@ -242,11 +241,6 @@ def load_optimizer(optimizer, state):
         for name, moment in moments.items():
             if torch.is_tensor(moment) and moment.shape == weight.shape:  # fused steps read both in memory order
                 moments[name] = torch.empty_like(weight).copy_(moment)
-
-
-def merged(means):
-    """Return the means of several loggers as one dict."""
-    return {name: mean for part in means for name, mean in part.items()}
 
 
 def describe(means):
