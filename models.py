@@ -211,7 +211,8 @@ class AdversarialAE(nn.Module):
         arXiv:1406.2661, section 3). No gradient reaches the discriminator's weights.
         """
         recon_loss = F.mse_loss(recon_x, x)
-        gen_loss = cross_entropy(self._frozen_discriminator_logits(z_fake), REAL)
+        frozen = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
+        gen_loss = cross_entropy(functional_call(self.discriminator, frozen, z_fake), REAL)
         ae_loss = lambda_ * recon_loss + (1 - lambda_) * gen_loss
         return ae_loss, {"gen_loss": gen_loss, "recon_loss": recon_loss, "ae_loss": ae_loss}
 
@@ -246,11 +247,6 @@ class AdversarialAE(nn.Module):
         finally:
             for module, mode in modes:
                 module.training = mode
-
-    def _frozen_discriminator_logits(self, z):
-        """Return D(z), differentiable in z but not in the discriminator's weights."""
-        weights = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
-        return functional_call(self.discriminator, weights, z)
 
 
 def cross_entropy(logits, label):
