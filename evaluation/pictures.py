@@ -86,40 +86,36 @@ def draw_manifold(model, side=20):
     return grid(model.decoder(codes.to(model.device)), side)
 
 
-def draw_codes(codes, labels, size=800, scale=2):
-    """Return a picture of codes [N, 2], coloured by label [N]; drawn `scale` times as large, for smooth edges."""
-    reach = max(4.0, 1.05 * codes.abs().max().item())
-    pixels = size * scale
+def draw_codes(codes, labels):
+    """Return a picture of codes [N, 2], coloured by label [N]; drawn twice as large, for smooth edges."""
+    reach, pixels = max(4.0, 1.05 * codes.abs().max().item()), 1600
 
     def to_pixels(value):
         return (value / reach + 1) / 2 * pixels
 
-    picture = Image.new("RGB", (pixels + 110 * scale, pixels), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(18 * scale)
+    picture = Image.new("RGB", (pixels + 220, pixels), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(36)
     points = to_pixels(codes.double() * torch.tensor([1, -1])).tolist()
     order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))  # so that no label hides the others
     for index in order.tolist():
-        draw_circle(draw, *points[index], 2.2 * scale, fill=COLORS[labels[index]])
-    draw_axes(draw, font, reach, to_pixels, pixels, scale)
+        draw_circle(draw, *points[index], 4.4, fill=COLORS[labels[index]])
+
+    middle, step = to_pixels(0), max(1, round(reach / 5))
+    for line in ((0, middle, pixels, middle), (middle, 0, middle, pixels), (pixels, 0, pixels, pixels)):
+        draw.line(line, "#c8c8c8", 2)
+    for radius in (1, 2, 3):  # standard deviations of the prior
+        draw_circle(draw, middle, middle, to_pixels(radius) - middle, outline="#404040", width=2)
+    for value in range(step, int(0.95 * reach) + 1, step):  # a number at the very edge would be cut off
+        for signed in (-value, value):
+            draw.text((to_pixels(signed), pixels - 8), str(signed), "black", font, anchor="md")
+            draw.text((8, to_pixels(-signed)), str(signed), "black", font, anchor="lm")
+
     for label in labels.unique().tolist():
-        x, y = pixels + 30 * scale, (40 + 34 * label) * scale
-        draw_circle(draw, x, y, 9 * scale, fill=COLORS[label])
-        draw.text((x + 20 * scale, y), str(label), "black", font, anchor="lm")
-    return ImageOps.scale(picture, 1 / scale, Image.Resampling.LANCZOS)
+        x, y = pixels + 60, 80 + 68 * label
+        draw_circle(draw, x, y, 18, fill=COLORS[label])
+        draw.text((x + 40, y), str(label), "black", font, anchor="lm")
+    return ImageOps.scale(picture, 1 / 2, Image.Resampling.LANCZOS)
 
 
 def draw_circle(draw, x, y, radius, **style):
     draw.ellipse((x - radius, y - radius, x + radius, y + radius), **style)
-
-
-def draw_axes(draw, font, reach, to_pixels, pixels, scale):
-    """Draw the axes, their numbers, and circles at 1, 2 and 3 standard deviations of the prior."""
-    middle, step = to_pixels(0), max(1, round(reach / 5))
-    for line in ((0, middle, pixels, middle), (middle, 0, middle, pixels), (pixels, 0, pixels, pixels)):
-        draw.line(line, "#c8c8c8", scale)
-    for radius in (1, 2, 3):
-        draw_circle(draw, middle, middle, to_pixels(radius) - middle, outline="#404040", width=scale)
-    for value in range(step, int(0.95 * reach) + 1, step):  # a number at the very edge would be cut off
-        for signed in (-value, value):
-            draw.text((to_pixels(signed), pixels - 4 * scale), str(signed), "black", font, anchor="md")
-            draw.text((4 * scale, to_pixels(-signed)), str(signed), "black", font, anchor="lm")
