@@ -149,15 +149,6 @@ class Evaluation(TrainGroup):
         self.assertEqual(first, [1, 3, 5, 7] * 4, "the first dimension does not increase to the right, by quantiles")
         self.assertEqual(second[::4], [7, 5, 3, 1], "the second dimension does not increase upwards, by quantiles")
 
-    def test_weights_without_a_run_are_evaluated_on_mnist(self):
-        run, path = self.a_run(networks="residual")
-        (run / "hparams.json").unlink()
-        few = [tensor[:200] for tensor in self.mnist.load_digits()]
-        with mock.patch.object(self.model_files, "load_mnist", return_value=few) as load:
-            _, out = self.metrics_of(path, "--data_dir", "there", folder=path.parent)
-        self.assertEqual(load.call_args.args[0], "there")
-        self.assertIn("z_dim 3, deterministic encoder, residual networks, 200 test images of MNIST", out)
-
     def test_each_posterior_with_and_without_a_run(self):
         for kind in ({}, {"posterior": "gaussian", "networks": "residual"}, {"posterior": "universal"},
                      {"posterior": "universal", "networks": "residual"}):
@@ -170,7 +161,12 @@ class Evaluation(TrainGroup):
                 self.assertEqual({name: settings[name] for name in expected}, expected)
             loaded = self.model_files.load_model(path, weights, recorded).state_dict()
             self.assertTrue(same(state, {name: loaded[name] for name in state}))
-        self.metrics_of(run)
+        (run / "hparams.json").unlink()
+        few = [tensor[:200] for tensor in self.mnist.load_digits()]
+        with mock.patch.object(self.model_files, "load_mnist", return_value=few) as load:
+            _, out = self.metrics_of(path, "--data_dir", "there", folder=path.parent)
+        self.assertEqual(load.call_args.args[0], "there")
+        self.assertIn("z_dim 3, universal encoder, residual networks, 200 test images of MNIST", out)
 
     def test_what_is_not_a_run(self):
         run, weights = self.a_run()
