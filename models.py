@@ -22,21 +22,6 @@ from torch.func import functional_call
 REAL, FAKE = 1.0, 0.0  # the discriminator's labels: prior sample, encoder's code
 
 
-class Network(nn.Module):
-    """Returns what its layers, `net`, return."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x):
-        return self.net(x)
-
-    @property
-    def device(self):
-        return next(self.parameters()).device
-
-
 # The networks that the assignment suggests ---------------------------------------------------------------------------
 
 def base_encoder(outputs):
@@ -93,11 +78,12 @@ def residual_decoder(z_dim):
         nn.ConvTranspose2d(32, 1, 3, stride=2, padding=1, output_padding=1), nn.Tanh())                 # 28x28
 
 
-class ResidualBlock(Network):
+class ResidualBlock(nn.Module):
     """Adds to features [B, WIDTH] an MLP of them (He et al. 2016, "Identity mappings in deep residual networks")."""
 
     def __init__(self):
-        super().__init__(nn.Sequential(nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH)))
+        super().__init__()
+        self.net = nn.Sequential(nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
 
     def forward(self, x):
         return x + self.net(x)
@@ -108,11 +94,19 @@ NETWORKS = {"residual": (residual_encoder, residual_decoder), "base": (base_enco
 
 # Encoder, decoder, discriminator -------------------------------------------------------------------------------------
 
-class ConvEncoder(Network):
+class ConvEncoder(nn.Module):
     """Maps images [B, 1, 28, 28] in [-1, 1] to latent codes [B, z_dim] without noise; `networks` is one of NETWORKS."""
 
     def __init__(self, z_dim, networks="residual"):
-        super().__init__(NETWORKS[networks][0](z_dim))
+        super().__init__()
+        self.net = NETWORKS[networks][0](z_dim)
+
+    def forward(self, x):
+        return self.net(x)
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
 
 
 class GaussianEncoder(ConvEncoder):
@@ -151,23 +145,35 @@ class UniversalEncoder(ConvEncoder):
         return self.mix(torch.cat([features, noise], dim=1))
 
 
-class ConvDecoder(Network):
+class ConvDecoder(nn.Module):
     """Maps latent codes [B, z_dim] to images [B, 1, 28, 28] in [-1, 1]; its layers mirror the encoder's."""
 
     def __init__(self, z_dim, networks="residual"):
-        super().__init__(NETWORKS[networks][1](z_dim))
+        super().__init__()
+        self.net = NETWORKS[networks][1](z_dim)
         # Start at MNIST's mean pixel: from a brighter start, the first steps drive tanh to -1, where gradients vanish.
         nn.init.constant_(self.net[-2].bias, math.atanh(-0.74))
 
+    def forward(self, z):
+        return self.net(z)
 
-class Discriminator(Network):
+
+class Discriminator(nn.Module):
     """Maps latent codes [B, z_dim] to logits [B, 1]: above 0 for "from the prior", below 0 for "from the encoder"."""
 
     def __init__(self, z_dim):
-        super().__init__(nn.Sequential(
+        super().__init__()
+        self.net = nn.Sequential(
             nn.Linear(z_dim, 512), nn.LeakyReLU(0.2),
             nn.Linear(512, 512), nn.LeakyReLU(0.2),
-            nn.Linear(512, 1)))
+            nn.Linear(512, 1))
+
+    def forward(self, z):
+        return self.net(z)
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
 
 
 Encoder, Decoder = ConvEncoder, ConvDecoder  # names that other solutions of the assignment use
