@@ -15,19 +15,23 @@ class EMA:
     """
 
     def __init__(self, model, decay):
-        counters = {id(buffer): buffer for buffer in model.buffers() if not buffer.is_floating_point()}
-        self.model = copy.deepcopy(model, counters).requires_grad_(False)  # both models have the same counters
+        self.model = copy.deepcopy(model).requires_grad_(False)
         self.decay = decay
         self.updates = 0
-        self._averaged, self._current = (
-            [tensor.detach() for tensor in (*network.parameters(), *network.buffers()) if tensor.is_floating_point()]
-            for network in (self.model, model))  # a weight that two layers share appears once
+        averaged, current = ([tensor.detach() for tensor in (*network.parameters(), *network.buffers())]
+                             for network in (self.model, model))
+        pairs = list(zip(averaged, current, strict=True))  # shared tensors appear once
+        self._averaged, self._current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+        counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self._counters, self._current_counters = zip(*counters, strict=True) if counters else ((), ())
 
     def update(self):
         """Update the average with the current weights."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self._averaged, self._current, 1 - decay)  # one call for all, as in torch.optim.swa_utils
+        if self._counters:  # the base networks have none, and the call rejects empty lists
+            torch._foreach_copy_(self._counters, self._current_counters)
 
     def state_dict(self):
         return {"updates": self.updates, "weights": weights_on_cpu(self.model)}
