@@ -23,16 +23,16 @@ def random_states(model):
     """Return the states of the random generators that training and sampling use, as tensors on the CPU."""
     states = {"torch": torch.get_rng_state()}
     if model.device.type in ("cuda", "mps"):
-        states[model.device.type] = getattr(torch, model.device.type).get_rng_state()
+        states["device"] = getattr(torch, model.device.type).get_rng_state()
     if hasattr(model, "sample_stream"):  # a student's model has none
         states["samples"] = model.sample_stream.get_state()
     return states
 
 
 def set_random_states(model, states):
-    """Restore the random states that `random_states` returned, except that of a device of another kind."""
+    """Restore the random states that `random_states` returned."""
     torch.set_rng_state(states["torch"])
-    if model.device.type in states:
-        getattr(torch, model.device.type).set_rng_state(states[model.device.type])
+    if "device" in states:
+        getattr(torch, model.device.type).set_rng_state(states["device"])
     if "samples" in states and hasattr(model, "sample_stream"):
         model.sample_stream.set_state(states["samples"])

@@ -177,6 +177,8 @@ class Run:
 
     def _restore(self, state):
         """Restore a stopped run's state; raise CheckpointError if it does not fit."""
+        differing = [name for name in ("device", "device_name", "torch")
+                     if self.settings[name] != state["settings"][name]]
         try:
             if state["types"] != self._types:
                 raise ValueError(f"its optimizers are {state['types']}, not {self._types}")
@@ -186,15 +188,16 @@ class Run:
                 load_optimizer(optimizer, state[name])
             self.epoch, self.steps, self.means = state["epoch"], state["steps"], state["means"]
             self._started -= state["seconds"]
-            set_random_states(self._model, state["random"])
+            streams = {name: stream for name, stream in state["random"].items()
+                       if name != "device" or "device" not in differing}
+            set_random_states(self._model, streams)
         except (RuntimeError, ValueError, KeyError) as error:
             raise checkpoint.CheckpointError(
                 f"{self.folder} cannot be resumed: the checkpoint does not fit models.py or train.py, which may have "
                 f"changed since: {' '.join(str(error).split())[:200]}") from None
-        for name in ("device", "device_name", "torch"):
-            if (before := state["settings"][name]) != self.settings[name]:
-                warn(f"the run began with {before} and continues with {self.settings[name]} ({name}): the results may "
-                     f"not be bitwise reproducible")
+        for name in differing:
+            warn(f"the run began with {state['settings'][name]} and continues with {self.settings[name]} ({name}): the "
+                 f"results may not be bitwise reproducible")
 
     def _close_windows(self):
         """Log the means of the loggers' open windows; after the last checkpoint, because a resume continues these."""
