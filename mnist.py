@@ -9,9 +9,9 @@ import hashlib
 import io
 import os
 import shutil
-import socket
 import sys
 import tempfile
+import threading
 import zlib
 from pathlib import Path
 
@@ -26,7 +26,7 @@ MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
              "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}
 DIGITS_FILE = Path(__file__).resolve().parent / "assets" / "digits.csv.gz"
 DIGITS_MD5 = "a0339c30a8a5312a1b6f9e5c719dcce5"
-TIMEOUT = 8  # seconds without data from a mirror, after which the next one is tried
+TIMEOUT = 8  # seconds without data after which the next of torchvision's two mirrors is tried
 
 
 class DataError(RuntimeError):
@@ -144,38 +144,50 @@ def checked_content(path, md5):
 
 
 def download_idx(raw, name, download):
-    """Download one of MNIST's files, store it in `raw`, and return its content."""
+    """Download one of MNIST's files from torchvision's mirrors, store it in `raw`, and return its content."""
     for path in filter(os.path.isfile, (raw, *raw.parents)):
         raise DataError(f"{path} is a file; choose a folder for MNIST with --data_dir")
     if not download:
         raise MissingData("downloading is disabled")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        fetch(name, folder)
-        try:
-            raw.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=raw) as near:  # in the same file system, for a rename that is atomic
-                os.replace(shutil.copy(Path(folder) / name, near), raw / name)
-            return (raw / name).read_bytes()
-        except OSError as error:
-            raise DataError(f"MNIST cannot be written to {raw}: {error.strerror}; choose another folder with "
-                            f"--data_dir, or free disk space or check the permissions there") from None
+    from torchvision.datasets import MNIST  # imported here because it takes a second and is rarely needed
 
-
-def fetch(name, folder):
-    """Download one of MNIST's files with torchvision, from the first of its mirrors that works, and unpack it."""
-    from torchvision.datasets import MNIST, utils  # imported here because it takes a second and is rarely needed
-
-    failures, limit = [], socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)
+    failures = []
     try:
         for mirror in MNIST.mirrors:
-            print(f"downloading {mirror}{name}.gz", file=sys.stderr)
-            try:
-                md5 = dict(MNIST.resources)[f"{name}.gz"]
-                return utils.download_and_extract_archive(f"{mirror}{name}.gz", folder, md5=md5)
-            except Exception as error:  # of any kind: an answer may be anything
-                reason = getattr(error, "reason", error)  # the cause that urllib has wrapped
-                failures.append(f"{mirror}: {getattr(reason, 'strerror', None) or reason}")
-    finally:
-        socket.setdefaulttimeout(limit)
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+                failure = fetch(f"{mirror}{name}.gz", dict(MNIST.resources)[f"{name}.gz"], folder)
+                if failure is None:
+                    raw.mkdir(parents=True, exist_ok=True)
+                    with tempfile.TemporaryDirectory(dir=raw) as near:  # on the same disk, for an atomic rename
+                        os.replace(shutil.copy(Path(folder) / name, near), raw / name)
+                    return (raw / name).read_bytes()
+            reason = getattr(failure, "reason", failure)  # the cause that urllib has wrapped
+            failures.append(f"{mirror}: {getattr(reason, 'strerror', None) or reason}")
+    except OSError as error:
+        raise DataError(f"MNIST cannot be written to {raw}: {error.strerror}; choose another folder with --data_dir, "
+                        f"or free disk space or check the permissions there") from None
     raise MissingData("; ".join(failures))
+
+
+def fetch(url, md5, folder):
+    """Download a file with torchvision and unpack it in a folder; return what failed, or None.
+
+    A thread does it, which is abandoned after TIMEOUT seconds without data: a socket's own time limit holds for each of
+    a host's addresses anew, and not for the name service.
+    """
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    def run():
+        try:
+            download_and_extract_archive(url, folder, md5=md5)
+        except Exception as error:  # of any kind: an answer may be anything
+            failures.append(error)
+
+    print(f"downloading {url}", file=sys.stderr)
+    failures, before, size = [], -1, 0
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive() and before < size:
+        thread.join(TIMEOUT)
+        before, size = size, sum(file.stat().st_size for file in Path(folder).iterdir())
+    return TimeoutError(f"no data for {TIMEOUT} s") if thread.is_alive() else next(iter(failures), None)

@@ -28,7 +28,7 @@ def finished_run(log_dir, strikes):
     """Train in `log_dir` to the end, with so many signals on the way; return the run's folder and a Counter of them."""
     counts = Counter()
     while True:
-        resume = ["--resume", "latest"] if any(log_dir.glob("*/checkpoints/training_state*.pt")) else []
+        resume = ["--resume", "latest"] if any(log_dir.glob("*/checkpoints/training_state.pt")) else []
         process = subprocess.Popen([sys.executable, "train.py", "--log_dir", log_dir, *FLAGS, *resume], cwd=PROJECT,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         run = next((line.split(maxsplit=1)[1].strip() for line in process.stdout if line.startswith("run:")), None)

@@ -21,6 +21,9 @@ DEFAULTS = {"posterior": "deterministic", "networks": "base", "trained_on": "mni
 def find_run(path):
     """Return the folder for evaluation/, the file of the weights, and the run's settings (None without a run)."""
     path = Path(path).expanduser()
+    if path.is_dir() and not os.path.isfile(path / "hparams.json"):
+        raise UserError(f"{path} is not a run's folder, because it has no hparams.json; name a folder that train.py "
+                        f"created, or a {WEIGHTS}")
     weights = path / "checkpoints" / WEIGHTS if path.is_dir() else path
     if not os.path.isfile(weights):  # Path.is_file raises PermissionError for a folder of somebody else
         raise UserError(f"{weights} does not exist, or cannot be read; name a run's folder, or a {WEIGHTS}")

@@ -171,8 +171,8 @@ class Evaluation(TrainGroup):
     def test_what_is_not_a_run(self):
         run, weights = self.a_run()
         self.metrics_of(weights, folder=run)  # the weights of a run belong to the run
-        for wrong in (run / "none", run.parent):
-            self.assert_run_refused(wrong, wrong, "does not exist")
+        self.assert_run_refused(run / "none", run / "none", "does not exist")
+        self.assert_run_refused(run.parent, run.parent, "no hparams.json")
         (run / "evaluation").rename(run / "moved")
         (run / "evaluation").write_text("a file")
         self.assert_run_refused(run, run / "evaluation", "cannot be written")
@@ -197,6 +197,9 @@ class Evaluation(TrainGroup):
                                ({name: 1e10 * weight for name, weight in state.items()}, "has diverged")):
             weights.write_bytes(content if isinstance(content, bytes) else self.checkpoint.serialize(content))
             self.assert_run_refused(run, words)
+        weights.write_bytes(whole)
+        with mock.patch.object(self.measures, "draw_samples", return_value=torch.full((1, 1, 28, 28), math.inf)):
+            self.assert_run_refused(run, "has diverged")
         for content in ({"weight": torch.zeros(3)}, {"decoder.net.0.weight": torch.zeros(3)}, decoder):
             torch.save(content, run / "other.pt")
             self.assert_run_refused(run / "other.pt", run / "other.pt", "another model")

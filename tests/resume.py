@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from tests.common import Stop, TrainGroup, run_contents, same
 from training import run as runs
+from unittests import HERE
 
 __unittest = True
 
@@ -82,7 +83,7 @@ class Resume(ResumeGroup):
         run, = log_dir.iterdir()
         epochs, rest = divmod(steps, self.STEPS)
         self.assertIn(f"by {signal.Signals(signum).name} after {epochs} epochs and {rest} steps; resume it with: "
-                      f"python train.py --resume {run}\n", err)
+                      f"python {os.path.relpath(HERE / 'train.py')} --resume {run}\n", err)
         return run
 
     def test_a_run_stopped_by_a_signal_and_resumed_equals_the_uninterrupted_one(self):

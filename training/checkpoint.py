@@ -26,6 +26,7 @@ except ImportError:  # Windows: runs are not locked there
 FORMAT = "adversarial autoencoder, training state 3"
 CURRENT, PREVIOUS, WEIGHTS = "training_state.pt", "training_state.previous.pt", "model_checkpoint.pt"
 EVENT_FILE = re.compile(r"events\.out\.tfevents\.\d+\..+\.\d+\.\d+")  # of SummaryWriter: time, host, process, number
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
 class CheckpointError(UserError):
@@ -154,7 +155,10 @@ def resume_hint(run):
     """Return a clause on how to resume a run."""
     if not os.path.exists(run / "checkpoints" / CURRENT):
         return "it had no checkpoint yet, so start a new run"
-    return f"resume it with: {shell_command('python', 'train.py', '--resume', str(run))}"
+    train = TRAIN
+    with suppress(ValueError):  # on Windows, if it is on another drive
+        train = os.path.relpath(TRAIN)
+    return f"resume it with: {shell_command('python', str(train), '--resume', str(run))}"
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def set_precision(precision, device):
     if not (precision == "fp32" or ampere or precision == "bf16" and bf16_cpu):
         cpus = ", or Linux on a CPU with AMX or AVX512-BF16" if precision == "bf16" else ""
         raise FlagError(f"--precision {precision} needs an NVIDIA GPU of compute capability 8.0 or higher{cpus}; train "
-                        f"with --precision fp32 here")
+                        f"with --precision fp32 here, or resume the run where it was started")
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     if device.type == "cuda" and hasattr(matmul, "fp32_precision"):
         matmul.fp32_precision = cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from argparse import Namespace
-from collections import ChainMap
 
 import torch
 from tqdm import tqdm
@@ -128,14 +127,14 @@ class Run:
         latest = [logger.latest for logger in self._loggers]
         if latest != self._shown:
             self._shown = latest
-            self._show(ChainMap(*latest))
+            self._show(merged(latest))
         if self._pending_signals and self.steps < len(self._loader):
             self._stop()
 
     def end_epoch(self, epoch):
         """Print the epoch's losses, and save a checkpoint if one is due; stop if a signal is pending."""
         if epoch:
-            self.means = dict(ChainMap(*(logger.end_epoch() for logger in self._loggers)))
+            self.means = merged(logger.end_epoch() for logger in self._loggers)
             self._show(self.means)
             self.epoch, self.steps = epoch, 0
             if self._bar.disable or not sys.stdout.isatty():
@@ -244,6 +243,11 @@ def load_optimizer(optimizer, state):
         for name, moment in moments.items():
             if torch.is_tensor(moment) and moment.shape == weight.shape:  # fused steps read both in memory order
                 moments[name] = torch.empty_like(weight).copy_(moment)
+
+
+def merged(means):
+    """Return the means of several loggers as one dict."""
+    return {name: mean for part in means for name, mean in part.items()}
 
 
 def describe(means):
