@@ -158,7 +158,8 @@ def download_idx(raw, name, download):
                 failure = fetch(f"{mirror}{name}.gz", dict(MNIST.resources)[f"{name}.gz"], folder)
                 if failure is None:
                     raw.mkdir(parents=True, exist_ok=True)
-                    with tempfile.TemporaryDirectory(dir=raw) as near:  # on the same disk, for an atomic rename
+                    # Copied to the same disk first, so that the rename is atomic.
+                    with tempfile.TemporaryDirectory(dir=raw, ignore_cleanup_errors=True) as near:
                         os.replace(shutil.copy(Path(folder) / name, near), raw / name)
                     return (raw / name).read_bytes()
             reason = getattr(failure, "reason", failure)  # the cause that urllib has wrapped
