@@ -64,6 +64,12 @@ class BatchLoader:
         self.batch_size, self.shuffle = batch_size, shuffle
         self.seed, self.epoch, self.skip = torch.initial_seed(), 0, 0
 
+    def state_dict(self):
+        return {"seed": self.seed, "epoch": self.epoch}
+
+    def load_state_dict(self, state):
+        self.seed, self.epoch = state["seed"], state["epoch"]
+
     def __len__(self):
         return -(-len(self.dataset) // self.batch_size)
 

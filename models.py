@@ -17,7 +17,6 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import functional_call
 
 REAL, FAKE = 1.0, 0.0  # the discriminator's labels: prior sample, encoder's code
 
@@ -185,9 +184,6 @@ class AdversarialAE(nn.Module):
 
     `posterior`, one of ENCODERS, selects the encoder's q(z|x): a function of the image alone, Gaussian, or of any form.
     `networks`, one of NETWORKS, selects the architecture of encoder and decoder.
-
-    `sample` has its own torch.Generator on the CPU, `sample_stream`. It is seeded from torch's seed at construction;
-    sample_stream.manual_seed sets another seed.
     """
 
     capturable = True  # the losses copy nothing between host and device, so a CUDA graph can capture them
@@ -198,7 +194,6 @@ class AdversarialAE(nn.Module):
         self.encoder = ENCODERS[posterior](z_dim, networks)
         self.decoder = ConvDecoder(z_dim, networks)
         self.discriminator = Discriminator(z_dim)
-        self.sample_stream = torch.Generator().manual_seed((torch.initial_seed() + 1) % 2**63)
 
     @property
     def device(self):
@@ -214,11 +209,10 @@ class AdversarialAE(nn.Module):
 
         ae_loss = lambda_ * recon_loss + (1 - lambda_) * gen_loss. recon_loss is the mean squared error over pixels;
         gen_loss = -E_x[log D(E(x))], the non-saturating form of the encoder's adversarial term (Goodfellow et al.,
-        arXiv:1406.2661, section 3). No gradient reaches the discriminator's weights.
+        arXiv:1406.2661, section 3). Its gradient reaches the discriminator's weights too; clear it before their step.
         """
         recon_loss = F.mse_loss(recon_x, x)
-        frozen = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
-        gen_loss = cross_entropy(functional_call(self.discriminator, frozen, z_fake), REAL)
+        gen_loss = cross_entropy(self.discriminator(z_fake), REAL)
         ae_loss = lambda_ * recon_loss + (1 - lambda_) * gen_loss
         return ae_loss, {"gen_loss": gen_loss, "recon_loss": recon_loss, "ae_loss": ae_loss}
 
@@ -243,10 +237,10 @@ class AdversarialAE(nn.Module):
     def sample(self, batch_size):
         """Return images [batch_size, 1, 28, 28] in [-1, 1], decoded from prior samples, without gradients.
 
-        The model's weights, statistics and modes do not change, nor does the state of torch's global generator, which
-        training uses. The codes are drawn on the CPU, so they are the same on every device.
+        The model's weights, statistics and modes do not change. The codes are drawn from torch's generator on the CPU:
+        the same seed gives the same codes on every device.
         """
-        z = torch.randn(batch_size, self.z_dim, generator=self.sample_stream).to(next(self.decoder.parameters()))
+        z = torch.randn(batch_size, self.z_dim, device="cpu").to(next(self.decoder.parameters()))
         modes = [(module, module.training) for module in self.decoder.modules()]
         try:
             return self.decoder.eval()(z)

@@ -10,7 +10,6 @@ import training.threads  # noqa: F401 (before torch, which reads the variables t
 # isort: split
 
 import argparse
-import functools
 import sys
 from pathlib import Path
 
@@ -19,15 +18,13 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.functional import to_pil_image
 
 from evaluation.monitoring import save_measurements, save_summary
-from models import AdversarialAE
 from training.cli import OneLineParser, number, run_program
-from training.cuda_graph import CapturedStep
+from training.cuda_graph import captured
 from training.data import load_data
-from training.device import setup_device
-from training.ema import EMA
+from training.device import RandomState, default_torch_state, setup_device
 from training.files import image_grid, png_bytes, write_atomically
-from training.random_state import evaluation_mode
-from training.run import open_run
+from training.model import EMA, build_model, compute_in_bf16, evaluation_mode
+from training.run import open_run, resolve
 from utils import TensorBoardLogger
 
 SAMPLE_SEED = 0
@@ -84,10 +81,9 @@ def make_parser():
 
     add = parser.add_argument_group("output").add_argument
     add("--log_dir", default="AAE_logs/", metavar="DIR", help="each run creates its own folder in this one")
-    add("--checkpoint_every", type=number(int, 1), default=10, metavar="N", help="epochs between two checkpoints")
+    add("--checkpoint_every", type=number(int, 1), default=1, metavar="N", help="epochs between two checkpoints")
     add("--resume", metavar="RUN",
-        help="resume a stopped run: its folder, a training state in it, or `latest` for the last one saved in "
-             "--log_dir; --epochs may be raised")
+        help="resume a run: its folder, or `latest` for the one saved last in --log_dir; --epochs may be raised")
 
     add = parser.add_argument_group("hardware").add_argument
     add("--no-cuda", action="store_true", help="do not use CUDA, even if it is available")
@@ -99,26 +95,27 @@ def make_parser():
 
 
 def parse_args(argv=None):
-    """Return the flags as a Namespace; its `explicit_flags` lists the names of those in argv, --base spelled out.
+    """Return the flags as a Namespace; its `defaulted` has the values of those not given. --base is spelled out.
 
     For an invalid flag, print one sentence and exit with status 2.
     """
     parser, argv = make_parser(), list(sys.argv[1:] if argv is None else argv)
     if "--base" in argv:  # a flag's value never starts with --
         argv = [*BASE, *argv]  # of a flag given twice, the later value counts
-    args = parser.parse_args(argv)
-    parser.set_defaults(**dict.fromkeys(vars(args)))
-    given = vars(parser.parse_args(argv))
-    del args.base
-    args.explicit_flags = [name for name in vars(args) if given[name] is not None]
-    return args
+    defaults = vars(parser.parse_args([]))
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))  # None: not given
+    del defaults["base"]
+    args = {name: value if given[name] is None else given[name] for name, value in defaults.items()}
+    defaulted = {name: value for name, value in defaults.items() if given[name] is None}
+    return argparse.Namespace(**args, defaulted=defaulted)
 
 
 def with_defaults(args):
-    """Return a Namespace of all flags: those missing from `args` have their defaults, the others are explicit."""
+    """Return a Namespace of all flags: those missing from `args` have their defaults, the others have been given."""
     given = {name: value for name, value in vars(args).items() if name != "base"}
     defaults = vars(parse_args(["--base"] if getattr(args, "base", False) else []))
-    return argparse.Namespace(**{**defaults, "explicit_flags": [*defaults["explicit_flags"], *given], **given})
+    defaults["defaulted"] = {name: value for name, value in defaults["defaulted"].items() if name not in given}
+    return argparse.Namespace(**{**defaults, **given})
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
@@ -167,18 +164,16 @@ def train_aae(epoch, model, train_loader, logger_ae, logger_disc, optimizer_ae, 
         optimizer_ae: optimizes the parameters of encoder and decoder, and no others.
         optimizer_disc: optimizes the parameters of the discriminator, and no others.
         lambda_: weight of the reconstruction loss; the adversarial loss has weight 1 - lambda_.
-
-    On CUDA, the values of a step are overwritten by the next one, and a captured graph keeps the tensors and the float
-    learning rates that it was captured with: call build_step.cache_clear() after replacing them.
     """
     model.train()
-    step = build_step(model, optimizer_ae, optimizer_disc, lambda_)
     for x, _ in train_loader:
-        ae_values, disc_values = step(x.to(model.device, non_blocking=True))
+        x = x.to(model.device, non_blocking=True)
+        ae_values, disc_values = train_step(model, optimizer_ae, optimizer_disc, lambda_, x)
         logger_ae.add_values(ae_values)
         logger_disc.add_values(disc_values)
 
 
+@captured  # on CUDA: recorded as a CUDA graph, then replayed
 def train_step(model, optimizer_ae, optimizer_disc, lambda_, x):
     """Take one step of each optimizer on images x [B, 1, 28, 28]; return the dicts of values of the two losses."""
     recon_x, z_fake = model(x)
@@ -197,17 +192,6 @@ def train_step(model, optimizer_ae, optimizer_disc, lambda_, x):
                  for values in (ae_values, disc_values))
 
 
-@functools.lru_cache(maxsize=1)  # a captured graph serves all epochs of a run
-def build_step(model, optimizer_ae, optimizer_disc, lambda_):
-    """Return `train_step` as a function of the batch alone; on CUDA as a captured graph, if the model is `capturable`.
-
-    AMD GPUs, which torch also calls CUDA, run the step without a graph: graphs are untested there.
-    """
-    step = functools.partial(train_step, model, optimizer_ae, optimizer_disc, lambda_)
-    nvidia = model.device.type == "cuda" and not torch.version.hip
-    return CapturedStep(step) if nvidia and getattr(model, "capturable", False) else step
-
-
 def set_learning_rate(optimizer_ae, epoch, args):
     """Set the autoencoder's learning rate for an epoch, counted from 1: args.ae_lr, a tenth after args.drop_after.
 
@@ -216,19 +200,20 @@ def set_learning_rate(optimizer_ae, epoch, args):
     """
     rate = args.ae_lr / 10 if 0 < args.drop_after < epoch else args.ae_lr
     for group in optimizer_ae.param_groups:
-        if torch.is_tensor(group["lr"]):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
+        group["lr"] = rate
 
 
 # The whole run -------------------------------------------------------------------------------------------------------
 
 class Batches:
-    """A loader's batches for any train_aae, and what follows the step on each."""
+    """A loader's batches for any train_aae; calls `step_done`, which averages the weights, when the next is requested.
 
-    def __init__(self, loader, ema, run):
-        self.loader, self.ema, self.run = loader, ema, run
+    So a train_aae that collects the batches first averages before its first step, and one that leaves its loop early
+    skips the last average.
+    """
+
+    def __init__(self, loader, step_done):
+        self.loader, self.step_done = loader, step_done
 
     def __len__(self):
         return len(self.loader)
@@ -236,64 +221,53 @@ class Batches:
     def __iter__(self):
         for batch in self.loader:
             yield batch
-            self.ema.update()     # runs when the next batch is requested
-            self.run.step_done()  # counts the step; stops the run if a signal is pending
+            self.step_done()
 
     def __getattr__(self, name):
         return getattr(self.loader, name)
 
 
+@default_torch_state()
 def main(args):
     """Train as the flags specify and return the run's folder. Flags missing from `args` get their defaults.
 
-    Raises RunStopped after SIGINT, SIGTERM or SIGUSR1, once everything is saved; UserError or mnist.DataError for
-    errors that the user can fix.
+    Raises UserError or mnist.DataError for errors that the user can fix. KeyboardInterrupt says how to resume the run.
     """
-    with open_run(with_defaults(args)) as run:  # a new run, or with --resume a stopped one: locked, its state loaded
-        args = run.args
-        torch.manual_seed(args.seed)
-        device = setup_device(args.no_cuda, args.precision, args.deterministic)
-        data = load_data(args, device, run.resumed)
+    args, saved = resolve(with_defaults(args))  # a new run, or with --resume the flags and the state of a stopped one
+    torch.manual_seed(args.seed)
+    device = setup_device(args.no_cuda, args.precision, args.deterministic)
+    data = load_data(args, device, saved)
+    model = build_model(args, device)
+    ema = EMA(model, args.averaging)  # the averaged weights are shown, evaluated and saved
+    if args.precision == "bf16":  # after the copy in EMA, which stays in float32
+        compute_in_bf16(model)
 
-        options = {"posterior": args.posterior, "networks": args.networks}
-        if options == {"posterior": "deterministic", "networks": "residual"}:
-            options = {}  # a student's model may accept z_dim only
-        model = AdversarialAE(z_dim=args.z_dim, **options)
-        if any(isinstance(weight, torch.nn.UninitializedParameter) for weight in model.parameters()):
-            with evaluation_mode(model):  # lazy layers get their weights in a first forward pass
-                model.discriminator(model(torch.zeros(1, 1, 28, 28))[1])
-        channels_last = device.type == "cpu" or args.precision == "bf16"  # the fastest memory layout there
-        model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
-        model.capturable = getattr(model, "capturable", False) and not args.no_graph
-        ema = EMA(model, args.averaging)  # the averaged weights are shown, evaluated and saved
-        if args.precision == "bf16":  # after the copy in EMA, which stays in float32
-            forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
-            model.forward = lambda x: tuple(output.float() for output in forward(x))
+    fused = device.type in ("cpu", "cuda")  # one call for all weights; untested on other devices
+    optimizer_ae = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()], lr=args.ae_lr,
+                                    betas=(0.5, 0.999), fused=fused, capturable=device.type == "cuda")
+    optimizer_disc = torch.optim.SGD(model.discriminator.parameters(), lr=args.d_lr, momentum=args.d_momentum,
+                                     fused=fused)
+    with (open_run(args, saved, data, device, model=model, ema=ema, optimizer_ae=optimizer_ae,
+                   optimizer_disc=optimizer_disc, random=RandomState(device)) as run,
+          SummaryWriter(run.folder) as writer):
+        logger_ae = TensorBoardLogger(writer, name="generator")
+        logger_disc = TensorBoardLogger(writer, name="discriminator")
 
-        cuda = model.device.type == "cuda"
-        fused = model.device.type in ("cpu", "cuda")  # one call for all weights; untested on other devices
-        ae_lr = torch.tensor(args.ae_lr, device=device) if cuda else args.ae_lr  # a CUDA graph reads it at each replay
-        optimizer_ae = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()], lr=ae_lr,
-                                        betas=(0.5, 0.999), fused=fused, capturable=cuda)
-        optimizer_disc = torch.optim.SGD(model.discriminator.parameters(), lr=args.d_lr, momentum=args.d_momentum,
-                                         fused=fused)
-        run.start(data, device, model, ema, optimizer_ae=optimizer_ae, optimizer_disc=optimizer_disc)
+        def step_done():
+            ema.update()
+            run.step_done()
 
-        with SummaryWriter(run.folder) as writer:
-            logger_ae = TensorBoardLogger(writer, name="generator")
-            logger_disc = TensorBoardLogger(writer, name="discriminator")
-            batches = Batches(data.train_loader, ema, run)
-            for epoch in run.epochs(writer, logger_ae, logger_disc):  # from 0 (before training) or the last checkpoint
-                if epoch > 0:
-                    set_learning_rate(optimizer_ae, epoch, args)
-                    train_aae(epoch, model, batches, logger_ae, logger_disc, optimizer_ae, optimizer_disc, args.lambda_)
-                generate_and_save(ema.model, epoch, writer)
-                if epoch == 1 or epoch % 5 == 0:
-                    save_reconstruction(ema.model, epoch, writer, data.fixed_images, count=len(data.fixed_images))
-                    save_measurements(ema.model, epoch, writer, data.test_images)
-                run.end_epoch(epoch)  # prints losses, saves checkpoints, stops if a signal is pending
-            save_summary(ema.model, args.epochs, writer, data, run.settings, run.means)
-        build_step.cache_clear()  # frees the model, and on CUDA the memory of its graphs
+        batches = Batches(data.train_loader, step_done)
+        for epoch in run.epochs(logger_ae=logger_ae, logger_disc=logger_disc):  # from 0, which is before training
+            if epoch > 0:
+                set_learning_rate(optimizer_ae, epoch, args)
+                train_aae(epoch, model, batches, logger_ae, logger_disc, optimizer_ae, optimizer_disc, args.lambda_)
+            generate_and_save(ema.model, epoch, writer)
+            if epoch == 1 or epoch % 5 == 0:
+                save_reconstruction(ema.model, epoch, writer, data.fixed_images, count=len(data.fixed_images))
+                save_measurements(ema.model, epoch, writer, data.test_images)
+            run.end_epoch(epoch)  # prints the losses, saves everything
+        save_summary(ema.model, args.epochs, writer, data, run.settings, run.means)
     return run.folder
 
 

@@ -45,14 +45,12 @@ class TensorBoardLogger:
             add(sums, unread)
 
     def state_dict(self):
-        """Return the logger's step, its open window and its epoch."""
-        return {"global_step": self.global_step, "unread": on_cpu(self._unread), "window": dict(self._window),
-                "epoch": dict(self._epoch)}
+        """Return the logger's step and its open window; call `end_epoch` before."""
+        return {"global_step": self.global_step, "window": self._window}
 
     def load_state_dict(self, state):
         """Restore what `state_dict` returned."""
-        self.global_step = state["global_step"]
-        self._unread, self._window, self._epoch = (dict(state[name]) for name in ("unread", "window", "epoch"))
+        self.global_step, self._window = state["global_step"], state["window"]
 
 
 def add(sums, others):

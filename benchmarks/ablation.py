@@ -21,9 +21,9 @@ from benchmarks.tables import ablation, figures_of
 from evaluation.measures import evaluate
 from evaluation.model_files import find_run, load_model, read_weights
 from models import AdversarialAE
-from training.checkpoint import load_state
 from training.cli import OneLineParser, run_program
 from training.files import write_atomically
+from training.run import load_state
 
 RESULTS = FIGURES / "ablation.json"
 HELD_OUT = 5_000  # of the training images
@@ -85,7 +85,7 @@ def run_variant(flags, change, data_dir):
         run = train.main(train.parse_args([*flags, "--dataset", "mnist", "--data_dir", data_dir, "--log_dir", folder]))
         _, path, settings = find_run(run)
         model = load_model(path, read_weights(path), settings).to(settings["device"])
-        accuracy = load_state(run)["means"]["accuracy"]
+        accuracy = load_state(run)["run"]["means"]["accuracy"]
     images, labels = mnist.load_mnist(data_dir)
     metrics = evaluate(model, images[:-HELD_OUT], images[-HELD_OUT:], labels[-HELD_OUT:])
     return {**figures_of(metrics), "accuracy": accuracy}

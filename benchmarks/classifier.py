@@ -12,9 +12,8 @@ from tqdm import tqdm
 
 from evaluation.classifier import WEIGHTS, DigitClassifier, features_and_probabilities
 from mnist import load_digits, load_mnist, mnist
-from training.checkpoint import serialize
 from training.device import setup_device
-from training.files import write_atomically
+from training.files import serialize, write_atomically
 
 
 def train_classifier(loader, epochs, seed=0, device="cpu"):

@@ -8,7 +8,7 @@ from benchmarks.plots import ORANGE, plt, save
 from evaluation.model_files import find_run, load_data, load_model, read_weights
 from evaluation.monitoring import reconstruct
 from training.files import image_grid
-from training.random_state import evaluation_mode
+from training.model import evaluation_mode
 
 SAMPLES = "results/Prior_samples/samples_epoch_{}.png"
 SHOWN = (0, 20, 50, 100)  # epochs of a run's picture

@@ -19,9 +19,9 @@ from benchmarks import pictures, report
 from benchmarks.report import FIGURES, PROJECT
 from benchmarks.tables import BASE, SEEDS, STAGES, figures_of, read_figures
 from evaluation.model_files import find_run, load_data, load_model, read_weights
-from training.checkpoint import WEIGHTS, CheckpointError, load_checked, load_state, serialize
 from training.cli import OneLineParser, run_program
-from training.files import write_atomically
+from training.files import WEIGHTS, CheckpointError, load_checked, serialize, write_atomically
+from training.run import load_state
 
 RUNS = {  # name: flags of train.py
     "z8": [],
@@ -60,7 +60,7 @@ def finished_run(name, args):
 def last_run(folder):
     """Return the newest run in a folder and how many epochs it has done; None and 0 without one."""
     states = sorted(folder.glob("*/checkpoints/training_state.pt"), key=lambda state: state.stat().st_mtime)
-    return (states[-1].parent.parent, load_state(states[-1])["epoch"]) if states else (None, 0)
+    return (states[-1].parents[1], load_state(states[-1].parents[1])["run"]["epoch"]) if states else (None, 0)
 
 
 def check_code(folder, name):
@@ -88,7 +88,7 @@ def call(program, args, *flags):
 
 def figures(run):
     """Return how far a run has come and what its evaluation measured, as a dict that json can write."""
-    state, metrics = load_state(run), json.loads((run / "evaluation" / "metrics.json").read_text())
+    state, metrics = load_state(run)["run"], json.loads((run / "evaluation" / "metrics.json").read_text())
     return {"epochs": state["epoch"], "seconds": state["seconds"], "weights_md5": metrics["weights_md5"],
             **{name: state["means"][name] for name in ("recon_loss", "gen_loss", "disc_loss", "accuracy")},
             **figures_of(metrics)}
@@ -143,7 +143,7 @@ def keep(name, run, args):
 
 def main(args):
     """Finish and show the runs, and write the tables and plots."""
-    signal.signal(signal.SIGINT, lambda *_: None)  # train.py saves its state, and its status ends this program
+    signal.signal(signal.SIGINT, lambda *_: None)  # train.py says what is saved, and its status ends this program
     for name in args.only:
         keep(name, finished_run(name, args), args)
     report.main()

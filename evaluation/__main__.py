@@ -21,10 +21,9 @@ from evaluation.classifier import load_classifier
 from evaluation.measures import CONFIDENCE, evaluate
 from evaluation.model_files import find_run, load_data, load_model, read_weights, settings_from_weights
 from evaluation.pictures import draw_pictures
-from training.checkpoint import WEIGHTS
 from training.cli import OneLineParser, number, print_line, run_program
 from training.device import device_name, setup_device
-from training.files import png_bytes, write_atomically
+from training.files import WEIGHTS, png_bytes, write_atomically
 
 
 def main(args):

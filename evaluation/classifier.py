@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from training.checkpoint import CheckpointError, load_checked
 from training.cli import UserError
+from training.files import CheckpointError, load_checked
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "assets" / "digit_classifier.pt"
 BATCH = 250  # images per forward pass outside training

@@ -6,7 +6,7 @@ from evaluation import metrics
 from evaluation.classifier import BATCH, features_and_probabilities, load_classifier
 from evaluation.monitoring import reconstruct
 from training.cli import UserError
-from training.random_state import evaluation_mode
+from training.model import evaluation_mode
 
 SAMPLES = 10_000       # drawn for the log-likelihood and the classifier
 SIGMA_IMAGES = 1_000   # the last training images, on which the Parzen window's sigma is chosen
@@ -57,8 +57,12 @@ def split_training_images(images):
 
 def draw_samples(model, count, seed):
     """Return `count` samples of a model; equal seeds give equal samples."""
-    model.sample_stream.manual_seed(seed)
-    return torch.cat([model.sample(min(BATCH, count - done)) for done in range(0, count, BATCH)])
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        return torch.cat([model.sample(min(BATCH, count - done)) for done in range(0, count, BATCH)])
+    finally:
+        torch.set_rng_state(state)
 
 
 def reconstruction_errors(reconstructions, images, labels):

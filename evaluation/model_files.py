@@ -11,8 +11,8 @@ import torch
 
 from mnist import load_digits, load_mnist
 from models import ENCODERS, NETWORKS, AdversarialAE
-from training.checkpoint import WEIGHTS, load_checked
 from training.cli import UserError
+from training.files import WEIGHTS, load_checked
 
 DEFAULTS = {"posterior": "deterministic", "networks": "base", "trained_on": "mnist",
             "data_dir": "../data/"}  # for what older runs and weights alone do not record

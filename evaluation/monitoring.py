@@ -7,7 +7,7 @@ import torch
 from torch.utils.tensorboard.summary import hparams
 
 from evaluation.metrics import ks_distance
-from training.random_state import evaluation_mode
+from training.model import evaluation_mode
 
 HYPERPARAMETERS = ("z_dim", "lambda_", "posterior", "networks", "ae_lr", "drop_after", "d_lr", "d_momentum",
                    "averaging", "batch_size", "epochs", "seed", "precision", "trained_on")  # by which runs are compared

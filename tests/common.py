@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 
 from tests.train_mistakes import read_png  # noqa: F401 (other files import it from here)
-from training.checkpoint import load_state
-from training.random_state import random_states
+from training.device import RandomState
+from training.run import load_state
 from unittests import Group
 
 __unittest = True
@@ -61,7 +61,7 @@ class TinyAAE(nn.Module):
 def snapshot(model):
     """Return copies of a model's weights, statistics and modes, and all random states, for `same`."""
     modes = torch.tensor([module.training for module in model.modules()])
-    return {**copy.deepcopy(model.state_dict()), **random_states(model), "modes": modes}
+    return {**copy.deepcopy(model.state_dict()), **RandomState(model.device).state_dict(), "modes": modes}
 
 
 def same(state, other):
@@ -80,8 +80,8 @@ def read_events(folder):
 
 def run_contents(run):
     """Return all that a finished run has written, except its settings and times, by name; == compares it to the bit."""
-    parts = {name: part for name, part in load_state(run).items()
-             if name not in ("settings", "events", "seconds", "path")}
+    parts = {name: part for name, part in load_state(run).items() if name not in ("settings", "events")}
+    del parts["run"]["seconds"]
     parts["weights"] = dict(torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True))
     contents = tree_map(lambda part: part.numpy().tobytes() if torch.is_tensor(part) else part, parts)
     events = read_events(run)

@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import functools
+import gc
 import io
+import weakref
 from types import SimpleNamespace
 from unittest import mock
 
@@ -11,7 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.common import TrainGroup
+import train
+from tests.common import TrainGroup, same
 from training.run import load_optimizer
 from unittests import images_like_mnist
 
@@ -144,25 +147,27 @@ class GraphReplay(TrainGroup):
         super().setUp()
         self.enterContext(mock.patch.object(self.device, "set_precision"))  # bf16 on every CPU
 
-    def trained(self, captured, *flags, before=lambda *optimizers: None, failing=None, replays=REPLAYS):
+    def trained(self, captured, *flags, before=lambda *optimizers: None, failing=None, replays=REPLAYS,
+                schedule=train.set_learning_rate):
         """Return all tensors of 24 steps and after them. Before them, the optimizers' states are loaded.
 
-        If captured, `replays` steps are replays; the first three of each batch size are eager. The learning rate drops
-        halfway. `before` is called with the optimizers.
+        If captured, `replays` steps are replays; the first three of each batch size are eager. Unless `schedule` is
+        another, the learning rate drops halfway. `before` is called with the optimizers.
         """
         args, values = self.train.parse_args(["--seed", "1", *flags]), []
         with cuda_on_the_cpu(self, failing) as self.cuda:
             _, model, _, _, _, *optimizers, _ = self.parts("--seed", "1", *flags)
             torch.manual_seed(1)
             model.capturable, average, images = captured, self.train.EMA(model, args.averaging), images_like_mnist(40)
-            self.train.train_step(model, *optimizers, args.lambda_, images)
+            self.train.train_step.__wrapped__(model, *optimizers, args.lambda_, images)
             for optimizer in optimizers:
                 load_optimizer(optimizer, optimizer.state_dict())
             before(*optimizers)
-            step = self.train.build_step(model, *optimizers, args.lambda_)
             for number in range(STEPS):
-                self.train.set_learning_rate(optimizers[0], args.drop_after + 2 * number // STEPS, args)
-                values.append(copy.deepcopy(step(images[number:][:SIZES[number % len(SIZES)]])))  # may be overwritten
+                schedule(optimizers[0], args.drop_after + 2 * number // STEPS, args)
+                x = images[number:][:SIZES[number % len(SIZES)]]
+                values.append(copy.deepcopy(  # may be overwritten
+                    self.train.train_step(model, *optimizers, args.lambda_, x)))
                 average.update()
         self.assertEqual(sum(graph.replays for graph in self.cuda.graphs), replays if captured else 0)
         return [values, model.state_dict(), average.model.state_dict(), torch.get_rng_state(),
@@ -195,23 +200,47 @@ class GraphReplay(TrainGroup):
             state = self.cuda.generator.clone_state.return_value
             self.cuda.generator.graphsafe_set_state.assert_called_once_with(state)
 
+    def test_a_rate_for_each_step_ends_in_eager_steps_with_one_warning(self):
+        def schedule(optimizer, *_):
+            optimizer.param_groups[0]["lr"] *= 0.9
+
+        eager = self.trained(False, schedule=schedule)
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            assert_equal(self.trained(True, schedule=schedule, replays=self.cuda_graph.MOST), eager)
+        self.assertRegex(err.getvalue(), r"\AWARNING: .* recorded more than 8 times.*; --no-graph, or .*\n\Z")
+
+    def test_a_second_run_trains_its_own_model_and_the_first_is_freed(self):
+        models, weights = [], []
+
+        def train_aae(epoch, model, loader, logger_ae, logger_disc, *others):
+            models.append(weakref.ref(model))
+            for x, _ in loader:
+                self.train.train_step(model, *others, x)
+
+        with cuda_on_the_cpu(self) as cuda, mock.patch.object(self.train, "train_aae", train_aae):
+            for _ in range(2):
+                weights.append(self.train_quietly("--epochs", "1", "--batch_size", "20")[1])
+        gc.collect()
+        self.assertEqual([graph.replays for graph in cuda.graphs], [2, 2])
+        self.assertTrue(same(*weights) and not any(model() for model in models))
+
     def test_a_full_or_busy_gpu_ends_the_run(self):
         error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         with cuda_on_the_cpu(self), self.assertRaises(torch.OutOfMemoryError) as caught:
-            captured = self.cuda_graph.CapturedStep(mock.Mock(side_effect=[{}, {}, {}, error]))
+            recordings, step = self.cuda_graph.StepRecordings(), mock.Mock(side_effect=[{}, {}, {}, error])
             for _ in range(4):  # three eager steps, and the capture
-                captured(torch.zeros(2))
+                recordings(step, "key", torch.zeros(2))
         self.assertIs(caught.exception, error)
 
     def test_no_graph_on_other_devices(self):
-        with cuda_on_the_cpu(self):
-            for flags, device, hip, expected in (((), "cuda", None, True), (("--no-graph",), "cuda", None, False),
-                                                 ((), "cuda", "6.4.43482", False), ((), "mps", None, False)):
+        for flags, device, hip, expected in (((), "cuda", None, 1), (("--no-graph",), "cuda", None, 0),
+                                             ((), "cuda", "6.4.43482", 0), ((), "mps", None, 0)):
+            with cuda_on_the_cpu(self) as cuda, mock.patch("torch.version.hip", hip):
                 _, model, _, _, _, *optimizers, lambda_ = self.parts(*flags)
-                with mock.patch.object(type(model), "device", torch.device(device)), \
-                        mock.patch("torch.version.hip", hip):
-                    step = self.train.build_step(model, *optimizers, lambda_)
-                self.assertEqual(isinstance(step, self.train.CapturedStep), expected, (flags, device, hip))
+                with mock.patch.object(type(model), "device", torch.device(device)):
+                    for _ in range(4):
+                        self.train.train_step(model, *optimizers, lambda_, torch.zeros(2, 1, 28, 28))
+            self.assertEqual(len(cuda.graphs), expected, (flags, device, hip))
 
     def test_operations_that_cuda_rejects_are_rejected(self):
         x, mask = torch.zeros(3), torch.ones(3, dtype=torch.bool)

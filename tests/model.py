@@ -16,23 +16,21 @@ __unittest = True
 class Promises(ModelGroup):
     """Features of this project's models.py beyond the interface."""
 
-    def test_sampling_follows_the_seed_and_changes_nothing(self):
-        starts = []
-        for seed in (0, 0, 1):
-            torch.manual_seed(seed)
-            model = self.models.AdversarialAE().train()
-            starts.append(model.sample_stream.get_state())
-        self.assertTrue(torch.equal(starts[0], starts[1]))
-        self.assertFalse(torch.equal(starts[0], starts[2]))
+    def test_sampling_follows_the_seed_and_changes_nothing_else(self):
+        model = self.models.AdversarialAE().train()
         model.decoder = nn.Sequential(model.decoder, nn.BatchNorm2d(1), nn.Dropout(0.5).eval())  # mixed modes
-        states = []
-        for _ in range(2):
-            model.sample_stream.manual_seed(5)
+        states, images = [], []
+        for seed in (5, 5, 6):
+            torch.manual_seed(seed)
+            with torch.device("meta" if states else "cpu"):  # like torch.set_default_device, which must not matter
+                images.append(model.sample(8))
+            torch.manual_seed(0)
             states.append(snapshot(model))
-            images = model.sample(8)
-        self.assertTrue(same(*states), "sampling changes the model or torch's random state")
-        model.sample_stream.manual_seed(5)
-        torch.testing.assert_close(images, model.eval().sample(8))
+        self.assertTrue(same(*states[1:]), "sampling changes the model")
+        torch.testing.assert_close(images[0], images[1], rtol=0, atol=0)
+        self.assertFalse(torch.equal(*images[1:]))
+        torch.manual_seed(6)
+        torch.testing.assert_close(images[2], model.eval().sample(8))
 
     def test_suggested_architecture(self):
         layers = {  # pixels of the kernel, inputs, outputs
@@ -53,8 +51,6 @@ class Promises(ModelGroup):
             self.assertEqual((recon_x.shape, z.shape, model.sample(2).shape), ((5, 1, 28, 28), (5, 3), (2, 1, 28, 28)))
             model.get_loss_autoencoder(x, recon_x, z, 0.5)[0].backward()
             self.assertTrue(all(weight.grad.abs().sum() > 0 for weight in model.encoder.parameters()), posterior)
-            self.check(all(weight.grad is None and weight.requires_grad for weight in model.discriminator.parameters()),
-                       "the autoencoder's loss computes gradients for the discriminator's weights, or freezes them")
             model.zero_grad()
             model.get_loss_discriminator(z)[0].backward()
             self.assertTrue(all(weight.grad is None for weight in model.encoder.parameters()), posterior)

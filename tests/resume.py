@@ -1,11 +1,10 @@
-"""Stopped and resumed runs, and their training states."""
+"""Interrupted and resumed runs, and their training states."""
 
 import functools
 import itertools
 import json
 import os
 import shutil
-import signal
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -15,6 +14,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from tests.common import Stop, TrainGroup, run_contents, same
+from training import files
 from training import run as runs
 from unittests import HERE
 
@@ -23,8 +23,6 @@ __unittest = True
 
 class ResumeGroup(TrainGroup):
     """Shared by the groups on stopped runs."""
-
-    needs = (*TrainGroup.needs, "training.checkpoint")
 
     @classmethod
     def setUpClass(cls):
@@ -56,48 +54,53 @@ class ResumeGroup(TrainGroup):
 
 
 class Resume(ResumeGroup):
-    """A stopped and resumed run equals an uninterrupted one."""
+    """A resumed run ends with the bits of one that was never interrupted."""
 
     STEPS = 2  # per epoch: 100 digits in batches of 64
     FLAGS = "--epochs", "4", "--drop_after", "1"
 
-    def setUp(self):  # means of 7 steps are logged, so that the state has a part of all sums at one stop or another
+    def setUp(self):  # means of 7 steps are logged, so that windows cross the ends of epochs
         super().setUp()
         self.enterContext(mock.patch.object(self.train.TensorBoardLogger.__init__, "__defaults__", (7, None)))
 
-    def stop_after(self, steps, name, *flags):
-        """Train until a signal arrives after a number of steps; return the run's folder."""
+    def interrupted_run(self, steps, *flags):
+        """Train until Ctrl-C is pressed after a number of steps; return the run's folder and standard error."""
         log_dir, step_done, count = self.folder(), runs.Run.step_done, itertools.count(1)
-        signum = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGUSR1
-        handler = signal.getsignal(signum)
 
-        def signal_and_step_done(run):
-            if next(count) == steps:
-                signal.raise_signal(signum)
+        def interrupt(run):
             step_done(run)
+            if next(count) == steps:
+                raise KeyboardInterrupt
 
-        with mock.patch.object(runs.Run, "step_done", signal_and_step_done):
+        with mock.patch.object(runs.Run, "step_done", interrupt):
             status, _, err = self.run_digits("--log_dir", log_dir, *flags)
-        self.assertEqual(signal.getsignal(signum), handler, "the handler was not restored")
-        self.assertEqual(status, 128 + signum, err)
+        self.assertEqual(status, 130, err)
         run, = log_dir.iterdir()
-        epochs, rest = divmod(steps, self.STEPS)
-        self.assertIn(f"by {signal.Signals(signum).name} after {epochs} epochs and {rest} steps; resume it with: "
-                      f"python {os.path.relpath(HERE / 'train.py')} --resume {run}\n", err)
-        return run
+        return run, err
 
-    def test_a_run_stopped_by_a_signal_and_resumed_equals_the_uninterrupted_one(self):
+    def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one(self):
         base = "--epochs", "2", "--networks", "base", "--posterior", "gaussian"
         universal = "--epochs", "2", "--posterior", "universal"
-        for steps, name, flags in ((1, "SIGINT", self.FLAGS), (2, "SIGTERM", self.FLAGS), (7, "SIGUSR1", self.FLAGS),
-                                   (3, "SIGTERM", base), (3, "SIGTERM", universal)):
-            run = self.stop_after(steps, name, *flags)
+        for steps, every, saved, flags in ((1, 1, 0, self.FLAGS), (5, 1, 2, self.FLAGS), (6, 2, 2, self.FLAGS),
+                                           (3, 1, 1, base), (4, 1, 1, universal)):
+            run, err = self.interrupted_run(steps, "--checkpoint_every", every, *flags)
+            self.assertEqual(err, f"\ninterrupted; epoch {saved} is saved; resume the run with: python "
+                                  f"{os.path.relpath(HERE / 'train.py')} --resume {run}\n")
             for _ in range(2):  # the second time, nothing is left to do
                 self.assert_resumed(run)
                 self.assert_same_contents(run, self.finished_run(*flags))
             settings = json.loads((run / "hparams.json").read_text())
             model = self.models.AdversarialAE(networks=settings["networks"], posterior=settings["posterior"])
             model.load_state_dict(torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True))
+
+    def test_an_interrupt_before_anything_is_saved_or_in_a_folder_that_is_gone(self):
+        for place, words in (("train.generate_and_save", "interrupted; nothing is saved yet, so start a new run"),
+                             ("train.train_aae", f"epoch 0 is saved; resume the run with: python {runs.TRAIN} --res")):
+            with mock.patch(place, side_effect=KeyboardInterrupt), \
+                    mock.patch("os.path.relpath", side_effect=FileNotFoundError(2, "No such file or directory")):
+                status, _, err = self.run_digits("--log_dir", self.folder(), "--epochs", 1)
+            self.assertEqual(status, 130, err)
+            self.assertIn(words, err)
 
     def test_the_average_is_shown_measured_and_saved_and_training_uses_the_others(self):
         names = "generate_and_save", "save_reconstruction", "save_measurements", "save_summary"
@@ -106,7 +109,7 @@ class Resume(ResumeGroup):
             run, saved = self.train_quietly("--epochs", "1", "--averaging", "0.9")
         for name, function in functions.items():
             self.check(same(function.call_args.args[0].state_dict(), saved), f"{name} does not get the average")
-        state, last_state = self.checkpoint.load_state(run), self.checkpoint.load_state(last)
+        state, last_state = runs.load_state(run), runs.load_state(last)
         self.assertTrue(same(state["ema"]["weights"], saved))
         self.assertTrue(same(state["model"], last_state["model"]), "the weights depend on the average")
         self.assertTrue(same(last_state["model"], last_saved), "--averaging 0 averages")
@@ -122,31 +125,20 @@ class Resume(ResumeGroup):
             fsync(file)
 
         with mock.patch("os.fsync", full):
-            result = self.run_digits("--log_dir", log_dir, "--epochs", 2, "--drop_after", 1, "--checkpoint_every", 1)
+            result = self.run_digits("--log_dir", log_dir, "--epochs", 2, "--drop_after", 1)
         self.assert_refused(result, 1, "training_state.pt", "No space left")
         run, = log_dir.iterdir()
         self.assertEqual(list(run.rglob("*.tmp")), [])
         with mock.patch.object(self.train, "train_aae", side_effect=Stop), self.assertRaises(Stop):
             self.resume(run, "--epochs", 4)
         (run / "checkpoints" / "training_state.pt.tmp").write_bytes(b"half")
-        self.assertEqual(self.checkpoint.load_state(run)["epoch"], 1)
+        self.assertEqual(runs.load_state(run)["run"]["epoch"], 1)
         self.assert_resumed(run)
         self.assert_same_contents(run, self.finished_run(*self.FLAGS))
         self.assertEqual(list(run.rglob("*.tmp")), [])
         self.assertEqual(json.loads((run / "hparams.json").read_text())["epochs"], 4)
-        group, = self.checkpoint.load_state(run)["optimizer_ae"]["param_groups"]
+        group, = runs.load_state(run)["optimizer_ae"]["param_groups"]
         self.check_close(group["lr"], 1e-4, "the learning rate does not drop after the epoch of --drop_after")
-
-    def test_a_second_interrupt_stops_at_once_and_ignored_signals_stay_ignored(self):
-        with runs.stop_signals() as pending_signals:
-            signal.raise_signal(signal.SIGINT)
-            self.assertEqual(pending_signals, [signal.SIGINT])
-            with self.assertRaises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
-        self.addCleanup(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.SIG_IGN))
-        with runs.stop_signals() as pending_signals:
-            signal.raise_signal(signal.SIGINT)
-        self.assertEqual(pending_signals, [])
 
     def test_files_of_the_user_are_kept(self):
         run = self.finished_run(*self.FLAGS)
@@ -163,23 +155,19 @@ class Resume(ResumeGroup):
             self.assertEqual([file for file in foreign if not file.is_file() or file.read_text() != str(file)], [])
         self.assertFalse(late.exists(), "events newer than the checkpoint remain")
 
-    def test_a_students_train_aae_is_trained_stopped_and_resumed(self):
-        log_dir, trained, step = self.folder(), [], self.train.train_aae
+    def test_a_students_train_aae_is_trained_and_resumed(self):
+        trained, step = [], self.train.train_aae
 
         def train_aae(epoch, model, train_loader, *others):
             for number, batch in enumerate(train_loader, 1):
                 step(epoch, model, [batch], *others)
                 trained.append((epoch, number, len(train_loader)))
-                if len(trained) == 3:
-                    signal.raise_signal(signal.SIGTERM)
 
         with mock.patch.object(self.train, "train_aae", train_aae):
-            status, _, err = self.run_digits("--log_dir", log_dir, *self.FLAGS)
-            self.assertEqual(status, 128 + signal.SIGTERM, err)
-            run, = log_dir.iterdir()
+            run, _ = self.interrupted_run(3, *self.FLAGS)
             self.assert_resumed(run)
-        self.assertEqual(trained, [(1, 1, 2), (1, 2, 2), (2, 1, 2), (2, 1, 2), (3, 1, 2), (3, 2, 2), (4, 1, 2),
-                                   (4, 2, 2)])
+        self.assertEqual(trained, [(1, 1, 2), (1, 2, 2), (2, 1, 2), (2, 1, 2), (2, 2, 2), (3, 1, 2), (3, 2, 2),
+                                   (4, 1, 2), (4, 2, 2)])
         self.assert_same_contents(run, self.finished_run(*self.FLAGS))
 
 
@@ -188,7 +176,7 @@ class Checkpoint(ResumeGroup):
 
     def change(self, run, **entries):
         file = run / "checkpoints" / "training_state.pt"
-        file.write_bytes(self.checkpoint.serialize({**torch.load(file, weights_only=True), **entries}))
+        file.write_bytes(files.serialize({**torch.load(file, weights_only=True), **entries}))
 
     def test_latest_run_is_the_one_saved_last_whatever_its_name(self):
         log_dir = self.folder()
@@ -217,55 +205,44 @@ class Checkpoint(ResumeGroup):
         empty, file = self.folder(), self.folder() / "training_state.pt"
         file.write_bytes(b"")
         for wrong, named in ((empty, empty), (empty / "none", empty / "none"), (file, file), ("latest", empty),
-                             (run / "checkpoints" / "model_checkpoint.pt", "model_checkpoint.pt"), ("", "")):
+                             (run / "checkpoints" / "model_checkpoint.pt", "model_checkpoint.pt"), ("", ".")):
             self.assert_refused(self.run_cli("--resume", wrong, "--log_dir", empty), 1, named, "resume")
         for place in ("builtins.open", "os.truncate"):  # a run of somebody else; on Windows, one that is being read
             with next(run.glob("events.out.*")).open("ab") as events:
                 events.write(b"later")
             with mock.patch(place, side_effect=PermissionError(13, "Permission denied", str(run / "x"))):
                 self.assert_refused(self.resume(run), 1, run, "Permission denied")
-        self.change(run, format="adversarial autoencoder, training state 1")
-        self.assert_refused(self.resume(run), 1, run / "checkpoints" / "training_state.pt", "of this version")
+        self.change(run, format="adversarial autoencoder, training state 3")
+        self.assert_refused(self.resume(run), 1, run / "checkpoints" / "training_state.pt", "finish the run with")
 
-    def test_damaged_checkpoint_is_rejected_and_the_previous_one_offered(self):
-        run, _ = self.train_quietly("--epochs", "2", "--checkpoint_every", "1")
-        whole, current = run_contents(run), run / "checkpoints" / "training_state.pt"
-        previous, content = current.with_name("training_state.previous.pt"), current.read_bytes()
-        damages = [content[:-100], b"", b"not a checkpoint", self.checkpoint.serialize({"weight": torch.zeros(3)})]
+    def test_damaged_states_are_rejected(self):
+        run = self.finished_run("--epochs", "1")
+        state = run / "checkpoints" / "training_state.pt"
+        content = state.read_bytes()
+        damages = [content[:-100], b"", b"not a checkpoint"]
         for place in np.linspace(len(content) // 4, len(content) // 2, 4, dtype=int):  # among the data of tensors
             damages.append(content[:place] + bytes([content[place] ^ 16]) + content[place + 1:])  # one bit
         for damage in damages:
-            current.write_bytes(damage)
-            self.assert_refused(self.resume(run), 1, current, f"--resume {previous}")
-        self.assertEqual(self.checkpoint.load_state(previous)["epoch"], 1)
-        self.assert_resumed(previous)
-        self.assert_same_contents(run, whole)
-        for file in (previous, current):
-            file.write_bytes(b"")
-        self.assert_refused(self.resume(run), 1, current, "is damaged, or not a checkpoint; name another file\n")
+            state.write_bytes(damage)
+            self.assert_refused(self.resume(run), 1, f"{state} is damaged, or not a checkpoint; name another file\n")
 
     def test_checkpoint_of_another_model_or_optimizer(self):
         run = self.finished_run("--epochs", "1")
         before = run_contents(run)
 
-        def plain(z_dim):  # with the same weights, but without a stream for samples
-            model = self.models.AdversarialAE(z_dim)
-            del model.sample_stream
-            model.sample = lambda batch_size: model.decoder(torch.randn(batch_size, z_dim))
-            return model
-
         base = functools.partial(self.models.AdversarialAE, networks="base")
-        with mock.patch.object(self.train, "AdversarialAE", base):
+        with mock.patch("training.model.AdversarialAE", base):
             self.assert_refused(self.resume(run), 1, run, "does not fit models.py")
         with mock.patch("torch.optim.Adam", lambda weights, lr, **_: torch.optim.RMSprop(weights, lr)):
             self.assert_refused(self.resume(run), 1, run, "RMSprop")
+        full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        with mock.patch("torch.optim.Adam.load_state_dict", side_effect=full):
+            self.assert_refused(self.resume(run), 1, "the GPU does not have enough free memory")
         self.assert_same_contents(run, before)
-        with mock.patch.object(self.train, "AdversarialAE", plain):
-            self.assert_resumed(run, "--epochs", 2)
 
     def test_state_of_another_device_and_version(self):
         run = self.finished_run("--epochs", "1")
-        state = self.checkpoint.load_state(run)
+        state = runs.load_state(run)
         cuda_layout = tree_map(lambda part: part.contiguous() if torch.is_tensor(part) else part, state["optimizer_ae"])
         del state["settings"]["precision"]  # as if the flag were newer than the run
         self.change(run, optimizer_ae=cuda_layout, settings={**state["settings"], "device": "cuda"},
@@ -283,9 +260,9 @@ class Checkpoint(ResumeGroup):
             os.chdir(folder)
             self.assert_resumed(name)
         self.assertTrue(same(weights, torch.load(file, weights_only=True)))
-        if self.checkpoint.fcntl is None:
+        if files.fcntl is None:
             self.skipTest("runs are not locked here")
-        with self.checkpoint.locked(run):
+        with files.locked(run):
             self.assert_refused(self.resume(run), 1, run, "in use")
-        with mock.patch.object(self.checkpoint.fcntl, "flock", side_effect=OSError(38, "Function not implemented")):
+        with mock.patch.object(files.fcntl, "flock", side_effect=OSError(38, "Function not implemented")):
             self.assertIn("cannot be locked", self.assert_resumed(run))

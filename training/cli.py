@@ -30,14 +30,6 @@ class FlagError(UserError):
     status = 2  # the exit status; 1 for other errors
 
 
-class RunStopped(Exception):
-    """A signal has stopped the run, and everything is saved; the message says how to resume it."""
-
-    def __init__(self, message, signum):
-        super().__init__(message)
-        self.signum = signum
-
-
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows the default of each flag that takes a value, and the examples line by line."""
 
@@ -98,9 +90,6 @@ def run_program(program, main, parse, argv, memory_advice):
     try:
         main(parse(argv))
         return 0
-    except RunStopped as stopped:
-        print_line(f"\n{stopped}", sys.stderr)
-        return 128 + stopped.signum
     except KeyboardInterrupt as interruption:
         print_line(f"\n{str(interruption) or 'interrupted'}", sys.stderr)
         return 128 + signal.SIGINT
@@ -128,18 +117,19 @@ def report_error(program, error, memory_advice):
     """Print what is wrong and what to do in one sentence, and return the exit status; re-raise programming errors."""
     if isinstance(error, (UserError, DataError)):  # two classes, as mnist.py imports nothing of the project
         message = str(error)
-    elif gpu_is_taken(error):
-        message = ("the GPU does not have enough free memory, or another program has exclusive use of it; "
-                   f"{memory_advice}, or use --no-cuda")
-    elif isinstance(error, MemoryError) or isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)):
-        message = f"there is not enough memory; {memory_advice}"
+    elif full := memory_problem(error):
+        message = f"{full}; {memory_advice}{', or use --no-cuda' if 'GPU' in full else ''}"
     else:
         raise error
     print_line(f"{program}: error: {message}", sys.stderr)
     return getattr(error, "status", 1)
 
 
-def gpu_is_taken(error):
-    """Return whether an error means that the GPU is full or busy; torch has a separate class for one case only."""
-    return (isinstance(error, torch.OutOfMemoryError)
-            or isinstance(error, RuntimeError) and GPU_IS_TAKEN.search(str(error)))
+def memory_problem(error):
+    """Return a clause for an error that means a full memory, or a busy GPU; None for others."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and GPU_IS_TAKEN.search(text):
+        return "the GPU does not have enough free memory, or another program has exclusive use of it"
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and NO_MEMORY.search(text):
+        return "there is not enough memory"
+    return None

@@ -1,79 +1,97 @@
 """A training step as a CUDA graph: one launch for all its kernels."""
 
+import functools
+import weakref
 from collections import Counter
 
 import torch
 
-from training.cli import gpu_is_taken, warn
+from training.cli import memory_problem, warn
 
-WARM_UP = 3  # eager steps before a capture, in which libraries choose kernels and allocate memory
+WARM_UP = 3  # eager steps of a batch size before it is recorded, in which libraries choose kernels and allocate memory
+MOST = 8     # recordings for one optimizer; a run of train.py has four: two batch sizes at two learning rates
 
 
-class CapturedStep:
-    """A training step on CUDA, captured as one CUDA graph per batch size and replayed; eager once a capture fails.
+def captured(step):
+    """Decorate `step(model, optimizer_ae, optimizer_disc, lambda_, x)`: on CUDA, record a CUDA graph and replay it.
 
-    `step` takes a batch on the device, sets all gradients to None before it computes them, and returns tensors in lists
-    or dicts. It must not copy between host and device or branch on a tensor's value. The first WARM_UP calls for a
-    batch size run it eagerly and count as training steps; the capture itself runs nothing. Each call overwrites the
-    values that the previous one returned. Each replay has new random numbers. Load optimizer states before the first
-    call: a captured graph keeps using the old tensors.
-
-    See https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs for the rules.
+    Models that are not `capturable` are trained eagerly, and so is everything on AMD GPUs, where graphs are untested. A
+    recording is made for each shape of x, lambda_ and set of the optimizers' options, such as learning rates, and lives
+    as long as optimizer_ae. It runs nothing; the WARM_UP steps before it are training steps. Each step has new random
+    numbers, and overwrites the values that the previous one returned. For whoever edits a step: docs/DEVELOPING.md.
     """
+    recordings = weakref.WeakKeyDictionary()  # optimizer_ae -> StepRecordings
 
-    def __init__(self, step):
-        self.step = step
-        self.capturable = True  # until a capture fails
-        self._warm = Counter()  # shape -> eager calls so far
-        self._graphs = {}       # shape -> the graph, the batch that it reads, the values that it writes
+    @functools.wraps(step)
+    def call(model, optimizer_ae, optimizer_disc, lambda_, x):
+        eager = functools.partial(step, model, optimizer_ae, optimizer_disc, lambda_)
+        if model.device.type != "cuda" or torch.version.hip or not getattr(model, "capturable", False):
+            return eager(x)
+        if optimizer_ae not in recordings:
+            recordings[optimizer_ae] = StepRecordings()
+        options = [value for optimizer in (optimizer_ae, optimizer_disc) for group in optimizer.param_groups
+                   for value in group.values() if not isinstance(value, list)]
+        key = (weakref.ref(model), weakref.ref(optimizer_disc), lambda_, x.shape, *options)
+        return recordings[optimizer_ae](eager, key, x)
+
+    return call
+
+
+class StepRecordings:
+    """The CUDA graphs of one optimizer's steps. They hold no reference to model and optimizers, which can be freed."""
+
+    def __init__(self):
+        self._recording = True  # until one fails, or there are too many
+        self._warm = Counter()  # shape -> eager steps so far
+        self._graphs = {}       # key -> the graph, the batch that it reads, the values that it writes
         self._stream = torch.cuda.Stream()
 
-    def __call__(self, x):
-        if x.shape in self._graphs:
-            graph, batch, values = self._graphs[x.shape]
+    def __call__(self, step, key, x):
+        if key in self._graphs:
+            graph, batch, values = self._graphs[key]
             batch.copy_(x)
             graph.replay()
             return values
-        if self.capturable and self._warm[x.shape] < WARM_UP:
+        if self._recording and self._warm[x.shape] < WARM_UP:
             self._warm[x.shape] += 1
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                values = self.step(x)
+                values = step(x)
             torch.cuda.current_stream().wait_stream(self._stream)
             return values
-        if self.capturable:
-            self._capture(x)
-        return self._graphs[x.shape][2] if self.capturable else self.step(x)
+        if self._recording:
+            self._record(step, key, x)
+        return self._graphs[key][2] if self._recording else step(x)
 
-    def _capture(self, x):
-        """Capture the step on x and replay it once; if that fails, nothing has run, and steps are eager from now on.
+    def _record(self, step, key, x):
+        """Record the step on x and replay it once; if that fails, nothing has run, and steps are eager from now on.
 
         If ending the capture fails, the side stream stays current and, in torch 2.7, the random generator in capture
         mode; both are repaired here. The gradients of a failed capture, never written, are dropped by the next step.
         """
+        if len(self._graphs) == MOST:
+            return self._give_up(f"it would be recorded more than {MOST} times, for new learning rates or options")
         stream, generator = torch.cuda.current_stream(), torch.cuda.default_generators[x.device.index]
         random, graph, batch = generator.clone_state(), torch.cuda.CUDAGraph(), x.clone()
         try:
             # On the stream for which libraries have workspaces; in this mode, other threads may allocate pinned memory.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                values = self.step(batch)
+                values = step(batch)
             graph.replay()
-            self._graphs[x.shape] = graph, batch, values
+            self._graphs[key] = graph, batch, values
         except Exception as error:
             torch.cuda.set_stream(stream)
             generator.graphsafe_set_state(random)
-            self._give_up(error)
+            first = error.__context__ or error  # ending a failed capture raises a second error
+            if memory_problem(first):
+                raise first from None
+            # No reference to the error is kept, whose traceback holds the memory of the failed step.
+            cause = (str(first) or repr(first)).partition("\n")[0]
+            self._give_up(f"capturing a step failed ({cause})")
 
-    def _give_up(self, error):
-        """Warn of a failed capture and end capturing; raise the error of a full or busy GPU.
-
-        Keeps no reference to the error, whose traceback holds the memory of the failed step.
-        """
-        first = error.__context__ or error  # ending a failed capture raises a second error
-        if gpu_is_taken(first):
-            raise first from None
-        self.capturable = False
-        self._graphs.clear()  # those of other batch sizes use the generator's old state
-        cause = (str(first) or repr(first)).partition("\n")[0]
-        warn(f"training continues without a CUDA graph, and more slowly, because capturing a step failed ({cause}); "
-             f"--no-graph, or `capturable = False` in the model's class, takes such steps from the start")
+    def _give_up(self, reason):
+        """Record nothing more, forget what is recorded, and warn once."""
+        self._recording = False
+        self._graphs.clear()  # after a failed capture, the others use the random generator's old state
+        warn(f"training continues without a CUDA graph, and more slowly, because {reason}; --no-graph, or "
+             f"`capturable = False` in the model's class, takes such steps from the start")

@@ -1,5 +1,6 @@
-"""What depends on the hardware: the device and the arithmetic precision."""
+"""What depends on the hardware or is global in torch: device, arithmetic precision, random generators."""
 
+import contextlib
 import os
 import platform
 import re
@@ -11,6 +12,43 @@ import torch
 from training.cli import FlagError, UserError, warn
 
 CPUINFO, NVIDIA_DRIVER = Path("/proc/cpuinfo"), Path("/proc/driver/nvidia/version")  # on Linux
+
+
+class RandomState:
+    """The state of torch's global random generators: the CPU's, and that of the device if it has its own."""
+
+    def __init__(self, device):
+        self._generators = {"cpu": torch}
+        if device.type in ("cuda", "mps"):
+            self._generators[device.type] = getattr(torch, device.type)
+
+    def state_dict(self):
+        return {name: generator.get_rng_state() for name, generator in self._generators.items()}
+
+    def load_state_dict(self, state):
+        """Restore what `state_dict` returned, but no generator of another kind of device."""
+        for name in state.keys() & self._generators.keys():
+            self._generators[name].set_rng_state(state[name])
+
+
+@contextlib.contextmanager
+def default_torch_state():
+    """Give a run torch's default state, whatever an earlier cell of a notebook has set, and restore that afterwards."""
+    dtype, fill = torch.get_default_dtype(), torch.utils.deterministic.fill_uninitialized_memory
+    mode, switches = torch.get_deterministic_debug_mode(), [(*part, getattr(*part)) for part in precision_switches()]
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    on_cpu = torch.get_default_device().type == "cpu"  # torch.device slows down every call, so it is used if needed
+    with (torch.random.fork_rng(gpus), torch.inference_mode(False),  # which also records gradients
+          contextlib.nullcontext() if on_cpu else torch.device("cpu")):
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_deterministic_debug_mode(mode)
+            torch.utils.deterministic.fill_uninitialized_memory = fill
+            for owner, name, value in switches:
+                setattr(owner, name, value)
 
 
 def setup_device(no_cuda=False, precision="fp32", deterministic=False, mps=True):
@@ -80,8 +118,13 @@ def set_precision(precision, device):
         cpus = ", or Linux on a CPU with AMX or AVX512-BF16" if precision == "bf16" else ""
         raise FlagError(f"--precision {precision} needs an NVIDIA GPU of compute capability 8.0 or higher{cpus}; train "
                         f"with --precision fp32 here, or resume the run where it was started")
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    if device.type == "cuda" and hasattr(matmul, "fp32_precision"):
-        matmul.fp32_precision = cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-    elif device.type == "cuda":  # torch before 2.9; the two interfaces must not be mixed
-        matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
+    for owner, name in precision_switches():
+        setattr(owner, name, precision == "tf32" if name == "allow_tf32" else "tf32" if precision == "tf32" else "ieee")
+
+
+def precision_switches():
+    """Return the attributes of torch that let products be less exact, as pairs (object, name)."""
+    matmul, cudnn, cpu = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
+    if hasattr(matmul, "fp32_precision"):  # since torch 2.9; this interface and the older one must not be mixed
+        return [(part, "fp32_precision") for part in (matmul, cudnn.conv, cpu.matmul, cpu.conv)]
+    return [(matmul, "allow_tf32"), (cudnn, "allow_tf32")]

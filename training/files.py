@@ -1,18 +1,33 @@
-"""Files of a run: written atomically; images as PNG files."""
+"""Files: written atomically and read with their checksums; a run's folder."""
 
 import contextlib
 import errno
 import io
 import os
+import re
 import time
+import zipfile
+from datetime import datetime
 from pathlib import Path
 
+import torch
 from torchvision.utils import make_grid
 
-from training.cli import UserError
+from training.cli import UserError, warn
+
+try:
+    import fcntl
+except ImportError:  # Windows: runs are not locked there
+    fcntl = None
 
 ADVICE = "free disk space, check the permissions, or choose another folder"
 FULL = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EIO", "EROFS", "EFBIG") if hasattr(errno, name)}
+EVENT_FILE = re.compile(r"events\.out\.tfevents\.\d+\..+\.\d+\.\d+")  # of SummaryWriter: time, host, process, number
+WEIGHTS = "model_checkpoint.pt"  # a run's weights, for other uses
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be read, or a run that cannot be resumed."""
 
 
 @contextlib.contextmanager
@@ -22,7 +37,7 @@ def writing(folder):
         yield
     except OSError as error:
         path = os.fsdecode(error.filename) if error.filename else str(folder)
-        inside = error.filename and Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
+        inside = error.filename and Path(path).is_relative_to(folder)
         if not inside and error.errno not in FULL:
             raise
         raise UserError(f"{path} cannot be written: {error.strerror}; {ADVICE}") from None
@@ -73,6 +88,26 @@ def sync_folder(folder):
             os.close(descriptor)
 
 
+def serialize(value):
+    """Return what torch.save writes for a value, as bytes."""
+    content = io.BytesIO()
+    torch.save(value, content)
+    return content.getvalue()
+
+
+def load_checked(path):
+    """Return what torch.save wrote into a file, on the CPU; raise CheckpointError if it is missing or damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # the format of torch.save; torch.load ignores checksums
+            if not archive.testzip():
+                return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; name another file") from None
+    except Exception:  # both readers raise many kinds of errors for invalid files
+        pass
+    raise CheckpointError(f"{path} is damaged, or not a checkpoint; name another file")
+
+
 def png_bytes(picture):
     """Return a PIL image as the content of a PNG file."""
     content = io.BytesIO()
@@ -84,3 +119,60 @@ def image_grid(images, columns):
     """Return images [N, 1, 28, 28] in [-1, 1] as one picture with `columns` per row, uint8 [3, H, W], on the CPU."""
     grid = make_grid(images.float().cpu(), nrow=columns, normalize=True, value_range=(-1, 1))
     return (255 * grid).round().byte()
+
+
+# A run's folder ------------------------------------------------------------------------------------------------------
+
+def create_run_folder(log_dir):
+    """Create <log_dir>/<YYYY_mm_dd_HH_MM_SS>/ and return its path. If it exists, wait for the next second."""
+    try:
+        Path(log_dir).mkdir(parents=True, exist_ok=True)
+        while True:
+            run = Path(log_dir) / datetime.now().strftime("%Y_%m_%d_%H_%M_%S")
+            with contextlib.suppress(FileExistsError):
+                run.mkdir()
+                return run
+            time.sleep(0.1)
+    except OSError as error:
+        cause = "it is a file, or a link to nowhere" if isinstance(error, FileExistsError) else error.strerror
+        raise UserError(f"no folder can be created in {log_dir}: {cause}; choose another one with --log_dir, or "
+                        f"free disk space or check the permissions there") from None
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Lock a run's folder; raise CheckpointError if another process has locked it."""
+    with open(folder / ".lock", "wb") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
+        except BlockingIOError:
+            raise CheckpointError(f"{folder} is in use by another process; wait until it ends, or stop it") from None
+        except OSError as error:  # a file system without locks
+            warn(f"{folder} cannot be locked ({error.strerror}); make sure that no other process resumes it")
+        yield
+
+
+def rewind(folder, events):
+    """Remove the events that a run has logged since a state was saved, given that state's sizes of its event files.
+
+    A resumed run writes everything else again. Other files in the folder are not touched.
+    """
+    for file in event_files(folder):
+        if file.name not in events:
+            file.unlink()
+        elif file.stat().st_size > events[file.name]:
+            os.truncate(file, events[file.name])
+
+
+def event_files(folder):
+    return [file for file in folder.glob("events.out.tfevents.*") if EVENT_FILE.fullmatch(file.name)]
+
+
+def sync_event_files(folder):
+    """Force a run's event files to disk and return their sizes in bytes."""
+    files = event_files(folder)
+    for path in files:
+        with open(path, "ab") as file:
+            os.fsync(file.fileno())
+    return {path.name: path.stat().st_size for path in files}

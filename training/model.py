@@ -1,0 +1,89 @@
+"""The model as a run uses it: built for its device, averaged over the steps, evaluated without side effects."""
+
+import contextlib
+import copy
+import types
+
+import torch
+from torch import nn
+
+from models import AdversarialAE
+from training.device import RandomState
+
+
+def build_model(args, device):
+    """Return the model of models.py that the flags specify, on a device; a student's model may accept `z_dim` only."""
+    options = {"posterior": args.posterior, "networks": args.networks}
+    if options == {"posterior": "deterministic", "networks": "residual"}:
+        options = {}
+    model = AdversarialAE(z_dim=args.z_dim, **options)
+    if any(isinstance(weight, nn.UninitializedParameter) for weight in model.parameters()):
+        with evaluation_mode(model):  # lazy layers get their weights in a first forward pass
+            model.discriminator(model(torch.zeros(1, 1, 28, 28))[1])
+    channels_last = device.type == "cpu" or args.precision == "bf16"  # the fastest memory layout there
+    model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+    model.capturable = getattr(model, "capturable", False) and not args.no_graph
+    return model
+
+
+def compute_in_bf16(model):
+    """Let a model compute encoder and decoder in bf16; its outputs and losses stay in float32."""
+    model.forward = types.MethodType(forward_in_bf16, model)  # a method, so that a copy of the model has its own
+
+
+def forward_in_bf16(model, x):
+    with torch.autocast(x.device.type, torch.bfloat16):
+        outputs = type(model).forward(model, x)
+    return tuple(output.float() for output in outputs)
+
+
+class EMA:
+    """A copy of a model, `model`, whose weights are an exponential moving average of the original's over the steps.
+
+    The decay of the n-th step is min(decay, (1 + n) / (10 + n)). A decay of 0.999 averages over about 1,000 steps. In
+    the first 9,000 steps the second term is smaller: the average is over about the last tenth of the steps, so the
+    initial weights are soon forgotten. The statistics of batch normalisation are averaged too. (Polyak and Juditsky
+    1992; Karras et al., arXiv:1710.10196, appendix A.1: averaged weights give better samples.)
+    """
+
+    def __init__(self, model, decay):
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.decay = decay
+        self.updates = 0
+        averaged, current = ([tensor.detach() for tensor in (*network.parameters(), *network.buffers())]
+                             for network in (self.model, model))
+        pairs = list(zip(averaged, current, strict=True))  # shared tensors appear once
+        self._averaged, self._current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+        counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self._counters, self._current_counters = zip(*counters, strict=True) if counters else ((), ())
+
+    def update(self):
+        """Update the average with the current weights."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self._averaged, self._current, 1 - decay)  # one call for all, as in torch.optim.swa_utils
+        if self._counters:  # the base networks have none, and the call rejects empty lists
+            torch._foreach_copy_(self._counters, self._current_counters)
+
+    def state_dict(self):
+        weights = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
+        return {"updates": self.updates, "weights": weights}
+
+    def load_state_dict(self, state):
+        self.updates = state["updates"]
+        self.model.load_state_dict(state["weights"])
+
+
+@contextlib.contextmanager
+def evaluation_mode(model):
+    """Use a model in evaluation mode and without gradients; then restore its modes and torch's random state."""
+    random = RandomState(model.device)
+    modes, state = [(module, module.training) for module in model.modules()], random.state_dict()
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        random.load_state_dict(state)
+        for module, mode in modes:
+            module.training = mode
