@@ -206,14 +206,14 @@ def set_learning_rate(optimizer_ae, epoch, args):
 # The whole run -------------------------------------------------------------------------------------------------------
 
 class Batches:
-    """A loader's batches for any train_aae; calls `step_done`, which averages the weights, when the next is requested.
+    """A loader's batches for any train_aae. When the next batch is requested, the average of the weights moves.
 
     So a train_aae that collects the batches first averages before its first step, and one that leaves its loop early
     skips the last average.
     """
 
-    def __init__(self, loader, step_done):
-        self.loader, self.step_done = loader, step_done
+    def __init__(self, loader, ema, run):
+        self.loader, self.ema, self.run = loader, ema, run
 
     def __len__(self):
         return len(self.loader)
@@ -221,7 +221,8 @@ class Batches:
     def __iter__(self):
         for batch in self.loader:
             yield batch
-            self.step_done()
+            self.ema.update()
+            self.run.step_done()
 
     def __getattr__(self, name):
         return getattr(self.loader, name)
@@ -252,12 +253,7 @@ def main(args):
           SummaryWriter(run.folder) as writer):
         logger_ae = TensorBoardLogger(writer, name="generator")
         logger_disc = TensorBoardLogger(writer, name="discriminator")
-
-        def step_done():
-            ema.update()
-            run.step_done()
-
-        batches = Batches(data.train_loader, step_done)
+        batches = Batches(data.train_loader, ema, run)
         for epoch in run.epochs(logger_ae=logger_ae, logger_disc=logger_disc):  # from 0, which is before training
             if epoch > 0:
                 set_learning_rate(optimizer_ae, epoch, args)

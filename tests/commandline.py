@@ -140,6 +140,6 @@ class BadInput(TrainGroup):
 
     def test_divergence(self):
         flags = ("--log_dir", self.folder(), "--epochs", 1, "--ae_lr", "1e9")
-        self.assert_refused(self.run_digits(*flags), 1, "became nan", "diverged")
+        self.assert_refused(self.run_digits(*flags), 1, "became nan in epoch 1", "diverged")
         with mock.patch.object(self.train.TensorBoardLogger.__init__, "__defaults__", (1, None)):  # read at each step
             self.assert_refused(self.run_digits(*flags, "--batch_size", 10), 1, "diverged")

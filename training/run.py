@@ -43,8 +43,8 @@ def resolve(args):
     try:
         str(saved["folder"] if saved else args.log_dir).encode()
     except UnicodeEncodeError:
-        raise UserError(f"{args.log_dir} has a name that is not UTF-8, which TensorBoard needs; choose another --log_dir") \
-            from None
+        raise UserError(f"{args.log_dir} has a name that is not UTF-8, which TensorBoard needs; choose another folder "
+                        f"with --log_dir") from None
     return args, saved
 
 
@@ -222,8 +222,8 @@ class Run:
         """Show the means of the losses next to the progress bar; raise UserError if training has diverged."""
         self._bar.set_postfix_str(format_means(means), refresh=False)
         if not math.isfinite(means.get("ae_loss", 0)):
-            raise UserError(f"the autoencoder's loss became {means['ae_loss']}: training has diverged; try smaller "
-                            f"learning rates (--ae_lr, --d_lr)")
+            raise UserError(f"the autoencoder's loss became {means['ae_loss']} in epoch {self._epoch + 1}: training "
+                            f"has diverged; try smaller learning rates (--ae_lr, --d_lr)")
 
     def _save(self):
         """Save the state of all parts, and the averaged weights alone."""
