@@ -4,14 +4,14 @@ They need matplotlib: pip install -r benchmarks/requirements.txt. Their colours 
 readers (Okabe and Ito, jfly.uni-koeln.de/color); their letters can be read at half the picture's size.
 """
 
-from statistics import mean, median
+from statistics import mean, median, quantiles
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image
 
-from benchmarks.tables import BASE, SEEDS, STAGES, after, by_variant, epoch_seconds, timed_on
+from benchmarks.tables import BASE, SEEDS, STAGES, after, by_variant, epoch_seconds
 
 plt.switch_backend("agg")  # opens no windows
 ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE, GREY = (
@@ -99,11 +99,12 @@ def use_round_log_ticks(axis):
 # Bars ----------------------------------------------------------------------------------------------------------------
 
 def speed(figures):
-    """Seconds per epoch of each way, median of the rounds, with the range."""
-    seconds = epoch_seconds(figures["speed"])
+    """Seconds per epoch of each way, median of the rounds, with the quartiles."""
+    seconds = {way: quantiles(values, n=4, method="inclusive")
+               for way, values in epoch_seconds(figures["speed"]).items()}
     colors = [GREY if way.startswith("plain") else BLUE for way in seconds]
     return draw_bars(seconds, median, colors,
-                     f"seconds per epoch, median and range ({timed_on(figures['speed'])})")[0]
+                     f"seconds per epoch, median and quartiles ({figures['speed']['device']})")[0]
 
 
 def ablation(figures):

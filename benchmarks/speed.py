@@ -1,14 +1,19 @@
 """Compare the time of train.py's steps with that of a plain training loop:  python -m benchmarks.speed
 
-The ways are timed in turn, in processes of their own: `main` of train.py with the flags in WAYS, and `plain_steps`,
-which is what most implementations have: the same networks and optimizers in fp32, torchvision's MNIST decoded image by
-image, a DataLoader, and .item() on every loss at every step.
+All ways live at once, in processes of their own, and take turns of about a second, in another order in each round.
+What else runs on the machine slows neighbouring turns alike, so the ratios to the plain loop within a round vary less
+than the times. The ways are `main` of train.py with the flags in WAYS, and `plain_loop`, which is what most
+implementations have: the same networks and optimizers in fp32, torchvision's MNIST decoded image by image, a
+DataLoader, and .item() on every loss at every step.
 """
 
 import argparse
+import contextlib
+import io
 import itertools
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -20,8 +25,9 @@ from unittest import mock
 import torch
 
 from benchmarks import tables
-from training.cli import OneLineParser, number, run_program
-from training.device import device_name
+from mnist import mnist
+from training.cli import OneLineParser, UserError, number, print_line, run_program
+from training.device import device_name, set_precision
 from training.threads import usable_cpus
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -30,62 +36,66 @@ CUDA_WAYS = ("--precision tf32", "--no-graph", "--deterministic")
 UNSUPPORTED = 2  # status of a process where the hardware has no units for the precision
 
 
-class Finished(Exception):
-    """Ends `main`; has what `measure` returned."""
-
-
 # One way, in this process --------------------------------------------------------------------------------------------
 
-def time_way(args):
-    """Return the seconds per step of args.way, the memory above torch's own in MB, and the device, or a profile."""
-    memory = peak_memory()
-    plain = re.fullmatch(r"plain loop, (\d+) workers", args.way)
-    result = plain_steps(args, int(plain[1])) if plain else main_steps(args)
-    if args.profile:
-        return result
-    gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_initialized() else 0
-    return {**result, "memory": peak_memory() - memory, "gpu_memory": gpu, "torch": torch.__version__}
+def work(args):
+    """Take a turn of args.way for each line of stdin, and answer with a line of JSON; all threads sleep in between."""
+    answers, memory = sys.stdout, peak_memory()
+
+    def take_turns(take_steps, device):
+        synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        for _ in sys.stdin:
+            with torch.profiler.profile() if args.profile else contextlib.nullcontext() as profile:
+                synchronize()
+                start = time.perf_counter()
+                take_steps()
+                synchronize()
+                step = (time.perf_counter() - start) / args.steps
+            table = profile and profile.key_averages().table(f"self_{device.type}_time_total", 12)
+            print_line(json.dumps({
+                "step": step, "memory": peak_memory() - memory, "gpu_memory": torch.cuda.max_memory_allocated() / 2**20,
+                "device": device_name(device).replace(", 1 threads", ", 1 thread"), "profile": table}), answers)
+
+    with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(sys.stderr, "isatty", lambda: False):  # no bars
+        (plain_loop if args.way.startswith("plain loop") else train_py)(args, take_turns)
 
 
-def main_steps(args):
-    """Return what `measure` returns for the train_aae of train.py's `main`, which then ends."""
+def train_py(args, take_turns):
+    """Run `main` of train.py, and take turns where it calls train_aae for the first time."""
     import train
 
     train_aae = train.train_aae
 
-    def few_steps(epoch, model, train_loader, *others):
-        batches = iter(train_loader)
-
-        def steps():
-            train_aae(epoch, model, itertools.islice(batches, args.steps), *others)
-
-        raise Finished(measure(steps, args, model.device))
+    def turns(epoch, model, train_loader, *others, **named):
+        batches = itertools.chain.from_iterable(itertools.repeat(train_loader))  # of one epoch after the other
+        take_turns(lambda: train_aae(epoch, model, itertools.islice(batches, args.steps), *others, **named),
+                   model.device)
+        sys.exit()  # ends `main`
 
     flags = ["--dataset", "mnist", "--data_dir", args.data_dir, *["--no-cuda"] * args.no_cuda,
              *args.way.removeprefix("default").split()]
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(train, "train_aae", few_steps):
-        try:
-            train.main(train.parse_args(["--log_dir", folder, *flags]))
-        except Finished as finished:
-            return finished.args[0]
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(train, "train_aae", turns):
+        train.main(train.parse_args(["--log_dir", folder, *flags]))
 
 
-def plain_steps(args, workers):
-    """Return what `measure` returns for the plain loop."""
+def plain_loop(args, take_turns):
+    """Take turns of the plain loop, each an epoch of args.steps batches, so its workers rest between turns."""
     from torchvision import datasets, transforms
 
     from models import AdversarialAE
 
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
+    set_precision("fp32", device)  # torch's default for convolutions on a GPU is tf32
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
     images = torch.utils.data.Subset(datasets.MNIST(args.data_dir, transform=transform), range(args.steps * 64))
+    workers = int(re.search(r"\d+", args.way)[0])
     loader = torch.utils.data.DataLoader(images, 64, shuffle=True, num_workers=workers,
                                          pin_memory=device.type == "cuda", persistent_workers=workers > 0)
     model = AdversarialAE(8).to(device)
     optimizer_ae = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()], 1e-3, (0.5, 0.999))
     optimizer_disc = torch.optim.SGD(model.discriminator.parameters(), 5e-3, 0.95)
 
-    def steps():
+    def epoch():
         for x, _ in loader:
             x = x.to(device)
             recon_x, z = model(x)
@@ -100,23 +110,7 @@ def plain_steps(args, workers):
             for value in (*ae_values.values(), *disc_values.values()):
                 value.item()
 
-    return measure(steps, args, device)
-
-
-def measure(steps, args, device):
-    """Call a function that takes args.steps steps twice, and return the device and the second call's time per step."""
-    steps()
-    if args.profile:
-        side = "device" if device.type == "cuda" else "cpu"
-        with torch.profiler.profile() as profile:
-            steps()
-        return profile.key_averages().table(sort_by=f"self_{side}_time_total", row_limit=12, max_name_column_width=50)
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    steps()
-    synchronize()
-    return {"step": (time.perf_counter() - start) / args.steps, "device": f"{device.type} ({device_name(device)})"}
+    take_turns(epoch, device)
 
 
 def peak_memory():
@@ -127,47 +121,57 @@ def peak_memory():
 
 # All ways ------------------------------------------------------------------------------------------------------------
 
-def in_own_process(args, way):
-    """Return what `time_way` returns in a new process; None if the hardware does not support the way."""
-    process = subprocess.run([sys.executable, "-m", "benchmarks.speed", f"--way={way}", f"--steps={args.steps}",
-                              f"--data_dir={args.data_dir}", *["--no-cuda"] * args.no_cuda,
-                              *["--profile"] * args.profile], cwd=PROJECT, stdout=subprocess.PIPE, text=True)
-    if process.returncode not in (0, UNSUPPORTED):
-        sys.exit(process.returncode)
-    return None if process.returncode else json.loads(process.stdout.splitlines()[-1])
+def play(args, ways):
+    """Let all ways take turns, each in a process of its own; yield the answers of each round after a warm-up."""
+    command = [sys.executable, "-m", "benchmarks.speed", *sys.argv[1:]]
+    with contextlib.ExitStack() as stack:  # closes their stdin, which ends them
+        workers = {way: stack.enter_context(subprocess.Popen(
+            [*command, f"--way={way}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+            start_new_session=True)) for way in ways}  # Ctrl-C interrupts this process alone
+        for count in range((1 if args.profile else args.rounds) + 1):
+            order = random.Random(count).sample(list(workers), len(workers))
+            answers = {way: turn(way, workers[way]) for way in order}
+            workers = {way: worker for way, worker in workers.items() if answers[way]}
+            if count > 0:
+                yield {way: answers[way] for way in workers}
 
 
-def compare(args, ways):
-    """Print and return the timings of all rounds."""
-    rounds = []
-    for _ in range(args.rounds):
-        timings = {way: in_own_process(args, way) for way in (rounds[0] if rounds else ways)}
-        rounds.append({way: timing for way, timing in timings.items() if timing})
-        print(*(f"{way}: {1000 * timing['step']:.2f} ms" for way, timing in rounds[-1].items()), sep="; ", flush=True)
-    return {"rounds": rounds, "steps_timed": args.steps}
+def turn(way, worker):
+    """Let a process take a turn, and return its answer; None if the hardware does not support the way."""
+    with contextlib.suppress(BrokenPipeError):  # it has ended
+        worker.stdin.write(b"\n")
+    if (answer := worker.stdout.readline()).endswith(b"\n"):
+        return json.loads(answer)
+    if worker.wait() < 0:
+        raise UserError(f"signal {-worker.returncode} ended the process of `{way}`; if memory is short, end programs")
+    return None if worker.returncode == UNSUPPORTED else sys.exit(worker.returncode)  # it has said why
 
 
 def main(args):
-    """Time args.way in this process, or all ways in processes of their own."""
-    cuda = torch.cuda.is_available() and not args.no_cuda
-    ways = [*WAYS, *(CUDA_WAYS if cuda else ()), *(f"plain loop, {count} workers" for count in (0, usable_cpus()))]
+    """Take turns of args.way, or let a process for each way do so and show the figures."""
     if args.way:
-        print(json.dumps(time_way(args)))
-    elif args.profile:
-        for way in ways[:-1]:
-            print(f"\n{way}, {args.steps} steps:\n{in_own_process(args, way) or ''}", flush=True)
-    else:
-        figures = compare(args, ways)
-        print(f"\n{tables.speed({'speed': figures})}")
-        if args.json:
-            args.json.write_text(json.dumps(figures, indent=2) + "\n")
+        return work(args)
+    mnist(args.data_dir)  # downloads the files once, or raises what is wrong with them
+    cuda, rounds = torch.cuda.is_available() and not args.no_cuda, []
+    plain = [f"plain loop, {workers} workers" for workers in (0, usable_cpus())]
+    for answers in play(args, [*WAYS, *(CUDA_WAYS if cuda else ()), *plain]):
+        rounds.append({way: answer["step"] for way, answer in answers.items()})
+        print_line("; ".join(f"{way}: {1000 * step:.2f} ms" for way, step in rounds[-1].items()))
+    if args.profile:
+        return print_line("\n".join(f"\n{way}:\n{answer['profile']}" for way, answer in answers.items()))
+    figures = {"device": answers["default"]["device"], "torch": torch.__version__, "steps_timed": args.steps,
+               **{kind: {way: answers[way][kind] for way in answers} for kind in ("memory", "gpu_memory")},
+               "rounds": rounds}
+    print_line(f"\n{tables.speed({'speed': figures})}")
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def parse_args(argv=None):
     parser = OneLineParser("python -m benchmarks.speed", "Compare train.py's steps with those of a plain loop.")
-    parser.add_argument("--rounds", type=number(int, 1), default=3, help="rounds over all ways")
-    parser.add_argument("--steps", type=number(int, 1, 468), default=200, help="timed, after as many to warm up")
-    parser.add_argument("--data_dir", type=os.path.abspath, default=PROJECT.parent / "data", help="MNIST's folder")
+    parser.add_argument("--rounds", type=number(int, 2), default=20, help="turns of each way, after one to warm up")
+    parser.add_argument("--steps", type=number(int, 1, 937), default=40, help="steps of a turn; on a GPU, 400 or more")
+    parser.add_argument("--data_dir", type=os.path.abspath, default=str(PROJECT.parent / "data"), help="MNIST's folder")
     parser.add_argument("--json", type=Path, help="save the results to this file")
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA")
     parser.add_argument("--profile", action="store_true", help="instead, show the slowest operations of each way")

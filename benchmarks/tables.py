@@ -5,8 +5,7 @@ ablation.py. Runs, stages and columns that were not measured are left out.
 """
 
 import json
-import re
-from statistics import mean, median
+from statistics import mean, median, quantiles
 
 SEEDS, BASE = ("z8", "z8-seed1", "z8-seed2"), "z8-base"  # the runs of the default and of the base networks
 STAGES = (1, 2, 5, 10, 20, 50, 100)  # epochs after which those runs are measured
@@ -67,15 +66,9 @@ def after(figures, names, epochs=STAGES[-1]):
 
 def epoch_seconds(speed):
     """Return the seconds per epoch of each way in speed.json, one per round; of the plain loop, only the fastest."""
-    seconds = {way: [STEPS * timings[way]["step"] for timings in speed["rounds"]] for way in speed["rounds"][0]}
+    seconds = {way: [STEPS * steps[way] for steps in speed["rounds"]] for way in speed["rounds"][0]}
     plain = sorted((way for way in seconds if way.startswith("plain")), key=lambda way: median(seconds[way]))
     return {way: values for way, values in seconds.items() if way not in plain[1:]}
-
-
-def timed_on(speed):
-    """Return the device that speed.json is of."""
-    device = speed["rounds"][0]["default"]["device"]  # such as cpu (AMD EPYC, 2 threads)
-    return re.fullmatch(r"\w+ \((.*)\)", device)[1].replace(", 1 threads", ", 1 thread")
 
 
 def by_variant(ablation):
@@ -164,16 +157,20 @@ def speed(figures):
     plain = next(way for way in seconds if way.startswith("plain"))
     for way, values in seconds.items():
         ratios = [slow / fast for slow, fast in zip(seconds[plain], values, strict=True)]
-        memory, gpu = (max(timings[way][kind] for timings in measured["rounds"]) for kind in ("memory", "gpu_memory"))
-        rows.append([way, f"{1000 * median(values) / STEPS:.2f}",
-                     f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})",
-                     f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if way != plain else "1",
+        memory, gpu = (measured[kind][way] for kind in ("memory", "gpu_memory"))
+        rows.append([way, f"{1000 * median(values) / STEPS:.2f}", with_quartiles(values),
+                     with_quartiles(ratios) if way != plain else "1",
                      f"{memory:.0f}" + f" + {gpu:.0f} on the GPU" * (gpu > 0)])
     heads = ["", "ms per step", "seconds per epoch", "times as fast as the plain loop", "memory, MB"]
-    version = measured["rounds"][0][plain]["torch"].partition("+")[0]
-    return (f"{markdown(heads, rows)}\n\nOn {timed_on(measured)} with torch {version}: median of "
-            f"{len(measured['rounds'])} rounds of {measured['steps_timed']} steps (minimum to maximum); an epoch has "
-            f"{STEPS} steps. Memory is what comes on top of torch itself.")
+    return (f"{markdown(heads, rows)}\n\nOn {measured['device']} with torch {measured['torch'].partition('+')[0]}: "
+            f"median of {len(measured['rounds'])} rounds of {measured['steps_timed']} steps (quartiles), of times and "
+            f"of ratios within a round; an epoch has {STEPS} steps. Memory is what comes on top of torch itself.")
+
+
+def with_quartiles(values):
+    """Return the median of two or more values and, in parentheses, their quartiles."""
+    first, middle, third = quantiles(values, n=4, method="inclusive")
+    return f"{middle:.2f} ({first:.2f} to {third:.2f})"
 
 
 def ablation(figures):

@@ -103,7 +103,7 @@ class Threads(Group):
     needs = ("training.threads",)
 
     def test_a_short_spin_and_no_more_threads_than_the_quota_allows_unless_the_user_has_set_them(self):
-        file, spin = self.folder() / "cpu.max", {"GOMP_SPINCOUNT": "1000"}
+        file, spin = self.folder() / "cpu.max", {"GOMP_SPINCOUNT": "2000"}
         self.enterContext(mock.patch("os.sched_getaffinity", lambda _: range(4), create=True))
         self.enterContext(mock.patch.object(self.threads, "CPU_MAX", file))
         for environment, quota, changes, returned in (

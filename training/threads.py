@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # "QUOTA PERIOD" or "max PERIOD": a container's limit (Linux, cgroups v2)
-SPIN_COUNT = 1000  # iterations of a waiting loop; libgomp's default is 300,000 (see GOMP_SPINCOUNT in its manual)
+SPIN_COUNT = 2000  # iterations of a waiting loop; libgomp's default is 300,000 (see GOMP_SPINCOUNT in its manual)
 
 
 def usable_cpus():
