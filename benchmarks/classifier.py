@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from evaluation.classifier import WEIGHTS, DigitClassifier, features_and_probabilities
+from evaluation.classifier import CLASSIFIER, DigitClassifier, features_and_probabilities
 from mnist import load_digits, load_mnist, mnist
 from training.checkpoint import serialize
 from training.device import setup_device
@@ -63,12 +63,13 @@ def main(args):
     bundled = [torch.cat(parts) for parts in zip(load_digits(train=True), load_digits(train=False), strict=True)]
     print(f"accuracy on the bundled digits: {accuracy(classifier, *bundled):.2%}")
     weights = {name: tensor.cpu().contiguous() for name, tensor in classifier.half().state_dict().items()}
-    write_atomically(WEIGHTS, serialize(weights))
-    print(f"weights saved in {WEIGHTS}")
+    write_atomically(CLASSIFIER, serialize(weights))
+    print(f"weights saved in {CLASSIFIER}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=f"Train the evaluation's digit classifier; replaces {WEIGHTS.name}.")
+    parser = argparse.ArgumentParser(
+        description=f"Train the evaluation's digit classifier; replaces {CLASSIFIER.name}.")
     parser.add_argument("--data_dir", default="../data/", help="MNIST's folder")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--no-cuda", action="store_true")

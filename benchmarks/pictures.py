@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from benchmarks.plots import ORANGE, plt, save
-from evaluation.model_files import find_run, load_data, load_model, read_weights
+from evaluation.model_files import find_run, load_images, load_model, read_weights
 from evaluation.monitoring import reconstruct
 from training.files import image_grid
 from training.random_state import evaluation_mode
@@ -28,7 +28,7 @@ def draw_run(name, run, data_dir, folder):
     _, path, settings = find_run(run)
     if settings["z_dim"] == 2:
         model = load_model(path, read_weights(path), settings)
-        save(draw_codes(model, *load_data(settings, data_dir)[1:]), folder / f"{name}-codes.png")
+        save(draw_codes(model, *load_images(settings, data_dir)[1:]), folder / f"{name}-codes.png")
 
 
 def pixels(file):

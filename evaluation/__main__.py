@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from evaluation.classifier import load_classifier
 from evaluation.measures import CONFIDENCE, evaluate
-from evaluation.model_files import find_run, load_data, load_model, read_weights, settings_from_weights
+from evaluation.model_files import find_run, load_images, load_model, read_weights, settings_from_weights
 from evaluation.pictures import draw_pictures
 from training.checkpoint import WEIGHTS
 from training.cli import OneLineParser, number, print_line, run_program
@@ -38,7 +38,7 @@ def main(args):
     settings = settings or settings_from_weights(path, weights)
     model = load_model(path, weights, settings)
     load_classifier()  # first, because a missing file should be reported before a minute of computing
-    data = load_data(settings, args.data_dir)
+    data = load_images(settings, args.data_dir)
     device = setup_device(args.no_cuda, mps=False)
     model.to(device)
     with tqdm(total=6, bar_format="{desc}|{bar}|{elapsed}", disable=None, leave=False) as bar:
@@ -54,13 +54,13 @@ def main(args):
                **{name: settings[name] for name in ("trained_on", "z_dim", "posterior", "networks")}, **metrics,
                "seed": args.seed, "device": device.type, "device_name": device_name(device), "torch": torch.__version__,
                "seconds": round(time.monotonic() - started, 1)}
-    print_line(describe(metrics))
+    print_line(format_table(metrics))
     write_atomically(folder / "evaluation" / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     print_line(f"see: {folder / 'evaluation'}")
     return metrics
 
 
-def describe(metrics):
+def format_table(metrics):
     """Format the metrics as a table."""
     match, likelihood, quality = metrics["prior_match"], metrics["log_likelihood"], metrics["digit_classifier"]
     code_sets = [match[name] for name in ("codes", "training_codes", "prior_draws")]

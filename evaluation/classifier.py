@@ -8,7 +8,7 @@ import torch.nn as nn
 from training.checkpoint import CheckpointError, load_checked
 from training.cli import UserError
 
-WEIGHTS = Path(__file__).resolve().parent.parent / "assets" / "digit_classifier.pt"
+CLASSIFIER = Path(__file__).resolve().parent.parent / "assets" / "digit_classifier.pt"
 BATCH = 250  # images per forward pass outside training
 
 
@@ -40,11 +40,11 @@ def load_classifier(device="cpu"):
     """Return the trained classifier in evaluation mode; raise UserError if its file is missing or damaged."""
     classifier = DigitClassifier()
     try:
-        classifier.load_state_dict(load_checked(WEIGHTS))
+        classifier.load_state_dict(load_checked(CLASSIFIER))
     except (CheckpointError, RuntimeError, TypeError):
-        fault = "is damaged, or from another version" if WEIGHTS.is_file() else "is missing"
-        raise UserError(f"{WEIGHTS} {fault}; restore it, for example with: "
-                        f"git checkout -- assets/{WEIGHTS.name}") from None
+        fault = "is damaged, or from another version" if CLASSIFIER.is_file() else "is missing"
+        raise UserError(f"{CLASSIFIER} {fault}; restore it, for example with: "
+                        f"git checkout -- assets/{CLASSIFIER.name}") from None
     return classifier.to(device).eval()
 
 

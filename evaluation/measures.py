@@ -4,7 +4,7 @@ import torch
 
 from evaluation import metrics
 from evaluation.classifier import BATCH, features_and_probabilities, load_classifier
-from evaluation.monitoring import reconstruct
+from evaluation.monitoring import ks_distance, reconstruct
 from training.cli import UserError
 from training.random_state import evaluation_mode
 
@@ -74,7 +74,7 @@ def prior_match(sets, seed):
     generator = torch.Generator().manual_seed((seed + 1) % 2**63)  # not the seed of the directions in ks_distance
     _, perfect = torch.randn(2, *first.shape, generator=generator).to(first.device)
     return {name: {"mean": codes.double().mean(0).tolist(), "std": codes.double().std(0).tolist(),
-                   "frechet": metrics.frechet_to_prior(codes), "ks": metrics.ks_distance(codes),
+                   "frechet": metrics.frechet_to_prior(codes), "ks": ks_distance(codes),
                    "two_sample_accuracy": metrics.two_sample_accuracy(codes, seed)}
             for name, codes in {**sets, "prior_draws": perfect}.items()}
 

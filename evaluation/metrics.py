@@ -13,24 +13,6 @@ CHUNK = 250  # rows of a distance matrix in memory at once: 20 MB of float64 wit
 STEPS = 400  # of the classifier that tells codes from prior samples
 
 
-def ks_distance(codes, projections=200, seed=0):
-    """Return the mean Kolmogorov-Smirnov distance in [0, 1] between projections of codes [N, z_dim] and N(0, 1).
-
-    It is the largest difference of their distribution functions; its mean for N prior samples is 0.869 / sqrt(N), the
-    mean of Kolmogorov's distribution. Directions are drawn uniformly from the unit sphere, equal ones for equal seeds.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(codes.shape[1], projections, generator=generator, dtype=torch.float64)
-    directions = (directions / directions.norm(dim=0)).to(codes.device)
-    steps = torch.arange(len(codes) + 1, device=codes.device, dtype=torch.float64)[:, None] / len(codes)
-    distances = []
-    for part in directions.split(20, dim=1):
-        normal = torch.special.ndtr((codes.double() @ part).sort(dim=0).values)
-        above, below = (steps[1:] - normal).amax(0), (normal - steps[:-1]).amax(0)  # just after and before each code
-        distances.append(torch.maximum(above, below))
-    return torch.cat(distances).mean().item()
-
-
 def frechet_to_prior(codes):
     """Return the squared Frechet distance between N(m, S), fitted to codes [N, z_dim], and the prior N(0, I).
 

@@ -90,7 +90,7 @@ def load_model(path, weights, settings):
     return model
 
 
-def load_data(settings, data_dir=None):
+def load_images(settings, data_dir=None):
     """Return the training images, test images and test labels of the data set of a run."""
     if settings["trained_on"] == "digits":
         return load_digits(train=True)[0], *load_digits(train=False)

@@ -17,7 +17,7 @@ class Evaluation(TrainGroup):
     """python -m evaluation on models of the bundled digits."""
 
     needs = (*TrainGroup.needs, "training.checkpoint", *(f"evaluation.{name}" for name in (
-        "__main__", "classifier", "measures", "metrics", "model_files", "pictures")))
+        "__main__", "classifier", "measures", "metrics", "model_files", "monitoring", "pictures")))
 
     def setUp(self):
         super().setUp()
@@ -67,7 +67,7 @@ class Evaluation(TrainGroup):
         self.assert_close(metrics["reconstruction"], {"mse": errors.mean().item(), "mse_per_label": per_label})
         match = metrics["prior_match"]
         self.assert_close(match["codes"]["std"], codes.double().std(0).tolist())
-        self.assert_close(match["codes"]["ks"], self.metrics.ks_distance(codes))
+        self.assert_close(match["codes"]["ks"], self.monitoring.ks_distance(codes))
         self.assert_close(match["training_codes"]["mean"], seen_codes.double().mean(0).tolist())
         self.check_close(match["prior_draws"]["ks"], 0.8687 / math.sqrt(299), "this is no sample of the prior", 0.03)
         for name, low, high in (("codes", 0.8, 1), ("training_codes", 0.8, 1), ("prior_draws", 0.4, 0.6)):
@@ -206,7 +206,7 @@ class Evaluation(TrainGroup):
 
     def test_missing_or_damaged_classifier(self):
         (run, _), weights = self.a_run(), self.folder() / "digit_classifier.pt"
-        self.enterContext(mock.patch.object(self.classifier, "WEIGHTS", weights))
+        self.enterContext(mock.patch.object(self.classifier, "CLASSIFIER", weights))
         self.assert_run_refused(run, weights, "is missing; restore it")
         whole = bytearray(self.checkpoint.serialize(self.classifier.DigitClassifier().half().state_dict()))
         whole[len(whole) // 2] ^= 64  # one bit, which torch.load does not notice

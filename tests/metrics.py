@@ -13,7 +13,7 @@ __unittest = True
 class Metrics(Group):
     """The functions of metrics.py, compared with the same values computed in another way."""
 
-    needs = ("evaluation.metrics",)
+    needs = ("evaluation.metrics", "evaluation.monitoring")
 
     def codes(self, count, z_dim):
         """Return codes with correlated dimensions that are far from N(0, I)."""
@@ -28,8 +28,8 @@ class Metrics(Group):
         directions = torch.randn(4, 27, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
         projections = codes.double() @ (directions / directions.norm(dim=0))
         expected = sum(ks_distance(values) for values in projections.T.tolist()) / 27
-        self.check_close(self.metrics.ks_distance(codes, 27, seed=5), expected, "the KS distance is wrong")
-        self.check_close(self.metrics.ks_distance(torch.randn(10_000, 8)), 0.8687 / 100,
+        self.check_close(self.monitoring.ks_distance(codes, 27, seed=5), expected, "the KS distance is wrong")
+        self.check_close(self.monitoring.ks_distance(torch.randn(10_000, 8)), 0.8687 / 100,
                          "the KS distance of 10,000 prior samples is not the mean of Kolmogorov's distribution", 1e-3)
 
     def test_two_sample_accuracy(self):
