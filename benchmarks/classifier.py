@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from evaluation.classifier import CLASSIFIER, DigitClassifier, features_and_probabilities
+from evaluation.classifier import CLASSIFIER, digit_classifier, features_and_probabilities
 from mnist import load_digits, load_mnist, mnist
 from training.checkpoint import serialize
 from training.device import setup_device
@@ -23,7 +23,7 @@ def train_classifier(loader, epochs, seed=0, device="cpu"):
     Uses Adam with a one-cycle learning rate of at most 3e-3 (Smith and Topin, arXiv:1708.07120).
     """
     torch.manual_seed(seed)
-    classifier = DigitClassifier().to(device, memory_format=torch.channels_last)
+    classifier = digit_classifier().to(device, memory_format=torch.channels_last)
     steps = epochs * len(loader)
     optimizer = torch.optim.Adam(classifier.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)

@@ -13,21 +13,16 @@ HYPERPARAMETERS = ("z_dim", "lambda_", "posterior", "networks", "ae_lr", "drop_a
 
 
 def ks_distance(codes, projections=200, seed=0):
-    """Return the mean Kolmogorov-Smirnov distance in [0, 1] between projections of codes [N, z_dim] and N(0, 1).
-
-    It is the largest difference of their distribution functions; its mean for N prior samples is 0.869 / sqrt(N), the
-    mean of Kolmogorov's distribution. Directions are drawn uniformly from the unit sphere, equal ones for equal seeds.
-    """
+    """Return the mean Kolmogorov-Smirnov distance in [0, 1] between projections of codes [N, z_dim] and N(0, 1)."""
+    # It is the largest difference of their distribution functions; its mean for N prior samples is 0.869 / sqrt(N), the
+    # mean of Kolmogorov's distribution. Directions are uniform on the unit sphere, and equal for equal seeds.
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(codes.shape[1], projections, generator=generator, dtype=torch.float64)
     directions = (directions / directions.norm(dim=0)).to(codes.device)
+    normal = torch.special.ndtr((codes.double() @ directions).sort(dim=0).values)
     steps = torch.arange(len(codes) + 1, device=codes.device, dtype=torch.float64)[:, None] / len(codes)
-    distances = []
-    for part in directions.split(20, dim=1):
-        normal = torch.special.ndtr((codes.double() @ part).sort(dim=0).values)
-        above, below = (steps[1:] - normal).amax(0), (normal - steps[:-1]).amax(0)  # just after and before each code
-        distances.append(torch.maximum(above, below))
-    return torch.cat(distances).mean().item()
+    above, below = (steps[1:] - normal).amax(0), (normal - steps[:-1]).amax(0)  # just after and before each code
+    return torch.maximum(above, below).mean().item()
 
 
 def reconstruct(model, images):
@@ -46,11 +41,8 @@ def measurements(model, images):
 
 
 def save_measurements(model, epoch, summary_writer, images):
-    """Write measurements on images to TensorBoard: curves (`test/`), and a histogram of each dimension (`codes/`).
-
-    Does nothing if `images` is None: the test set is not available.
-    """
-    if images is None:
+    """Write measurements on images to TensorBoard: curves (`test/`), and a histogram of each dimension (`codes/`)."""
+    if images is None:  # the test set is not available
         return
     codes, values = measurements(model, images)
     for name, value in values.items():
@@ -63,8 +55,8 @@ def save_measurements(model, epoch, summary_writer, images):
 def save_summary(model, epoch, summary_writer, data, settings, means):
     """Write a finished run to TensorBoard: 1,000 test codes for the projector, and its settings with the final results.
 
-    `data` is a training.data.Data. `settings` and `means`, those of the last epoch, are dicts. Each result is a curve
-    of one point (`final/`): the training losses, and the measurements on test images if these are available.
+    `data` is a training.data.Data; `settings` and `means`, those of the last epoch, are dicts. The results, training
+    losses and measurements on test images if these are available, are curves of one point (`final/`).
     """
     results = {f"final/{name}": means[name] for name in ("recon_loss", "accuracy") if name in means}
     if data.test_images is not None:
