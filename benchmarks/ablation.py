@@ -19,7 +19,7 @@ import train
 from benchmarks.report import FIGURES, PROJECT
 from benchmarks.tables import ablation, figures_of
 from evaluation.measures import evaluate
-from evaluation.model_files import find_run, load_model, read_weights
+from evaluation.model_files import load_run
 from models import AdversarialAE
 from training.cli import OneLineParser, run_program
 from training.files import write_atomically
@@ -83,11 +83,10 @@ def run_variant(flags, change, data_dir):
     """Train and evaluate a variant; return its figures."""
     with tempfile.TemporaryDirectory() as folder, changed(change):
         run = train.main(train.parse_args([*flags, "--dataset", "mnist", "--data_dir", data_dir, "--log_dir", folder]))
-        _, path, settings = find_run(run)
-        model = load_model(path, read_weights(path), settings).to(settings["device"])
+        model, settings, *_ = load_run(run)
         accuracy = load_state(run)["run"]["means"]["accuracy"]
     images, labels = mnist.load_mnist(data_dir)
-    metrics = evaluate(model, images[:-HELD_OUT], images[-HELD_OUT:], labels[-HELD_OUT:])
+    metrics = evaluate(model.to(settings["device"]), images[:-HELD_OUT], images[-HELD_OUT:], labels[-HELD_OUT:])
     return {**figures_of(metrics), "accuracy": accuracy}
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from evaluation.classifier import WEIGHTS, DigitClassifier, features_and_probabilities
+from evaluation.classifier import CLASSIFIER, digit_classifier, features_and_probabilities
 from mnist import load_digits, load_mnist, mnist
 from training.device import setup_device
 from training.files import serialize, write_atomically
@@ -22,7 +22,7 @@ def train_classifier(loader, epochs, seed=0, device="cpu"):
     Uses Adam with a one-cycle learning rate of at most 3e-3 (Smith and Topin, arXiv:1708.07120).
     """
     torch.manual_seed(seed)
-    classifier = DigitClassifier().to(device, memory_format=torch.channels_last)
+    classifier = digit_classifier().to(device, memory_format=torch.channels_last)
     steps = epochs * len(loader)
     optimizer = torch.optim.Adam(classifier.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
@@ -62,12 +62,13 @@ def main(args):
     bundled = [torch.cat(parts) for parts in zip(load_digits(train=True), load_digits(train=False), strict=True)]
     print(f"accuracy on the bundled digits: {accuracy(classifier, *bundled):.2%}")
     weights = {name: tensor.cpu().contiguous() for name, tensor in classifier.half().state_dict().items()}
-    write_atomically(WEIGHTS, serialize(weights))
-    print(f"weights saved in {WEIGHTS}")
+    write_atomically(CLASSIFIER, serialize(weights))
+    print(f"weights saved in {CLASSIFIER}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=f"Train the evaluation's digit classifier; replaces {WEIGHTS.name}.")
+    parser = argparse.ArgumentParser(
+        description=f"Train the evaluation's digit classifier; replaces {CLASSIFIER.name}.")
     parser.add_argument("--data_dir", default="../data/", help="MNIST's folder")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--no-cuda", action="store_true")

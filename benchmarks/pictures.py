@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from benchmarks.plots import ORANGE, plt, save
-from evaluation.model_files import find_run, load_data, load_model, read_weights
+from evaluation.model_files import load_images, load_run
 from evaluation.monitoring import reconstruct
 from training.files import image_grid
 from training.model import evaluation_mode
@@ -25,10 +25,9 @@ def draw_run(name, run, data_dir, folder):
     save(draw_progress(run), folder / f"{name}.png")
     if name == STRIP:
         save(draw_strip(run), folder / "strip.png")
-    _, path, settings = find_run(run)
-    if settings["z_dim"] == 2:
-        model = load_model(path, read_weights(path), settings)
-        save(draw_codes(model, *load_data(settings, data_dir)[1:]), folder / f"{name}-codes.png")
+    model, settings, *_ = load_run(run)
+    if model.z_dim == 2:
+        save(draw_codes(model, *load_images(settings, data_dir)[1:]), folder / f"{name}-codes.png")
 
 
 def pixels(file):

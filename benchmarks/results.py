@@ -18,7 +18,7 @@ import torch
 from benchmarks import pictures, report
 from benchmarks.report import FIGURES, PROJECT
 from benchmarks.tables import BASE, SEEDS, STAGES, figures_of, read_figures
-from evaluation.model_files import find_run, load_data, load_model, read_weights
+from evaluation.model_files import load_images, load_run
 from training.cli import OneLineParser, run_program
 from training.files import WEIGHTS, CheckpointError, load_checked, serialize, write_atomically
 from training.run import load_state
@@ -106,9 +106,9 @@ def collect(run, data_dir):
 
 def measure_codes(run, data_dir, count=2000):
     """Return the noise in test codes (standard deviation, root mean square), and mean norms of gradients at a code."""
-    _, path, settings = find_run(run)
-    model = load_model(path, read_weights(path), settings).eval()
-    images = load_data(settings, data_dir)[1][:count]
+    model, settings, *_ = load_run(run)
+    model.eval()
+    images = load_images(settings, data_dir)[1][:count]
     torch.manual_seed(0)  # for encoders with noise
     codes, again = (model.encoder(images).detach() for _ in range(2))
     codes.requires_grad_()

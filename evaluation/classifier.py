@@ -1,50 +1,39 @@
 """The digit classifier whose features the evaluation uses to compare images; benchmarks/classifier.py trained it."""
 
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
 import torch.nn as nn
+from torchvision.ops import Conv2dNormActivation as Convolution  # 3x3, with batch normalisation and ReLU
 
 from training.cli import UserError
-from training.files import CheckpointError, load_checked
+from training.files import load_checked
 
-WEIGHTS = Path(__file__).resolve().parent.parent / "assets" / "digit_classifier.pt"
+CLASSIFIER = Path(__file__).resolve().parent.parent / "assets" / "digit_classifier.pt"
 BATCH = 250  # images per forward pass outside training
 
 
-class DigitClassifier(nn.Module):
-    """Maps images [B, 1, 28, 28] in [-1, 1] to digit logits [B, 10]; `features` returns the last layer's input."""
-
-    def __init__(self):
-        super().__init__()
-        self.features = nn.Sequential(
-            *convolution(1, 32), nn.MaxPool2d(2),   # 28x28 -> 14x14
-            *convolution(32, 48), nn.MaxPool2d(2),  # 14x14 -> 7x7
-            *convolution(48, 96),
-            *convolution(96, 96, padding=0),        # 7x7 -> 5x5
-            nn.Flatten(), nn.Dropout(0.3),
-            nn.Linear(96 * 5 * 5, 64), nn.ReLU())
-        self.last = nn.Linear(64, 10)
-
-    def forward(self, x):
-        return self.last(self.features(x))
-
-
-def convolution(channels_in, channels_out, padding=1):
-    """Return the layers of a 3x3 convolution with batch normalisation and ReLU."""
-    layer = nn.Conv2d(channels_in, channels_out, 3, padding=padding, bias=False)
-    return layer, nn.BatchNorm2d(channels_out), nn.ReLU()
+def digit_classifier():
+    """Return a new classifier, from images [B, 1, 28, 28] in [-1, 1] to `features` [B, 64] and to logits [B, 10]."""
+    features = nn.Sequential(
+        *Convolution(1, 32), nn.MaxPool2d(2),   # 28x28 -> 14x14
+        *Convolution(32, 48), nn.MaxPool2d(2),  # 14x14 -> 7x7
+        *Convolution(48, 96),
+        *Convolution(96, 96, padding=0),        # 7x7 -> 5x5
+        nn.Flatten(), nn.Dropout(0.3),
+        nn.Linear(96 * 5 * 5, 64), nn.ReLU())
+    return nn.Sequential(OrderedDict(features=features, last=nn.Linear(64, 10)))
 
 
 def load_classifier(device="cpu"):
     """Return the trained classifier in evaluation mode; raise UserError if its file is missing or damaged."""
-    classifier = DigitClassifier()
+    classifier = digit_classifier()
     try:
-        classifier.load_state_dict(load_checked(WEIGHTS))
-    except (CheckpointError, RuntimeError, TypeError):
-        fault = "is damaged, or from another version" if WEIGHTS.is_file() else "is missing"
-        raise UserError(f"{WEIGHTS} {fault}; restore it, for example with: "
-                        f"git checkout -- assets/{WEIGHTS.name}") from None
+        classifier.load_state_dict(load_checked(CLASSIFIER))
+    except (RuntimeError, TypeError):
+        fault = "is damaged, or from another version" if CLASSIFIER.is_file() else "is missing"
+        raise UserError(f"{CLASSIFIER} {fault}; restore it: git checkout -- assets/{CLASSIFIER.name}") from None
     return classifier.to(device).eval()
 
 

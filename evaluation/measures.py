@@ -4,7 +4,7 @@ import torch
 
 from evaluation import metrics
 from evaluation.classifier import BATCH, features_and_probabilities, load_classifier
-from evaluation.monitoring import reconstruct
+from evaluation.monitoring import ks_distance, reconstruct
 from training.cli import UserError
 from training.model import evaluation_mode
 
@@ -15,11 +15,10 @@ CONFIDENCE = 0.95      # of the classifier; the share of images that reach it is
 
 
 def evaluate(model, train_images, test_images, test_labels, seed=0, progress=lambda stage: None):
-    """Return all measures of a model, as nested dicts of numbers that json can write.
+    """Return all measures of a models.AdversarialAE, as nested dicts of numbers that json can write.
 
-    `model` is a models.AdversarialAE, whose modes and random states are restored; images are [N, 1, 28, 28] in [-1, 1],
-    labels [N] from 0 to 9. `progress` is called with the name of each stage when it begins. Raises UserError if the
-    model returns NaN or infinity.
+    Its modes and random states are restored. Images are [N, 1, 28, 28] in [-1, 1], labels [N] from 0 to 9. `progress`
+    is called with the name of each stage. Raises UserError if the model returns NaN or infinity.
     """
     with evaluation_mode(model):
         torch.manual_seed(seed)
@@ -35,9 +34,9 @@ def evaluate(model, train_images, test_images, test_labels, seed=0, progress=lam
                             "diverged; evaluate another run")
         reconstruction = reconstruction_errors(reconstructions, test_images, test_labels)
         progress("prior match")
-        match = prior_match({"codes": codes, "training_codes": seen_codes}, seed)
-        sets = {"samples": samples, "training_reconstructions": seen_reconstructions, "training_images": seen}
+        match = prior_match(codes, seen_codes, seed)
         progress("log-likelihood")
+        sets = {"samples": samples, "training_reconstructions": seen_reconstructions, "training_images": seen}
         likelihood = {name: log_likelihood(images, held_out, test_images) for name, images in sets.items()}
         progress("digit classifier")
         quality = classifier_quality({**sets, "test_images": test_images})
@@ -46,23 +45,17 @@ def evaluate(model, train_images, test_images, test_labels, seed=0, progress=lam
 
 
 def split_training_images(images):
-    """Return at most SEEN_IMAGES evenly spaced training images, and the last SIGMA_IMAGES (at most half).
-
-    Of MNIST, the former are every fifth of 50,000: 10,000 in a row do not represent the rest, see docs/EXPERIMENTS.md.
-    """
+    """Return at most SEEN_IMAGES evenly spaced training images, and the last SIGMA_IMAGES (at most half)."""
     last = min(SIGMA_IMAGES, len(images) // 2)
-    rest = images[:-last]
+    rest = images[:-last]  # of MNIST, 10,000 in a row do not represent 50,000, see docs/EXPERIMENTS.md
     return rest[::max(1, len(rest) // SEEN_IMAGES)][:SEEN_IMAGES], images[-last:]
 
 
 def draw_samples(model, count, seed):
-    """Return `count` samples of a model; equal seeds give equal samples."""
-    state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    try:
+    """Return `count` samples of a model; equal seeds give equal ones. The random states are restored."""
+    with evaluation_mode(model):
+        torch.manual_seed(seed)
         return torch.cat([model.sample(min(BATCH, count - done)) for done in range(0, count, BATCH)])
-    finally:
-        torch.set_rng_state(state)
 
 
 def reconstruction_errors(reconstructions, images, labels):
@@ -72,39 +65,35 @@ def reconstruction_errors(reconstructions, images, labels):
     return {"mse": errors.mean().item(), "mse_per_label": per_label}
 
 
-def prior_match(sets, seed):
-    """Return how far each named set of codes [N, z_dim] is from the prior, and so are N prior samples, prior_draws."""
-    first = next(iter(sets.values()))
+def prior_match(codes, seen_codes, seed):
+    """Return how far codes of test and training images are from the prior [N, z_dim], and so are N prior samples."""
     generator = torch.Generator().manual_seed((seed + 1) % 2**63)  # not the seed of the directions in ks_distance
-    _, perfect = torch.randn(2, *first.shape, generator=generator).to(first.device)
+    _, perfect = torch.randn(2, *codes.shape, generator=generator).to(codes.device)
+    sets = {"codes": codes, "training_codes": seen_codes, "prior_draws": perfect}
     return {name: {"mean": codes.double().mean(0).tolist(), "std": codes.double().std(0).tolist(),
-                   "frechet": metrics.frechet_to_prior(codes), "ks": metrics.ks_distance(codes),
+                   "frechet": metrics.frechet_to_prior(codes), "ks": ks_distance(codes),
                    "two_sample_accuracy": metrics.two_sample_accuracy(codes, seed)}
-            for name, codes in {**sets, "prior_draws": perfect}.items()}
+            for name, codes in sets.items()}
 
 
 def log_likelihood(samples, held_out, images):
     """Return the Parzen log-likelihood of images in nats, with the best sigma for `held_out`; all are in [-1, 1]."""
     samples, held_out, images = ((part + 1) / 2 for part in (samples, held_out, images))
     sigma = metrics.choose_sigma(samples, held_out)
-    values = metrics.parzen_log_likelihood(samples, images, sigma)
+    values = metrics.parzen_log_likelihood(metrics.squared_distances(samples, images), images[0].numel(), sigma)
     return {"mean": values.mean().item(), "standard_error": values.std().item() / len(values)**0.5, "sigma": sigma,
             "samples": len(samples), "sigma_images": len(held_out)}
 
 
 def classifier_quality(sets):
-    """Return the digit classifier's measures of named sets of images [N, 1, 28, 28], one of them named test_images.
-
-    They are the squared Frechet distance of the features to those of the test images, the share of images with a
-    confidence of at least CONFIDENCE, and the share of each predicted label.
-    """
+    """Return the digit classifier's measures of named sets of images [N, 1, 28, 28], one of them test_images."""
     classifier = load_classifier(sets["test_images"].device)
     results = {name: features_and_probabilities(classifier, images) for name, images in sets.items()}
-    test_features, _ = results["test_images"]
     quality = {"sure_from_probability": CONFIDENCE}
     for name, (features, probabilities) in results.items():
-        shares = probabilities.argmax(1).bincount(minlength=10).double() / len(probabilities)
-        quality[name] = {"images": len(features), "frechet_to_test_images": metrics.frechet(features, test_features),
+        shares = probabilities.argmax(1).bincount(minlength=10).double() / len(probabilities)  # of predicted labels
+        distance = metrics.frechet(features, results["test_images"][0])
+        quality[name] = {"images": len(features), "frechet_to_test_images": distance,
                          "sure": (probabilities.amax(1) >= CONFIDENCE).double().mean().item(),
                          "labels": {str(label): share for label, share in enumerate(shares.tolist())}}
     del quality["test_images"]["frechet_to_test_images"]  # a set's distance to itself

@@ -13,46 +13,40 @@ CHUNK = 250  # rows of a distance matrix in memory at once: 20 MB of float64 wit
 STEPS = 400  # of the classifier that tells codes from prior samples
 
 
-def ks_distance(codes, projections=200, seed=0):
-    """Return the mean Kolmogorov-Smirnov distance in [0, 1] between projections of codes [N, z_dim] and N(0, 1).
-
-    It is the largest difference of their distribution functions; its mean for N prior samples is 0.869 / sqrt(N), the
-    mean of Kolmogorov's distribution. Directions are drawn uniformly from the unit sphere, equal ones for equal seeds.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(codes.shape[1], projections, generator=generator, dtype=torch.float64)
-    directions = (directions / directions.norm(dim=0)).to(codes.device)
-    steps = torch.arange(len(codes) + 1, device=codes.device, dtype=torch.float64)[:, None] / len(codes)
-    distances = []
-    for part in directions.split(20, dim=1):
-        normal = torch.special.ndtr((codes.double() @ part).sort(dim=0).values)
-        above, below = (steps[1:] - normal).amax(0), (normal - steps[:-1]).amax(0)  # just after and before each code
-        distances.append(torch.maximum(above, below))
-    return torch.cat(distances).mean().item()
-
-
 def frechet_to_prior(codes):
-    """Return the squared Frechet distance between N(m, S), fitted to codes [N, z_dim], and the prior N(0, I).
-
-    |m|^2 + tr(S + I - 2 S^(1/2)) (Dowson and Landau 1982): with the eigenvalues s of S, |m|^2 + sum (sqrt(s) - 1)^2.
-    """
+    """Return the squared Frechet distance between N(m, S), fitted to codes [N, z_dim], and the prior N(0, I)."""
+    # |m|^2 + tr(S + I - 2 S^(1/2)) (Dowson and Landau 1982): with the eigenvalues s of S, |m|^2 + sum (sqrt(s) - 1)^2
     mean, covariance = moments(codes)
     deviations = torch.linalg.eigvalsh(covariance).clamp(min=0).sqrt()
     return (mean.square().sum() + (deviations - 1).square().sum()).item()
 
 
-def two_sample_accuracy(codes, seed=0):
-    """Return the accuracy in [0, 1] of a classifier that tells held-out codes [N, z_dim] from prior samples.
+def frechet(features_a, features_b):
+    """Return the squared Frechet distance between Gaussians fitted to features [N, d] and [M, d]."""
+    # |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017, arXiv:1706.08500, equation 6). The last trace is
+    # the sum of the singular values of S1^(1/2) S2^(1/2), which is exact for singular covariances too.
+    (mean_a, covariance_a), (mean_b, covariance_b) = moments(features_a), moments(features_b)
+    roots = [vectors * values.clamp(min=0).sqrt() @ vectors.T  # eigenvalues are below 0 by rounding alone
+             for values, vectors in map(torch.linalg.eigh, (covariance_a, covariance_b))]
+    overlap = torch.linalg.svdvals(roots[0] @ roots[1]).sum()
+    return ((mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * overlap).item()
 
-    This is a classifier two-sample test (Lopez-Paz and Oquab, arXiv:1610.06545): 0.5 if nothing tells them apart, for
-    any z_dim. An MLP is trained on half of the codes and tested on the other half and as many prior samples, a second
-    one the other way round; the standard error is 0.5 / sqrt(2 N). It runs on the CPU, where a seed fixes the result.
-    """
+
+def moments(values):
+    """Return the mean [d] and the unbiased covariance [d, d] of values [N, d], in float64; N is at least 2."""
+    values = values.double()
+    return values.mean(0), torch.atleast_2d(values.T.cov())  # cov returns a number for one dimension
+
+
+def two_sample_accuracy(codes, seed=0):
+    """Return the accuracy in [0, 1] of a classifier that tells held-out codes [N, z_dim] from prior samples."""
+    # A classifier two-sample test (Lopez-Paz and Oquab, arXiv:1610.06545): 0.5 if nothing tells them apart, for any
+    # z_dim, with a standard error of 0.5 / sqrt(2 N). It runs on the CPU, where a seed fixes the result.
     right = []
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         codes = codes.detach().cpu().float()[torch.randperm(len(codes))]
-        for train, test in ((codes[::2], codes[1::2]), (codes[1::2], codes[::2])):
+        for train, test in ((codes[::2], codes[1::2]), (codes[1::2], codes[::2])):  # each half tests the other's MLP
             logit = train_mlp(train)
             right += [logit(test) > 0, logit(torch.randn_like(test)) < 0]
     return torch.cat(right).double().mean().item()
@@ -74,51 +68,12 @@ def train_mlp(codes, batch=250):
     return logit
 
 
-def frechet(features_a, features_b):
-    """Return the squared Frechet distance between Gaussians fitted to features [N, d] and [M, d].
-
-    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Dowson and Landau 1982; Heusel et al. 2017, arXiv:1706.08500,
-    equation 6). The trace of (S1 S2)^(1/2) is the sum of the singular values of S1^(1/2) S2^(1/2), which needs no
-    root of a non-symmetric matrix and is exact for singular covariances too.
-    """
-    (mean_a, covariance_a), (mean_b, covariance_b) = moments(features_a), moments(features_b)
-    overlap = torch.linalg.svdvals(symmetric_root(covariance_a) @ symmetric_root(covariance_b)).sum()
-    return ((mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * overlap).item()
-
-
-def moments(values):
-    """Return the mean [d] and the unbiased covariance [d, d] of values [N, d], in float64; N is at least 2."""
-    values = values.double()
-    mean = values.mean(0)
-    return mean, (values - mean).T @ (values - mean) / (len(values) - 1)
-
-
-def symmetric_root(matrix):
-    """Return the square root of a symmetric matrix [d, d] whose eigenvalues, except for rounding, are at least 0."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return vectors * values.clamp(min=0).sqrt() @ vectors.T
-
-
-def parzen_log_likelihood(samples, images, sigma):
-    """Return the log-likelihood [N] in nats of images [N, ...] in [0, 1] under a Parzen window of samples [M, ...].
-
-    The density is the mean of M Gaussians of standard deviation sigma in each pixel, one around each sample:
-    Goodfellow et al. 2014, arXiv:1406.2661, section 5, and table 1 of Makhzani et al. 2015, arXiv:1511.05644.
-    """
-    return torch.cat([log_density(part, sigma, images[0].numel()) for part in squared_distances(samples, images)])
-
-
 def choose_sigma(samples, images, low=0.01, high=10.0):
-    """Return the sigma in (low, high) with the largest mean Parzen log-likelihood of images [N, ...] in [0, 1].
-
-    Searches three grids of 16 sigmas, each between the neighbours of the best sigma of the previous grid. The last
-    grid's steps are below 1 %; half a step from the optimum costs an image of 784 pixels about 784 * 0.005^2 = 0.02
-    nats. Raises ValueError if the optimum is at the edge of a grid.
-    """
+    """Return the sigma with the largest mean Parzen log-likelihood of images; raise ValueError at `low` and `high`."""
     distances, pixels = list(squared_distances(samples, images)), images[0].numel()
-    for _ in range(3):
+    for _ in range(3):  # steps end below 1 %: half a step from the optimum costs 784 pixels 784 * 0.005^2 = 0.02 nats
         grid = torch.logspace(math.log10(low), math.log10(high), 16, dtype=torch.float64).tolist()
-        means = [torch.cat([log_density(part, sigma, pixels) for part in distances]).mean().item() for sigma in grid]
+        means = [parzen_log_likelihood(distances, pixels, sigma).mean().item() for sigma in grid]
         best = max(range(16), key=means.__getitem__)
         if best in (0, 15):
             raise ValueError(f"the best sigma is not between {low:g} and {high:g}")
@@ -126,18 +81,18 @@ def choose_sigma(samples, images, low=0.01, high=10.0):
     return grid[best]
 
 
-def log_density(distances, sigma, pixels):
-    """Return the Parzen log-likelihood [N], float64, for squared distances [N, M] to samples of `pixels` dimensions."""
-    exponents = (distances / (-2 * sigma**2)).logsumexp(1).double()
-    return exponents - math.log(distances.shape[1]) - pixels * math.log(sigma * math.sqrt(2 * math.pi))
+def parzen_log_likelihood(distances, pixels, sigma):
+    """Return the Parzen log-likelihood [N] in nats, float64, of images with these squared_distances to M samples."""
+    # The density is the mean of M Gaussians of standard deviation sigma in each pixel, one around each sample
+    # (Goodfellow et al. 2014, arXiv:1406.2661, section 5; table 1 of Makhzani et al. 2015, arXiv:1511.05644).
+    normalisation = pixels * math.log(sigma * math.sqrt(2 * math.pi))
+    return torch.cat([(chunk / (-2 * sigma**2)).logsumexp(1).double() - math.log(chunk.shape[1]) - normalisation
+                      for chunk in distances])
 
 
 def squared_distances(samples, images):
-    """Yield the squared distances [CHUNK, M] of images x [N, ...], CHUNK at a time, to samples y [M, ...].
-
-    They are |x|^2 + |y|^2 - 2 x y with the rounding error of this sum: the samples' mean is subtracted from x and y, so
-    that it is below 1e-4 in float32, for images of 784 pixels.
-    """
+    """Yield the squared distances [CHUNK, M] of images x [N, ...], CHUNK at a time, to samples y [M, ...]."""
+    # |x|^2 + |y|^2 - 2 x y; with the samples' mean subtracted, its rounding error is below 1e-4 (float32, 784 pixels)
     samples = samples.flatten(1)
     mean = samples.mean(0)
     samples = samples - mean

@@ -1,4 +1,4 @@
-"""Measurements of a model during training, written to TensorBoard."""
+"""What TensorBoard gets of a model during training: measurements on test images, and the results of a finished run."""
 
 import contextlib
 import io
@@ -6,11 +6,23 @@ import io
 import torch
 from torch.utils.tensorboard.summary import hparams
 
-from evaluation.metrics import ks_distance
 from training.model import evaluation_mode
 
 HYPERPARAMETERS = ("z_dim", "lambda_", "posterior", "networks", "ae_lr", "drop_after", "d_lr", "d_momentum",
                    "averaging", "batch_size", "epochs", "seed", "precision", "trained_on")  # by which runs are compared
+
+
+def ks_distance(codes, projections=200, seed=0):
+    """Return the mean Kolmogorov-Smirnov distance in [0, 1] between projections of codes [N, z_dim] and N(0, 1)."""
+    # It is the largest difference of their distribution functions; its mean for N prior samples is 0.869 / sqrt(N), the
+    # mean of Kolmogorov's distribution. Directions are uniform on the unit sphere, and equal for equal seeds.
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(codes.shape[1], projections, generator=generator, dtype=torch.float64)
+    directions = (directions / directions.norm(dim=0)).to(codes.device)
+    normal = torch.special.ndtr((codes.double() @ directions).sort(dim=0).values)
+    steps = torch.arange(len(codes) + 1, device=codes.device, dtype=torch.float64)[:, None] / len(codes)
+    above, below = (steps[1:] - normal).amax(0), (normal - steps[:-1]).amax(0)  # just after and before each code
+    return torch.maximum(above, below).mean().item()
 
 
 def reconstruct(model, images):
@@ -19,7 +31,7 @@ def reconstruct(model, images):
     return torch.cat(reconstructions), torch.cat(codes)
 
 
-def measure(model, images):
+def measurements(model, images):
     """Return the codes [N, z_dim] of images, on the CPU, and a dict of their reconstruction loss and KS distance."""
     with evaluation_mode(model):
         reconstructions, codes = reconstruct(model, images)
@@ -29,13 +41,10 @@ def measure(model, images):
 
 
 def save_measurements(model, epoch, summary_writer, images):
-    """Write measurements on images to TensorBoard: curves (`test/`), and a histogram of each dimension (`codes/`).
-
-    Does nothing if `images` is None: the test set is not available.
-    """
-    if images is None:
+    """Write measurements on images to TensorBoard: curves (`test/`), and a histogram of each dimension (`codes/`)."""
+    if images is None:  # the test set is not available
         return
-    codes, values = measure(model, images)
+    codes, values = measurements(model, images)
     for name, value in values.items():
         summary_writer.add_scalar(f"test/{name}", value, epoch)
     if epoch and codes.abs().max() < 1e20:  # at epoch 0 all are one spike, next to which later histograms look flat
@@ -46,12 +55,12 @@ def save_measurements(model, epoch, summary_writer, images):
 def save_summary(model, epoch, summary_writer, data, settings, means):
     """Write a finished run to TensorBoard: 1,000 test codes for the projector, and its settings with the final results.
 
-    `data` is a training.data.Data. `settings` and `means`, those of the last epoch, are dicts. Each result is a curve
-    of one point (`final/`): the training losses, and the measurements on test images if these are available.
+    `data` is a training.data.Data; `settings` and `means`, those of the last epoch, are dicts. The results, training
+    losses and measurements on test images if these are available, are curves of one point (`final/`).
     """
     results = {f"final/{name}": means[name] for name in ("recon_loss", "accuracy") if name in means}
     if data.test_images is not None:
-        codes, values = measure(model, data.test_images)
+        codes, values = measurements(model, data.test_images)
         shown = torch.nn.functional.pad(codes[:1000], (0, max(0, 3 - codes.shape[1])))  # the projector needs three
         with contextlib.redirect_stdout(io.StringIO()):  # a run that ends a second time is warned of its own folder
             summary_writer.add_embedding(shown, data.test_labels[:1000].tolist(),

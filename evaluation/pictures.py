@@ -19,10 +19,12 @@ def draw_pictures(model, train_images, test_images, test_labels, seed=0):
     with evaluation_mode(model):
         torch.manual_seed(seed)
         samples = draw_samples(model, 64, seed)
+        shown = test_images[first_of_each_label(test_labels)].to(model.device)
+        reconstructed = torch.cat([images for row in shown for images in (row, model(row)[0])])
         pictures = {"samples.png": grid(samples, 8),
                     "nearest.png": grid(torch.cat([samples[:8], nearest(samples[:8], train_images)]), 8),
-                    "reconstructions.png": draw_reconstructions(model, test_images, test_labels),
-                    "interpolations.png": draw_interpolations(model, test_images, test_labels)}
+                    "reconstructions.png": grid(reconstructed, shown.shape[1]),
+                    "interpolations.png": draw_interpolations(model, shown[0])}
         if model.z_dim == 2:
             pictures["manifold.png"] = draw_manifold(model)
             _, codes = reconstruct(model, test_images.to(model.device))
@@ -41,22 +43,14 @@ def nearest(samples, train_images):
     return train_images[distances.argmin(0).to(train_images.device)].to(samples)
 
 
-def draw_reconstructions(model, images, labels, rows=4):
-    """Return a picture with a column per label: `rows` images, each above its reconstruction."""
-    chosen = torch.stack([first_of(labels, label, rows) for label in labels.unique()], 1)
-    originals = [images[row].to(model.device) for row in chosen]
-    return grid(torch.cat([part for row in originals for part in (row, model(row)[0])]), chosen.shape[1])
+def first_of_each_label(labels, count=4):
+    """Return the indices [count, L] of the first images of each of L labels; if there are too few, repeat the last."""
+    indices = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
+    return torch.stack([found[torch.arange(count).clamp(max=len(found) - 1)] for found in indices], 1)
 
 
-def first_of(labels, label, count):
-    """Return the indices [count] of the first images with a label; if there are too few, repeat the last."""
-    indices = (labels == label).nonzero()[:count, 0]
-    return torch.cat([indices, indices[-1:].expand(count - len(indices))])
-
-
-def draw_interpolations(model, images, labels, steps=10):
-    """Return a picture with a row per label: one of its images, `steps` decoded codes, an image of the next label."""
-    images = images[[first_of(labels, label, 1).item() for label in labels.unique()]].to(model.device)
+def draw_interpolations(model, images, steps=10):
+    """Return a picture with a row for each of images [L, 1, 28, 28]: it, `steps` decoded codes, the next image."""
     _, codes = model(images)
     fractions, rows = torch.linspace(0, 1, steps, device=codes.device), []
     for start, end, code, target in zip(images, images.roll(-1, 0), codes, codes.roll(-1, 0), strict=True):
@@ -65,11 +59,9 @@ def draw_interpolations(model, images, labels, steps=10):
 
 
 def interpolate(start, end, fractions):
-    """Return codes [N, z_dim] at fractions [N] of the way from one code [z_dim] to another (spherical interpolation).
-
-    Direction (Shoemake 1985, "Animating rotation with quaternion curves") and norm change at constant speed: a straight
-    line between two samples of N(0, I), whose norms are near sqrt(z_dim), passes through norms that are rare.
-    """
+    """Return codes [N, z_dim] at fractions [N] of the way from one code [z_dim] to another: spherical interpolation."""
+    # Direction (Shoemake 1985, "Animating rotation with quaternion curves") and norm change at constant speed: a
+    # straight line between two samples of N(0, I), whose norms are near sqrt(z_dim), passes through rare norms.
     fractions, directions = fractions[:, None], (F.normalize(start, dim=0), F.normalize(end, dim=0))
     angle = (directions[0] @ directions[1]).clamp(-1, 1).acos()
     if angle.sin() < 1e-3:  # equal or opposite directions, for which the path is not unique
@@ -98,24 +90,18 @@ def draw_codes(codes, labels):
     points = to_pixels(codes.double() * torch.tensor([1, -1])).tolist()
     order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))  # so that no label hides the others
     for index in order.tolist():
-        draw_circle(draw, *points[index], 4.4, fill=COLORS[labels[index]])
-
+        draw.circle(points[index], 4.4, COLORS[labels[index]])
     middle, step = to_pixels(0), max(1, round(reach / 5))
     for line in ((0, middle, pixels, middle), (middle, 0, middle, pixels), (pixels, 0, pixels, pixels)):
         draw.line(line, "#c8c8c8", 2)
     for radius in (1, 2, 3):  # standard deviations of the prior
-        draw_circle(draw, middle, middle, to_pixels(radius) - middle, outline="#404040", width=2)
+        draw.circle((middle, middle), to_pixels(radius) - middle, outline="#404040", width=2)
     for value in range(step, int(0.95 * reach) + 1, step):  # a number at the very edge would be cut off
         for signed in (-value, value):
             draw.text((to_pixels(signed), pixels - 8), str(signed), "black", font, anchor="md")
             draw.text((8, to_pixels(-signed)), str(signed), "black", font, anchor="lm")
-
     for label in labels.unique().tolist():
         x, y = pixels + 60, 80 + 68 * label
-        draw_circle(draw, x, y, 18, fill=COLORS[label])
+        draw.circle((x, y), 18, COLORS[label])
         draw.text((x + 40, y), str(label), "black", font, anchor="lm")
     return ImageOps.scale(picture, 1 / 2, Image.Resampling.LANCZOS)
-
-
-def draw_circle(draw, x, y, radius, **style):
-    draw.ellipse((x - radius, y - radius, x + radius, y + radius), **style)

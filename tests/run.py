@@ -30,7 +30,7 @@ COMMAND = str(HERE / "train.py"), "--dataset", "digits", "--no-cuda", "--log_dir
 class WholeRun(TrainGroup):
     """`main` from start to end on the bundled digits."""
 
-    needs = (*TrainGroup.needs, "evaluation.metrics", "training.device")
+    needs = (*TrainGroup.needs, "evaluation.monitoring", "training.device")
 
     def test_everything_is_written(self):
         run, weights = self.train_quietly("--epochs", "6", "--z_dim", "3")
@@ -72,7 +72,7 @@ class WholeRun(TrainGroup):
         [loss], [distance] = events.Scalars("final/test_recon_loss"), events.Scalars("final/test_ks_distance")
         self.check_close(loss.value, (recon_x - images).square().mean(),
                          "the reconstruction loss of the test images is wrong", 1e-4)
-        self.check_close(distance.value, self.metrics.ks_distance(codes), "the KS distance is wrong", 1e-4)
+        self.check_close(distance.value, self.monitoring.ks_distance(codes), "the KS distance is wrong", 1e-4)
         folder = run / "00006" / "codes"
         np.testing.assert_allclose(np.loadtxt(folder / "tensors.tsv"), codes, rtol=1e-3, atol=1e-4)
         self.assertEqual((folder / "metadata.tsv").read_text().split(), [str(label) for label in labels.tolist()])
