@@ -205,7 +205,7 @@ class Evaluation(TrainGroup):
                                (self.models.AdversarialAE(4).state_dict(), "from another run"),
                                ({"weight": torch.tensor([math.nan])}, "has diverged"),
                                ({name: 1e10 * weight for name, weight in state.items()}, "has diverged")):
-            weights.write_bytes(content if isinstance(content, bytes) else self.checkpoint.serialize(content))
+            weights.write_bytes(content if isinstance(content, bytes) else self.files.serialize(content))
             self.assert_run_refused(run, words)
         weights.write_bytes(whole)
         with mock.patch.object(self.measures, "draw_samples", return_value=torch.full((1, 1, 28, 28), math.inf)):
@@ -215,9 +215,9 @@ class Evaluation(TrainGroup):
         (run, _), weights = self.a_run(), self.folder() / "digit_classifier.pt"
         self.enterContext(mock.patch.object(self.classifier, "CLASSIFIER", weights))
         self.assert_run_refused(run, weights, "is missing; restore it")
-        whole = bytearray(self.checkpoint.serialize(self.classifier.digit_classifier().half().state_dict()))
+        whole = bytearray(self.files.serialize(self.classifier.digit_classifier().half().state_dict()))
         whole[len(whole) // 2] ^= 64  # one bit, which torch.load does not notice
-        for content in (bytes(whole), self.checkpoint.serialize([1])):
+        for content in (bytes(whole), self.files.serialize([1])):
             weights.write_bytes(content)
             self.assert_run_refused(run, weights, "is damaged")
         self.assertFalse((run / "evaluation").exists())
