@@ -253,7 +253,7 @@ def main(args):
         args = run.args
         torch.manual_seed(args.seed)
         device = setup_device(args.no_cuda, args.precision, args.deterministic)
-        data = load_data(args, device, run.resumed)
+        data = load_data(args, device, run.resumed and run.resumed["settings"])
 
         options = {"posterior": args.posterior, "networks": args.networks}
         if options == {"posterior": "deterministic", "networks": "residual"}:
