@@ -29,7 +29,7 @@ class Data(Group):
         self.enterContext(torch.device("meta"))  # what an earlier cell of a notebook has set must not matter
         self.addCleanup(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float64)
-        self.root, self.files, self.md5 = self.folder(), {}, self.mnist.MNIST_MD5
+        self.root, self.files, self.md5, self.timeout = self.folder(), {}, self.mnist.MNIST_MD5, self.mnist.TIMEOUT
         for name in self.md5:
             count = 130 if "train" in name else 20
             pixels = np.random.default_rng(count).integers(0, 256, (count, 28, 28), np.uint8)
@@ -63,7 +63,7 @@ class Data(Group):
         return f"http://127.0.0.1:{server.server_port}/"
 
     def test_agrees_with_torchvision_in_each_layout_and_with_the_interface(self):
-        from torchvision.datasets import MNIST
+        from torchvision.datasets import MNIST  # here, as it takes a second that other groups do not need
 
         self.put("{}")
         expected = MNIST(self.root)
@@ -89,8 +89,7 @@ class Data(Group):
                 images, labels = (torch.cat(parts).tolist() for parts in zip(*batches, strict=True))
                 orders.append(images)
                 self.assertEqual((sorted(images), labels), (list(range(130)), images))
-                self.assertEqual(len({y.untyped_storage().data_ptr() for _, y in batches}), 1,
-                                 "labels are gathered for each batch, which costs a GPU kernel per step")
+                self.assertEqual(len({y.untyped_storage().data_ptr() for _, y in batches}), 1, "gathered per batch")
             self.check(torch.equal(stream, torch.get_rng_state()), "shuffling uses torch's global generator")
         self.assertEqual((orders[:2], len(loader), loader.epoch), (orders[2:4], 3, 2))
         self.assertEqual(len({*map(tuple, orders)}), 4, "two epochs or two seeds have the same order")
@@ -106,11 +105,12 @@ class Data(Group):
             path.write_bytes(damaged)
             with self.assertRaisesRegex(self.mnist.DataError, f"{path.name} is damaged") as caught:
                 self.mnist.load_mnist(self.root)
-            self.assertNotIsInstance(caught.exception, self.mnist.MissingData)  # --dataset auto does not hide it
+            self.assertIs(type(caught.exception), self.mnist.DataError)  # not MissingData, which --dataset auto hides
         path.with_name(self.IMAGES.replace("-idx", ".idx")).write_bytes(self.files[self.IMAGES])
         self.assertEqual(len(self.mnist.load_mnist(self.root)[0]), 130)
 
     def test_download_that_fails_says_why_and_leaves_nothing(self):
+        self.assertLessEqual(2 * self.timeout, 100, "two mirrors behind a firewall that drops every packet")
         good = self.mirror()
         for mirror, patched, error, words in (
                 ("http://silent/", "socket.getaddrinfo", lambda *_: threading.Event().wait(9), "no data for 1 s"),
@@ -127,9 +127,9 @@ class Data(Group):
 
     def test_two_programs_download_at_once_from_the_first_mirror_that_works(self):
         def copyfile(self, source, outputfile):  # slower than the time limit, but not silent
-            while piece := source.read(33_000):
+            while piece := source.read(50_000):
                 outputfile.write(piece)
-                threading.Event().wait(0.7)
+                threading.Event().wait(len(piece) / 80_000)
 
         raw = self.root / "MNIST" / "raw"
         raw.mkdir(parents=True)
@@ -140,13 +140,12 @@ class Data(Group):
                 mock.patch("http.server.SimpleHTTPRequestHandler.copyfile", copyfile):
             self.assertEqual([len(images) for images, _ in pool.map(self.mnist.load_mnist, [self.root] * 2)], [130] * 2)
         self.assertEqual({path.name for path in raw.iterdir()}, {*self.mnist.MNIST_MD5, "notes"})
-        self.assertEqual(len(self.mnist.load_mnist(self.root, train=False, download=False)[0]), 20)
 
     def test_settings_of_a_resumed_run_decide(self):
         args = mock.Mock(dataset="auto", data_dir=self.root, batch_size=64)
         self.assertIn("MNIST is not in", self.data.load_data(args, "cpu", None).warning)
-        data = self.data.load_data(args, "cpu", {"trained_on": "digits", "fallback": "it was not there"})
-        self.assertEqual(data[1:3], ("digits", "it was not there"))
+        settings = {"trained_on": "digits", "fallback": "then"}
+        self.assertEqual(self.data.load_data(args, "cpu", settings)[1:3], ("digits", "then"))
         with self.assertRaises(self.mnist.MissingData):
             self.data.load_data(args, "cpu", {"trained_on": "mnist", "fallback": None})
 
@@ -160,8 +159,7 @@ class Data(Group):
             self.check(F.pad(centre, (4, 4, 4, 4), value=-1).equal(images), "the border is not empty")
             coarse, expected = F.adaptive_avg_pool2d(centre, 4), F.adaptive_avg_pool2d(pixels, 4)
             torch.testing.assert_close(coarse, expected, atol=0.3, rtol=0)
-        with mock.patch.object(self.mnist, "DIGITS_FILE", self.root / "none"), \
-                self.assertRaisesRegex(self.mnist.DataError, "none is missing or damaged; restore it"):
+        with mock.patch.object(self.mnist, "DIGITS_FILE", self.root), self.assertRaisesRegex(RuntimeError, "restore"):
             self.mnist.load_digits()
 
     def test_real_mnist(self):
