@@ -118,7 +118,7 @@ class Data(Group):
                 ("http://nonsense:port/", "os.abort", None, "'port'"),  # urllib raises an error that is no OSError
                 (good, "os.mkdir", PermissionError(13, "Permission denied"), "Permission denied"),
                 (good, "os.replace", OSError(28, "No space left on device"), "No space left"),
-                (good, "multiprocessing.pool.ApplyResult.wait", KeyboardInterrupt("Ctrl-C"), "Ctrl-C")):
+                (good, "multiprocessing.pool.ApplyResult.wait", KeyboardInterrupt("Ctrl-C"), "^Ctrl-C")):
             with mock.patch("torchvision.datasets.MNIST.mirrors", [mirror]), mock.patch(patched, side_effect=error), \
                     self.assertRaisesRegex((self.mnist.MissingData, KeyboardInterrupt), words):
                 self.mnist.load_mnist(self.root)
