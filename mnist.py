@@ -54,7 +54,7 @@ class BatchLoader:
 
     def __init__(self, images, labels, batch_size, shuffle=True, device="cpu"):
         self.dataset = TensorDataset(images.to(device), labels.to(device))
-        self.batch_size, self.shuffle, self.skip = batch_size, shuffle, 0
+        self.batch_size, self.shuffle = batch_size, shuffle
         self.seed, self.epoch = torch.initial_seed(), 0  # together, they determine the order of an epoch
 
     def __len__(self):
@@ -66,10 +66,9 @@ class BatchLoader:
         if self.shuffle:  # the same order on every device, and without torch's global generator
             generator = torch.Generator("cpu").manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
             order = torch.randperm(len(images), generator=generator, device="cpu")
-        order, skip, self.skip, self.epoch = order.to(images.device), self.skip, 0, self.epoch + 1
-        batches = list(zip(order.split(self.batch_size), labels[order].split(self.batch_size), strict=True))
-        for chosen, chosen_labels in batches[skip:]:  # labels are gathered once an epoch
-            yield images[chosen], chosen_labels
+        order, self.epoch = order.to(images.device), self.epoch + 1
+        for chosen, y in zip(order.split(self.batch_size), labels[order].split(self.batch_size), strict=True):
+            yield images[chosen], y  # labels are gathered once an epoch
 
     def state_dict(self):
         return {"seed": self.seed, "epoch": self.epoch}
@@ -81,8 +80,7 @@ class BatchLoader:
 def load_mnist(root="../data", train=True, download=True):
     """Return the images, float32 [N, 1, 28, 28] in [-1, 1], and labels, int64 [N], of MNIST; N is 60,000 or 10,000."""
     raw, kind = Path(root).expanduser() / "MNIST" / "raw", "train" if train else "t10k"
-    # After a header, of 16 bytes for images and 8 for labels, a file has one unsigned byte per value.
-    pixels = np.frombuffer(read_idx(raw, f"{kind}-images-idx3-ubyte", download), np.uint8, offset=16)
+    pixels = np.frombuffer(read_idx(raw, f"{kind}-images-idx3-ubyte", download), np.uint8, offset=16)  # past a header
     labels = np.frombuffer(read_idx(raw, f"{kind}-labels-idx1-ubyte", download), np.uint8, offset=8)
     images = torch.from_numpy(pixels.astype(np.float32)).div_(127.5).sub_(1)
     return images.view(-1, 1, 28, 28), torch.from_numpy(labels.astype(np.int64))

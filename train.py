@@ -11,6 +11,7 @@ import training.threads  # noqa: F401 (before torch, which reads the variables t
 
 import argparse
 import functools
+import itertools
 import sys
 from pathlib import Path
 
@@ -234,7 +235,7 @@ class Batches:
         return len(self.loader)
 
     def __iter__(self):
-        for batch in self.loader:
+        for batch in itertools.islice(self.loader, self.run.steps, None):  # without those taken before a stop
             yield batch
             self.ema.update()     # runs when the next batch is requested
             self.run.step_done()  # counts the step; stops the run if a signal is pending

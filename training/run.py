@@ -111,7 +111,7 @@ class Run:
         with tqdm(total=self.args.epochs * steps, initial=self.epoch * steps + self.steps, disable=None,
                   bar_format="{desc}|{bar}|{remaining} left{postfix}", dynamic_ncols=True) as self._bar:
             for epoch in range(first, self.args.epochs + 1):
-                self._loader.epoch, self._loader.skip = self.epoch, self.steps
+                self._loader.epoch = self.epoch
                 self._bar.set_description(f"epoch {epoch}/{self.args.epochs}")
                 self._epoch_started = time.monotonic()
                 yield epoch
