@@ -237,7 +237,7 @@ def main(args):
     args, saved = resolve(with_defaults(args))  # a new run, or with --resume the flags and the state of a stopped one
     torch.manual_seed(args.seed)
     device = setup_device(args.no_cuda, args.precision, args.deterministic)
-    data = load_data(args, device, saved)
+    data = load_data(args, device, saved["settings"] if saved else None)
     model = build_model(args, device)
     ema = EMA(model, args.averaging)  # the averaged weights are shown, evaluated and saved
     if args.precision == "bf16":  # after the copy in EMA, which stays in float32

@@ -19,9 +19,9 @@ class Data(NamedTuple):
     test_labels: torch.Tensor | None
 
 
-def load_data(args, device, saved=None):
-    """Return the Data that the flags specify, or, given a saved run's state, the Data of that run."""
-    loader, name, warning = load_training_set(args, device, saved and saved["settings"])
+def load_data(args, device, settings):
+    """Return the Data that the flags specify; for a resumed run, which has `settings` already, the Data of that run."""
+    loader, name, warning = load_training_set(args, device, settings)
     return Data(loader, name, warning, one_of_each_label(loader.dataset), *load_test_set(args, name, device))
 
 
