@@ -8,7 +8,6 @@ The group TrainMistakes in tests/train_mistakes.py checks the rest of train.py, 
 import contextlib
 import functools
 import importlib
-import io
 import itertools
 import math
 import os
@@ -37,6 +36,7 @@ from torch.utils.data import DataLoader, TensorDataset
 __unittest = True  # hides the lines of this file in tracebacks, but not those of the code under test
 
 HERE = Path(__file__).absolute().parent
+NOWHERE = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115 (code under test may keep it)
 LIMIT, IMPORT_LIMIT = 40, 180  # seconds for a test of train.py, and for an import, which is slow from a cold disk
 
 
@@ -338,7 +338,7 @@ class MistakesGroup(ModelGroup):
 
     def attempt(self, words, call, crash="train.py raises"):
         """Return call(train), run silently and without a network; `crash` begins the message if it raises."""
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), \
+        with contextlib.redirect_stdout(NOWHERE), contextlib.redirect_stderr(NOWHERE), \
                 mock.patch("sys.argv", ["train.py"]), mock.patch("urllib.request.urlopen", side_effect=OSError) as web:
             try:
                 train = load("train")
