@@ -506,7 +506,7 @@ def load_groups():
     files = [file for file in sorted((HERE / "tests").glob("*.py")) if b"__unittest = True" in file.read_bytes()]
     sys.modules["unittests"] = sys.modules[__name__]  # tests/ import this module, not a second copy
     for file in files:
-        importlib.import_module("tests").__path__ = [str(HERE / "tests")]  # an installed package may be named tests
+        sys.modules.setdefault("tests", type(sys)("tests")).__path__ = [str(HERE / "tests")]  # whoever else is named so
         globals().update({name: group for name, group in vars(importlib.import_module(f"tests.{file.stem}")).items()
                           if isinstance(group, type) and issubclass(group, Group)})
 
@@ -514,7 +514,11 @@ def load_groups():
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs may ignore it
     load_groups()
+    stderr = sys.stderr  # the code under test may replace it
     program = unittest.main(exit=False, testRunner=getattr(sys.modules.get("tests.parallel"), "Runner", None))
     for words in dict.fromkeys(words for _, words in program.result.skipped):
-        print(f"skipped: {words}", file=sys.stderr)
-    sys.exit(not program.result.wasSuccessful())
+        print(f"skipped: {words}", file=stderr)
+    for stream in (stderr, sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed
+            stream.flush()
+    os._exit(not program.result.wasSuccessful())  # ends threads that the code under test has started, too
