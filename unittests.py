@@ -514,11 +514,9 @@ def load_groups():
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs may ignore it
     load_groups()
-    stderr = sys.stderr  # the code under test may replace it
     program = unittest.main(exit=False, testRunner=getattr(sys.modules.get("tests.parallel"), "Runner", None))
     for words in dict.fromkeys(words for _, words in program.result.skipped):
-        print(f"skipped: {words}", file=stderr)
-    for stream in (stderr, sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # closed
-            stream.flush()
+        print(f"skipped: {words}", file=sys.__stderr__)
+    with contextlib.suppress(Exception):  # whatever the code under test has put there
+        sys.stdout.flush()
     os._exit(not program.result.wasSuccessful())  # ends threads that the code under test has started, too

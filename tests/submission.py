@@ -116,7 +116,7 @@ def judge(result):
         ("failures", result.failures), ("errors", result.errors), ("skipped", result.skipped)) if tests)
     right = result.wasSuccessful() and result.testsRun > 0
     failures = "".join(text for _, text in result.failures + result.errors)
-    unchecked = [re.match(r"(?:Mistake )?(.{,60}?)(?::|$)", words)[1] for _, words in result.skipped]
+    unchecked = [re.match("(?:Mistake )?([^:\n]*)", words)[1][:60] for _, words in result.skipped]
     return {"verdict": "failed" if not right else "incomplete" if result.skipped else "passed",
             "mistakes": numbers(re.findall(r"^AssertionError: Mistake (\d+):", failures, re.MULTILINE)),
             "not checked": numbers(unchecked),
