@@ -37,6 +37,7 @@ __unittest = True  # hides the lines of this file in tracebacks, but not those o
 
 HERE = Path(__file__).absolute().parent
 NOWHERE = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115 (code under test may keep it)
+NOWHERE.close = lambda: None  # for the same reason
 LIMIT, IMPORT_LIMIT = 40, 180  # seconds for a test of train.py, and for an import, which is slow from a cold disk
 
 
