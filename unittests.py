@@ -8,7 +8,6 @@ The group TrainMistakes in tests/train_mistakes.py checks the rest of train.py, 
 import contextlib
 import functools
 import importlib
-import io
 import itertools
 import math
 import os
@@ -37,6 +36,8 @@ from torch.utils.data import DataLoader, TensorDataset
 __unittest = True  # hides the lines of this file in tracebacks, but not those of the code under test
 
 HERE = Path(__file__).absolute().parent
+NOWHERE = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115 (code under test may keep it)
+NOWHERE.close = lambda: None  # for the same reason
 LIMIT, IMPORT_LIMIT = 40, 180  # seconds for a test of train.py, and for an import, which is slow from a cold disk
 
 
@@ -338,7 +339,7 @@ class MistakesGroup(ModelGroup):
 
     def attempt(self, words, call, crash="train.py raises"):
         """Return call(train), run silently and without a network; `crash` begins the message if it raises."""
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), \
+        with contextlib.redirect_stdout(NOWHERE), contextlib.redirect_stderr(NOWHERE), \
                 mock.patch("sys.argv", ["train.py"]), mock.patch("urllib.request.urlopen", side_effect=OSError) as web:
             try:
                 train = load("train")
@@ -506,7 +507,7 @@ def load_groups():
     files = [file for file in sorted((HERE / "tests").glob("*.py")) if b"__unittest = True" in file.read_bytes()]
     sys.modules["unittests"] = sys.modules[__name__]  # tests/ import this module, not a second copy
     for file in files:
-        importlib.import_module("tests").__path__ = [str(HERE / "tests")]  # an installed package may be named tests
+        sys.modules.setdefault("tests", type(sys)("tests")).__path__ = [str(HERE / "tests")]  # whoever else is named so
         globals().update({name: group for name, group in vars(importlib.import_module(f"tests.{file.stem}")).items()
                           if isinstance(group, type) and issubclass(group, Group)})
 
@@ -516,5 +517,7 @@ if __name__ == "__main__":
     load_groups()
     program = unittest.main(exit=False, testRunner=getattr(sys.modules.get("tests.parallel"), "Runner", None))
     for words in dict.fromkeys(words for _, words in program.result.skipped):
-        print(f"skipped: {words}", file=sys.stderr)
-    sys.exit(not program.result.wasSuccessful())
+        print(f"skipped: {words}", file=sys.__stderr__)
+    with contextlib.suppress(Exception):  # whatever the code under test has put there
+        sys.stdout.flush()
+    os._exit(not program.result.wasSuccessful())  # ends threads that the code under test has started, too

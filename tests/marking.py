@@ -1,12 +1,10 @@
-"""Tests of the groups for students, on correct and incorrect solutions, and of the marking of a class."""
+"""Tests of the groups for students, on correct and incorrect solutions."""
 
 import contextlib
 import importlib
 import io
-import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -16,7 +14,6 @@ from pathlib import Path
 from unittest import mock
 
 import unittests
-from tests import mark as marks
 from tests.solutions.mistakes import MISTAKES
 from tests.solutions.styles import STYLES
 from tests.train_mistakes import TrainMistakes
@@ -109,53 +106,6 @@ class Solutions(Group):
         for number in range(1, 17):
             self.assertGreaterEqual(len({style for n, style, *_ in MISTAKES if n == number}), 2)
         self.assertEqual({style for _, style, *_ in MISTAKES}, set(STYLES))
-
-
-class Marks(Group):
-    """Programs that a teacher or a student starts, with nothing on the PATH."""
-
-    def run_python(self, *arguments, folder=HERE):
-        done = subprocess.run([sys.executable, *arguments], cwd=folder, text=True, capture_output=True,
-                              env={**os.environ, "PATH": ""})
-        return done.returncode, done.stdout + done.stderr
-
-    def test_a_class_is_marked(self):
-        gpu = 'import os\nimport torch\ntorch.cuda.is_available = lambda: os.environ["CUDA_VISIBLE_DEVICES"] != ""\n'
-        results, submissions = self.folder() / "results", self.folder()
-        for student, text in {"anna": planted("module_device", "import os\n", gpu), "ben": planted(*MISTAKES[0][1:]),
-                              "carla": "import sys\nsys.exit()", "dora": planted()}.items():
-            (submissions / student).mkdir()
-            for name in ("models.py", "train.py", "unittests.py")[:1 if student == "dora" else 3]:
-                (submissions / student / name).write_text(text)
-        before = sorted(submissions.rglob("*"))
-        status, output = self.run_python("-m", "tests.mark", submissions, results)
-        self.assertEqual((status, sorted(submissions.rglob("*"))), (0, before), output)
-        for line, words in zip(output.splitlines(), (
-                "anna +passed +mistakes: none +OK", "ben +failed +mistakes: 1 +FAILED",
-                "carla +failed +mistakes: none +FAILED",  # and not a status of 0 without any test
-                "dora +incomplete +mistakes: none +OK .*, not checked: 2 3 4 13 14 15 16$"), strict=True):
-            self.assertRegex(line, words)
-        self.assertIn("Mistake 1:", (results / "ben.txt").read_text())
-        self.assertIn("importing models exits Python", (results / "carla.txt").read_text())
-        self.assertEqual(self.run_python("-m", "tests.mark", submissions / "dora", results), (
-            1, f"mark: error: {submissions / 'dora'} has no folders; name the folder that has one for each student\n"))
-
-    def test_a_submission_that_does_not_end_is_stopped(self):
-        eve = self.folder() / "eve"
-        eve.mkdir()
-        (eve / "models.py").write_text("while True: pass")
-        self.assertRegex(marks.mark(eve, eve / "output", limit=1), "^eve +failed +mistakes: none +ended early$")
-        self.assertIn("stopped after 1 s", (eve / "output").read_text())
-
-    def test_behind_a_symbolic_link_the_folder_of_the_link_counts(self):
-        folder = self.folder()
-        try:
-            (folder / "unittests.py").symlink_to(HERE / "unittests.py")
-        except OSError as error:
-            self.skipTest(f"symbolic links: {error}")
-        (folder / "models.py").write_text("import sys\nsys.exit()")
-        status, output = self.run_python("unittests.py", "Losses", folder=folder)
-        self.check(status == 1 and "importing models exits Python" in output, output)
 
 
 @unittest.skipUnless(hasattr(signal, "setitimer"), "this system has no interval timers")
