@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from unittests import MistakesGroup, Recorder, loader_like_mnist
+from unittests import MistakesGroup, listen, loader_like_mnist
 
 __unittest = True
 
@@ -92,9 +92,8 @@ class TrainMistakes(MistakesGroup):
 
     def test_11_samples_are_drawn_in_evaluation_mode(self):
         model = self.model().train()
-        model.decoder = Recorder(model.decoder)
-        images = model.sample(8)
-        alone = torch.cat([model.eval().decoder(z[None]) for z in torch.cat(model.decoder.inputs)])
+        calls, images = listen(model.decoder), model.sample(8)
+        alone = torch.cat([model.eval().decoder(z[None]) for z in torch.cat([codes for codes, _ in calls])])
         if torch.allclose(alone, images, atol=1e-4):
             return
         words = "Mistake 11: sample() does not call eval(), so its caller must, and train() afterwards"
