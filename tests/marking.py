@@ -33,7 +33,7 @@ CRASHES = (  # tests, old text, new text, what is said
     ("test_14", BATCH, "raise SystemExit('enough')", r"raises SystemExit: enough \(line \d+ of train.py: raise "),
     ("test_04", "ae_loss.backward()\n", "ae_loss.backward(), ae_loss.backward()\n", "raises RuntimeError: Trying to"),
     ("test_02", "torch.manual_seed(args.seed)", "torch.manual_sed(1)", "raises AttributeError: module 'torch' has"),
-    ("test_auto", "F.mse_loss(recon_x, x)", "F.mse_loss(recon_x, x) * 0 / 0", "nan from a division by 0 or infinity, and"),
+    ("test_auto", "F.mse_loss(recon_x, x)", "F.mse_loss(recon_x, x) * 0 / 0", "nan from a division by 0 or infinity"),
     ("test_shapes", "x)\n\n    @property\n    def device(self):\n        return next", "x) * 3\n\n    @property\n"
      "    def device(self):\n        return next", r"the decoder leaves \[-1, 1\]"),
     ("test_sample", "return self.decoder(torch", "return 0.5 + self.decoder(torch", "changes the decoder's images"),
@@ -43,7 +43,7 @@ ABSENT = (
     ("test_16", "import os\n", f"{AT_IMPORT}import missing_package\n", "No module named 'missing_package'"),
     ("test_16", "import os\n", f"{AT_IMPORT}import urllib.request as u; u.urlopen('x')\n", "OSError"),
     ("test_16", "def train_aae", "def train", "no attribute 'train_aae'"),
-    ("test_05", "return self.decoder(torch", "return ConvDecoder(self.z_dim)(torch", r"does not call self\.decoder\(z\)"),
+    ("test_05", "return self.decoder(torch", "return ConvDecoder(self.z_dim)(torch", "does not call self.decoder"),
     ("test_16", BATCH, 'x = x.to("cuda")', "CUDA|NVIDIA"),
     ("test_02", "(args.seed)", "(args.my_seed)", "no attribute 'my_seed'"))
 
