@@ -270,13 +270,12 @@ class Observer:
     def __init__(self, train_aae, new_model, count, lambda_, epochs):
         self.model = new_model().eval()
         parts = {part: [*getattr(self.model, part).parameters()] for part in PARTS}
-        self.weights = {"autoencoder": parts["encoder"], "discriminator": parts["discriminator"]}
+        self.weights = {"autoencoder": parts["encoder"] + parts["decoder"], "discriminator": parts["discriminator"]}
         self.calls, self.passes, self.steps = ({player: [] for player in PLAYERS} for _ in range(3))
         self.roots, self.rooted = [], set()  # the losses of the last backward pass, and of all
         self.sizes, self.points, self.ends, self.uncleared, self.mixed, self.repeated = [], [], [], set(), set(), set()
         before = {part: [weight.detach().clone() for weight in weights] for part, weights in parts.items()}
-        optimizers = [torch.optim.SGD(weights, 0.01) for weights in (
-            parts["encoder"] + parts["decoder"], parts["discriminator"])]
+        optimizers = [torch.optim.SGD(weights, 0.01) for weights in self.weights.values()]
         for player, optimizer in zip(PLAYERS, optimizers, strict=True):
             name = f"get_loss_{player}"
             setattr(self.model, name, functools.partial(self.loss, player, getattr(self.model, name)))
@@ -426,8 +425,7 @@ class Mistakes(MistakesGroup):
         seen = self.watch("Mistake 4")
         self.check("autoencoder" not in seen.mixed, seen.NOT_DETACHED)
 
-    def prior_samples(self):
-        """Return prior samples with names: of two calls of a model's loss, and those that sample() decodes."""
+    def prior_samples(self):  # and their names
         model = self.model(8)
         samples = [(self.discriminator_loss(np.zeros(4096), model=model)[2], "the real codes") for _ in range(2)]
         calls = listen(model.decoder)
@@ -471,8 +469,7 @@ class Mistakes(MistakesGroup):
                 [tensor.detach().clone().flatten() for tensor in (args[0], output)]))
         return calls
 
-    def can_reach(self, value, new, call):
-        """Return whether a few steps of Adam bring the mean of call(new()) half of the way to a value."""
+    def can_reach(self, value, new, call):  # whether Adam brings the mean of call(new()) half of the way to a value
         network = new().eval().requires_grad_()
         optimizer = torch.optim.Adam(network.parameters(), 0.03)
         for _ in range(100):
@@ -486,8 +483,7 @@ class Mistakes(MistakesGroup):
 
     def test_08_discriminator_returns_logits(self):
         for new in (lambda: self.models.Discriminator(8), lambda: self.model(8).discriminator) * 5:
-            discriminator = new()
-            calls = self.linear_calls(discriminator)
+            calls = self.linear_calls(discriminator := new())
             logits = discriminator(200 * torch.randn(256, 8)).detach().flatten()
             last = calls[-1][1] if calls else logits[:0]
             if len(last) == 256 and last.std() > 1e-6 and (logits[last.argsort()].diff() >= 0).all():  # determines them
@@ -586,8 +582,7 @@ class Mistakes(MistakesGroup):
 
     def test_22_one_step_a_batch(self):
         seen = self.watch("Mistake 22")
-        self.check(not seen.stopped, "Mistake 22: train_aae trains only one batch of an epoch: is a break or return "
-                                       "left in the loop?")
+        self.check(not seen.stopped, "Mistake 22: train_aae stops after one batch: is a break left in the loop?")
         for player, loss in PLAYERS.items():
             self.check(player not in seen.repeated, f"Mistake 22: optimizer_{loss}.step() is called twice on the same "
                        f"gradient: call zero_grad(), {loss}_loss.backward() and step() once a batch")
@@ -610,16 +605,15 @@ class Mistakes(MistakesGroup):
         seen = self.watch("Mistake 29")
         for (player, loss), other in zip(PLAYERS.items(), TAGS[::-1], strict=True):
             points = [point for point in seen.points if point.tag.rpartition("/")[2] == f"{loss}_loss"]
-            advice = f"call logger_{loss}.add_values({loss}_dict)"
+            advice = f"call logger_{loss}.add_values({loss}_dict) in the loop"
             self.check(f"{other}/{loss}_loss" not in [point.tag for point in points],
                        f"Mistake 29: {loss}_loss is logged as {other}/{loss}_loss: {advice}")
             logged = [[i for i, call in enumerate(seen.calls[player][:point.calls[player]])
                        if math.isclose(call.value, point.value, rel_tol=1e-5)] for point in points]  # of which batch
             late = sum(calls[-1:] < [point.calls[player] - 1] for calls, point in zip(logged, points, strict=True))
             last = [[end[player] - 1] for end in seen.ends]
-            right = [] in logged or logged != last and (late < 2 or last[-1] in logged)  # []: a mean, for example
-            self.check(right or len(seen.calls[player]) == 2,
-                       f"Mistake 29: {loss}_loss is not logged for each batch, before the next: {advice} in the loop")
+            right = [] in logged or len(seen.calls[player]) == 2 or logged != last and (late < 2 or last[-1] in logged)
+            self.check(right, f"Mistake 29: {loss}_loss is not logged for each batch, before the next: {advice}")
 
 
 def load_groups():
