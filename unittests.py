@@ -132,10 +132,7 @@ class ModelGroup(Group):
         return model
 
     def call(self, name, logits, *args, weight=1.0, images=(), model=None):
-        """Return a loss, its dict, and its prior samples; a code's logit is `weight` times its first component.
-
-        Of the student's discriminator, only forward() is replaced. Terms exchanged in the dict are exchanged back.
-        """
+        """Return a loss, its dict (terms exchanged there are exchanged back), and its prior samples."""
         model, z = model or self.model(8), torch.zeros(len(logits), 8)
         z[:, 0], z[:, 1] = torch.as_tensor(np.array(logits)), self.MARK
         model.discriminator.forward = lambda *args, **kwargs: weight * (*args, *kwargs.values())[0][:, :1]
@@ -196,9 +193,6 @@ class Networks(ModelGroup):
             passes.append(torch.cat([output.flatten() for output in network(x)]))
         self.check(torch.allclose(passes[0], passes[2], atol=1e-5) or not torch.equal(passes[0], passes[1]),
                    "a model with the same state_dict() returns other outputs")
-        recon_x.sum().backward()
-        self.check(any(weight.grad is not None or not weight.requires_grad for weight in model.encoder.parameters()),
-                   "Mistake 19: forward(x) cuts the encoder off from recon_x: decode z, not z.detach()")
 
     def test_sample_returns_different_images_without_gradients(self):
         model = self.model(3).eval()
@@ -254,6 +248,9 @@ class Losses(ModelGroup):
                            f"{name}: use no detach(), and no torch.no_grad() around the discriminator")
                 self.check(torch.allclose(own, right, rtol=1e-3, atol=1e-7),
                            f"the gradient of ae_loss with respect to {name} is not its formula's")
+        model(x)[0].sum().backward()
+        self.check(any(weight.grad is not None or not weight.requires_grad for weight in model.encoder.parameters()),
+                   "Mistake 19: forward(x) cuts the encoder off from recon_x: decode z, not z.detach()")
 
 
 PLAYERS = {"autoencoder": "ae", "discriminator": "disc"}  # and the short names of their losses and optimizers
@@ -302,8 +299,8 @@ class Observer:
 
     def loss(self, player, function, *args, **kwargs):
         loss, values = function(*args, **kwargs)
-        names = ("x", "recon_x", "z_fake", "lambda_") if player == "autoencoder" else ("z",)
-        given = dict(zip(names, args, strict=False), **kwargs)
+        names = ("x", "recon_x", "z_fake", "lambda_")  # of the autoencoder's
+        given = dict(zip(names, args, strict=False), **kwargs) if player == "autoencoder" else {}
         nodes = [loss.grad_fn] if loss.requires_grad else []  # of the graph, down to the weights
         for node in nodes:
             nodes.extend({following for following, _ in node.next_functions if following} - {*nodes})
@@ -318,8 +315,7 @@ class Observer:
             loss.register_hook(lambda _: self.roots.append((player, goes_to)))
         return loss, values
 
-    def gradient(self, player):
-        """Return some 10,000 entries of the gradient that a player's weights hold; where there is none, it is 0."""
+    def gradient(self, player):  # some 10,000 of its entries; where there is none, it is 0
         flat = torch.cat([(torch.zeros_like(weight) if weight.grad is None else weight.grad).flatten()
                           for weight in self.weights[player]])
         return flat[::1 + len(flat) // 10_000].double()
@@ -350,8 +346,7 @@ class Observer:
         calls = {player: len(calls) for player, calls in self.calls.items()}
         self.points.append(Namespace(tag=tag, value=float(scalar_value), step=global_step, calls=calls))
 
-    def explain(self, error):
-        """Return the mistake behind an error in a backward pass, if it is one."""
+    def explain(self, error):  # as the mistake behind it, if it is one
         for player, loss in PLAYERS.items():
             if "does not require grad" in error and self.calls[player] and not self.calls[player][-1].attached:
                 return (f"Mistake {19 if loss == 'ae' else 17}: {loss}_loss has no gradient: remove the detach(), "
@@ -587,8 +582,7 @@ class Mistakes(MistakesGroup):
             self.check(player not in seen.repeated, f"Mistake 22: optimizer_{loss}.step() is called twice on the same "
                        f"gradient: call zero_grad(), {loss}_loss.backward() and step() once a batch")
             late = self.watch("Mistake 22", count=1280, epochs=(90,)) if len(seen.steps[player]) == 2 else seen
-            self.check(len(late.steps[player]) != 1, f"Mistake 22: optimizer_{loss}.step() is called once an epoch: "
-                                                     "call it in the loop over batches")
+            self.check(len(late.steps[player]) != 1, f"Mistake 22: call optimizer_{loss}.step() once for each batch")
 
     def test_23_losses_get_the_images_of_the_loader(self):
         seen = self.watch("Mistake 23")
