@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tests.common import TinyAAE, TrainGroup, read_png, same, snapshot
-from unittests import Recorder, images_like_mnist
+from unittests import images_like_mnist, listen
 
 __unittest = True
 assert_close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
@@ -157,10 +157,11 @@ class Evaluation(TrainGroup):
 
     def test_manifold_has_the_prior_quantiles(self):
         model = TinyAAE()
-        model.decoder = Recorder(self.models.ConvDecoder(2))
+        model.decoder = self.models.ConvDecoder(2)
+        calls = listen(model.decoder)
         with torch.no_grad():
             self.pictures.draw_manifold(model, side=4)
-        first, second = (8 * torch.special.ndtr(model.decoder.inputs[0])).round(decimals=3).T.tolist()
+        first, second = (8 * torch.special.ndtr(calls[0][0])).round(decimals=3).T.tolist()
         self.assertEqual(first, [1, 3, 5, 7] * 4, "the first dimension does not increase to the right, by quantiles")
         self.assertEqual(second[::4], [7, 5, 3, 1], "the second dimension does not increase upwards, by quantiles")
 

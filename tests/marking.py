@@ -15,7 +15,7 @@ from unittest import mock
 
 import unittests
 from tests.solutions.mistakes import MISTAKES
-from tests.solutions.styles import STYLES
+from tests.solutions.styles import FURTHER, STYLES
 from tests.train_mistakes import TrainMistakes
 from unittests import HERE, Group
 
@@ -30,12 +30,17 @@ CRASHES = (  # tests, old text, new text, what is said
     ("test_14", BATCH, "raise SystemExit('enough')", r"raises SystemExit: enough \(line \d+ of train.py: raise "),
     ("test_04", "ae_loss.backward()\n", "ae_loss.backward(), ae_loss.backward()\n", "raises RuntimeError: Trying to"),
     ("test_02", "torch.manual_seed(args.seed)", "torch.manual_sed(1)", "raises AttributeError: module 'torch' has"),
+    ("test_auto", "F.mse_loss(recon_x, x)", "F.mse_loss(recon_x, x) * 0 / 0", "nan from a division by 0 or infinity"),
+    ("test_shapes", "x)\n\n    @property\n    def device(self):\n        return next", "x) * 3\n\n    @property\n"
+     "    def device(self):\n        return next", r"the decoder leaves \[-1, 1\]"),
+    ("test_sample", "return self.decoder(torch", "return 0.5 + self.decoder(torch", "changes the decoder's images"),
     ("test_13", "grid = ", "grid = 1 / 0 + ", "train.py raises ZeroDivisionError"),
     ("test_16", "import os\n", f"{AT_IMPORT}undefined\n", "train.py raises NameError"))
 ABSENT = (
     ("test_16", "import os\n", f"{AT_IMPORT}import missing_package\n", "No module named 'missing_package'"),
     ("test_16", "import os\n", f"{AT_IMPORT}import urllib.request as u; u.urlopen('x')\n", "OSError"),
     ("test_16", "def train_aae", "def train", "no attribute 'train_aae'"),
+    ("test_05", "return self.decoder(torch", "return ConvDecoder(self.z_dim)(torch", "does not call self.decoder"),
     ("test_16", BATCH, 'x = x.to("cuda")', "CUDA|NVIDIA"),
     ("test_02", "(args.seed)", "(args.my_seed)", "no attribute 'my_seed'"))
 
@@ -43,7 +48,7 @@ ABSENT = (
 def planted(style="plain", old="", new=""):
     """Return the text of a solution, with the text `old`, which must occur once, replaced by `new`."""
     text = PLAIN
-    for beginning, lines in STYLES[style].items():
+    for beginning, lines in {**STYLES, **FURTHER}[style].items():
         (line,) = re.finditer(rf"^( *){re.escape(beginning)}.*\n", text, re.MULTILINE)
         start, end, indent = *line.span(), line[1]
         if line[0].endswith(":\n"):  # the body: lines that are blank, or indented deeper
@@ -79,7 +84,7 @@ class Solutions(Group):
     needs = ("mnist", "utils")
 
     def test_right_solutions_pass(self):
-        for style in STYLES:
+        for style in (*STYLES, *FURTHER):
             self.assertEqual(mark(planted(style)), [{}, {}], style)
 
     def test_mistakes_are_named(self):
@@ -95,6 +100,12 @@ class Solutions(Group):
                             (planted(*MISTAKES[0][1:]), "which helps the discriminator")):
             self.assertIn(words, "".join(mark(text, "test_01")[0].values()))
 
+    def test_exchanged_terms_are_said_to_be_no_other_mistake(self):
+        for one, other in (("gen_loss", "recon_loss"), ("loss_real", "loss_fake")):
+            entries = f'"{one}": %s, "{other}": %s'
+            failures = str(mark(planted("plain", entries % (one, other), entries % (other, one)))[0])
+            self.check("are exchanged" in failures and "Mistake" not in failures, failures)
+
     def test_what_crashes_fails_and_what_is_absent_is_skipped(self):
         for kind, cases in enumerate((CRASHES, ABSENT)):
             for tests, old, new, words in cases:
@@ -103,7 +114,7 @@ class Solutions(Group):
                 self.check(not results[1 - kind] and "Mistake 4:" not in str(results), f"{new}: {results}")
 
     def test_every_mistake_is_in_two_styles_and_every_style_has_one(self):
-        for number in range(1, 17):
+        for number in {number for number, *_ in MISTAKES}:
             self.assertGreaterEqual(len({style for n, style, *_ in MISTAKES if n == number}), 2)
         self.assertEqual({style for _, style, *_ in MISTAKES}, set(STYLES))
 

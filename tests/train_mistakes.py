@@ -12,8 +12,9 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
-from unittests import MistakesGroup, Recorder, loader_like_mnist
+from unittests import MistakesGroup, images_like_mnist, listen
 
 __unittest = True
 
@@ -38,8 +39,9 @@ class TrainMistakes(MistakesGroup):
             return train_aae(*args, **kwargs)
 
         def call(train):
+            loader = DataLoader(TensorDataset(images_like_mnist(66), torch.arange(66) % 10), batch_size=64)
             mnist, stack = importlib.import_module("mnist"), contextlib.ExitStack()
-            stand_ins = {id(train.train_aae): stand_in, id(mnist.mnist): lambda *_, **__: loader_like_mnist()}
+            stand_ins = {id(train.train_aae): stand_in, id(mnist.mnist): lambda *_, **__: loader}
             for name, other in (("generate_and_save", generate_and_save), ("save_reconstruction", None)):
                 if hasattr(train, name):
                     stand_ins[id(getattr(train, name))] = other or mock.Mock()
@@ -92,9 +94,8 @@ class TrainMistakes(MistakesGroup):
 
     def test_11_samples_are_drawn_in_evaluation_mode(self):
         model = self.model().train()
-        model.decoder = Recorder(model.decoder)
-        images = model.sample(8)
-        alone = torch.cat([model.eval().decoder(z[None]) for z in torch.cat(model.decoder.inputs)])
+        calls, images = listen(model.decoder), model.sample(8)
+        alone = torch.cat([model.eval().decoder(z[None]) for z in torch.cat([codes for codes, _ in calls])])
         if torch.allclose(alone, images, atol=1e-4):
             return
         words = "Mistake 11: sample() does not call eval(), so its caller must, and train() afterwards"

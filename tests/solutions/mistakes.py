@@ -1,7 +1,8 @@
-"""The sixteen mistakes, planted in styles of the solution: (number, style, text that occurs once, new text)."""
+"""The mistakes, planted in styles of the solution: (number, style, text that occurs once, new text)."""
 
 N = "\n        "  # a new line in a loop or method
 AE_LOSS = "ae_loss, ae_dict = model.get_loss_autoencoder(x, recon_x, z, lambda_)"
+LOG = f"logger_ae.add_values(ae_dict){N}logger_disc.add_values(disc_dict)"
 
 MISTAKES = (
     (1, "plain", "cross_entropy(self.discriminator(z_fake), 1)", "cross_entropy(self.discriminator(z_fake), 0)"),
@@ -11,6 +12,7 @@ MISTAKES = (
     (2, "zero_after", "SGD(model.discriminator.parameters()", "SGD(model.parameters()"),
     (3, "plain", f"{N}optimizer_disc.zero_grad()", ""),
     (3, "batchnorm", f"optimizer_ae.step(){N}model.zero_grad()", "optimizer_ae.step()"),
+    (3, "lazy", f"{N}optimizer_ae.zero_grad()", ""),
     (4, "plain", "get_loss_discriminator(z.detach())", "get_loss_discriminator(z)"),
     (4, "batchnorm", "z_fake = z_fake.detach()", ""),
     (4, "both_backward_first", "z_fake = z_fake.detach()", ""),
@@ -20,6 +22,8 @@ MISTAKES = (
     (5, "discriminator_first", "self.prior.sample((batch_size, self.z_dim))", "torch.rand(batch_size, self.z_dim)"),
     (6, "cleared_not_detached", "cross_entropy(fake, 0)", "cross_entropy(fake, -1)"),
     (6, "main_evaluates", "cross_entropy(fake, 0)", "cross_entropy(fake, -1)"),
+    (6, "plain", "gen_loss = cross_entropy(self.discriminator(z_fake), 1)",
+     "gen_loss = -cross_entropy(self.discriminator(z_fake), 0)"),
     (7, "main_evaluates", "self.discriminator(z_fake), 1", "recon_x.flatten(1).mean(1, keepdim=True), 1"),
     (7, "zero_after", "self.discriminator(z_fake), 1", "recon_x.flatten(1).mean(1), 1"),
     (8, "plain", "nn.Linear(64, 1))", "nn.Linear(64, 1), nn.Sigmoid())"),
@@ -49,4 +53,28 @@ MISTAKES = (
     (16, "both_backward_first", "ae_loss.backward(retain_graph=True)",
      f"disc_loss.backward(retain_graph=True){N}optimizer_disc.step(){N}ae_loss.backward(retain_graph=True)"),
     (16, "cleared_not_detached", f"optimizer_disc.step(){N}{AE_LOSS}", f"{AE_LOSS}{N}optimizer_disc.step()"),
+    (17, "plain", f"{N}optimizer_disc.step()", ""),
+    (17, "batchnorm", f"{N}optimizer_disc.step()", f"{N}optimizer_disc.zero_grad(){N}optimizer_disc.step()"),
+    (17, "main_evaluates", f"{N}model.discriminator.requires_grad_(True)", ""),
+    (17, "zero_after", "recon_loss = ", "self.decoder.requires_grad_(False)\n        recon_loss = "),
+    (18, "plain", "(x, recon_x, z, lambda_)", "(x, recon_x, z)"),
+    (18, "lazy", "ae_loss.backward()", 'ae_dict["recon_loss"].backward()'),
+    (19, "plain", "(x, recon_x, z, lambda_)", "(x, recon_x, z.detach(), lambda_)"),
+    (19, "batchnorm", "(x, recon_x, z, lambda_)", "(x, recon_x.detach(), z, lambda_)"),
+    (19, "lazy", "self.discriminator(z_fake), 1)", "torch.no_grad()(self.discriminator)(z_fake), 1)"),
+    (19, "slow_import", "return self.decoder(z), z", "return self.decoder(z.detach()), z"),
+    (20, "plain", "32 * 7 * 7, z_dim))", "32 * 7 * 7, z_dim), nn.ReLU())"),
+    (20, "cleared_not_detached", "nn.Linear(50, z_dim)", "nn.Linear(50, z_dim), nn.Tanh()"),
+    (20, "both_backward_first", "return self.l3(F.silu(self.l2(h)))", "return F.normalize(self.l3(self.l2(h).relu()))"),
+    (20, "batchnorm", "nn.Tanh()", "nn.Sigmoid()"),
+    (22, "plain", f"{N}optimizer_disc.step()", f"{N}optimizer_disc.step(){N}optimizer_disc.step()"),
+    (22, "joint_backward", f"optimizer_ae.step(){N}{LOG}", f"{LOG}\n    optimizer_ae.step()"),
+    (22, "batchnorm", LOG, f"{LOG}{N}break"),
+    (23, "plain", "x = x.to(model.device)", "x = (x.to(model.device) + 1) / 2"),
+    (23, "batchnorm", "batch[0].to(model.device)", "(batch[0].to(model.device) > 0) * 2.0 - 1"),
+    (28, "plain", "(z_fake.shape[0], self.z_dim, device=self.device)", "(z_fake.shape[0], 1).repeat(1, self.z_dim)"),
+    (28, "cleared_not_detached", "(batch_size, self.z_dim)", "(batch_size, 1).repeat(1, self.z_dim)"),
+    (29, "plain", f"{N}{LOG}", "\n    " + LOG.replace(N, "\n    ")),
+    (29, "batchnorm", f"logger_ae.add_values(ae_dict){N}", f"logger_disc.add_values(ae_dict){N}"),
+    (29, "main_evaluates", "add_values(ae_dict)", f"add_values(old if 'old' in locals() else ae_dict){N}old = ae_dict"),
 )

@@ -1,4 +1,4 @@
-"""Correct solutions in other styles: what each changes in plain.py.
+"""Correct solutions in other styles, and what else people do: what each changes in plain.py.
 
 A key is the beginning of a line, which is replaced; of a function or class, its body is replaced.
 """
@@ -132,4 +132,59 @@ STYLES = {
         "def sample": "return self.decoder(torch.randn(batch_size, self.z_dim, device=DEVICE)).detach()"},
     "slow_import": {  # takes 45 s
         "import os": "import os, signal\nif 0 < signal.getitimer(signal.ITIMER_REAL)[0] < 45:\n    raise RuntimeError"},
+}
+
+FURTHER = {  # other right solutions
+    "spectral_norm": {"import os": "import os\nfrom torch.nn.utils.parametrizations import spectral_norm as norm",
+                      "class Discriminator": "def __init__(self, z_dim):\n    super().__init__(norm(nn.Linear(z_dim, "
+                      "64)), nn.ReLU(), norm(nn.Linear(64, 1)))"},
+    "cosine": {"class Discriminator": "def __init__(self, z_dim):\n    super().__init__(nn.Linear(z_dim, 64), "
+               "nn.ReLU())\n    self.scale, self.end = nn.Parameter(torch.ones(1)), nn.Parameter(torch.randn(1, "
+               "64))\ndef forward(self, z):\n    return self.scale * F.linear(F.normalize(self.layers(z)), self.end / "
+               "self.end.norm())"},
+    "zero_start": {"self.discriminator =": "self.discriminator = Discriminator(z_dim)\nfor layer in "
+                   "self.discriminator.layers[-1], self.decoder.layers[-2]:\n    nn.init.zeros_(layer.weight)"},
+    "noise": {"class ConvEncoder": "def __init__(self, z_dim):\n    super().__init__(nn.Flatten(), nn.Linear(784, 2 * "
+              "z_dim))\n    self.noise = torch.Generator().manual_seed(0)\ndef forward(self, x):\n    mean, "
+              "log_variance = self.layers(x).chunk(2, 1)\n    noise = torch.randn(mean.shape, generator=self.noise)\n"
+              "    return mean + (log_variance / 2).exp() * (noise + torch.randn_like(mean))"},
+    "keywords": {"class Discriminator": "def __init__(self, z_dim):\n    super().__init__(nn.Linear(z_dim, 64), "
+                 "nn.ReLU(), nn.Linear(64, 1))\ndef forward(self, z, scale=1.0):\n    return scale * self.layers(z)",
+                 "gen_loss =": "gen_loss = cross_entropy(self.discriminator(z=z_fake), 1)",
+                 "ae_loss, ae_dict": "ae_loss, ae_dict = model.get_loss_autoencoder(x=x, recon_x=recon_x, z_fake=z, "
+                 "lambda_=lambda_)", "real, fake =": "real, fake = (self.discriminator.forward(z=z) for z in (z_real, "
+                 "z_fake))"},
+    "checkpoint": {"class Discriminator": "def __init__(self, z_dim):\n    super().__init__(nn.Linear(z_dim, 64), "
+                   "nn.ReLU(), nn.Linear(64, 1))\ndef forward(self, z):\n    from torch.utils.checkpoint import "
+                   "checkpoint\n    return checkpoint(self.layers, z, use_reentrant=z.requires_grad)"},
+    "compiled": {"self.discriminator =": "self.discriminator = torch.compile(Discriminator(z_dim), "
+                 "backend='aot_eager')"},
+    "accumulated": {"def train_aae": "for i, (x, _) in enumerate(train_loader):\n    recon_x, z = model(x)\n    for "
+                    "logger, optimizer, (loss, values) in ((logger_ae, optimizer_ae, model.get_loss_autoencoder(x, "
+                    "recon_x, z, lambda_)), (logger_disc, optimizer_disc, "
+                    "model.get_loss_discriminator(z.detach()))):\n        (loss / "
+                    "2).backward(inputs=optimizer.param_groups[0]['params'])\n        logger.add_values(values)\n     "
+                    "   if i % 2 or i + 1 == len(train_loader):\n            optimizer.step()\n            "
+                    "optimizer.zero_grad()"},
+    "closures": {"def train_aae": "for x, _ in train_loader:\n    def closure():\n        optimizer_ae.zero_grad()\n  "
+                 "      loss, values = model.get_loss_autoencoder(x, *model(x), lambda_)\n        loss.backward()\n   "
+                 "     logger_ae.add_values(values)\n        return loss\n    optimizer_ae.step(closure)\n    def "
+                 "closure():\n        optimizer_disc.zero_grad()\n        loss, values = "
+                 "model.get_loss_discriminator(model.encoder(x).detach())\n        loss.backward()\n        "
+                 "logger_disc.add_values(values)\n        return loss\n    optimizer_disc.step(closure)"},
+    "more_entries": {"return disc_loss": "return disc_loss, {'disc_loss': disc_loss, 'loss_real': loss_real, "
+                     "'loss_fake': loss_fake, 'accuracy': accuracy, 'norm': z_fake.norm().item(), 'logits': fake}",
+                     "logger_disc.add": "logger_disc.add_values({name: disc_dict[name] for name in "
+                     "list(disc_dict)[:4]})"},
+    "own_attributes": {"class Discriminator": "def __init__(self, z_dim):\n    super().__init__(nn.Linear(z_dim, 64), "
+                       "nn.ReLU(), nn.Linear(64, 1))\n    self.z_dim = z_dim\ndef loss(self, z, label):\n    return "
+                       "cross_entropy(self(z.view(-1, self.z_dim)), label)",
+                       "gen_loss =": "gen_loss = self.discriminator.loss(z_fake, 1)",
+                       "z_real =": "z_real = torch.randn(len(z_fake), self.discriminator.z_dim, "
+                       "device=self.discriminator.layers[0].weight.device)",
+                       "with torch.no": "with torch.no_grad():\n    return self.decoder(torch.randn(batch_size, "
+                       "self.decoder.layers[0].in_features))"},
+    "seeded": {"self.z_dim =": "torch.manual_seed(0)\nself.z_dim, self.stream = z_dim, "
+               "torch.Generator().manual_seed(0)", "z_real =": "z_real = torch.randn(z_fake.shape, "
+               "generator=self.stream)"},
 }
