@@ -108,7 +108,7 @@ def open_run(args, saved, data, device, **parts):
                 if name not in ("defaulted", "resume")}
     folder = saved["folder"] if saved else files.create_run_folder(args.log_dir)
     with files.writing(folder), files.locked(folder):
-        run = Run(folder, settings, saved, {"loader": data.train_loader, **parts})
+        run = Run(folder, settings, saved, data.train_loader, parts)
         write_atomically(folder / "hparams.json", (json.dumps(settings, indent=2) + "\n").encode())
         run.print_start()
         try:
@@ -124,10 +124,12 @@ class Run:
     Attributes: `folder`; `settings`, the content of hparams.json; `means` of the losses over the last epoch.
     """
 
-    def __init__(self, folder, settings, saved, parts):
+    def __init__(self, folder, settings, saved, loader, parts):
         self.folder, self.settings, self.means = folder, settings, {}
         self._saved, self._parts = saved, {"run": self, **parts}
-        self._steps = len(parts["loader"])
+        if hasattr(loader, "state_dict"):  # torch's DataLoader has none
+            self._parts["loader"] = loader
+        self._steps, self._images = len(loader), len(loader.dataset)
         self._epoch = None       # the last complete one; 0 is before training
         self._saved_epoch = None
         self._bar = self._shown = None  # the progress bar, and the means of the loggers' last windows next to it
@@ -191,7 +193,7 @@ class Run:
         settings, quota = self.settings, f", quota of {QUOTA:g} CPUs" if QUOTA else ""
         print_line(f"device: {settings['device']} ({settings['device_name']}{quota}), torch {settings['torch']}")
         name = "MNIST" if settings["trained_on"] == "mnist" else "the bundled digits"
-        print_line(f"data:   {len(self._parts['loader'].dataset):,} images of {name}")
+        print_line(f"data:   {self._images:,} images of {name}")
         print_line(f"run:    {self.folder}")
 
     def print_end(self):
