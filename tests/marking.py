@@ -40,7 +40,9 @@ ABSENT = (
     ("test_16", "import os\n", f"{AT_IMPORT}import urllib.request as u; u.urlopen('x')\n", "OSError"),
     ("test_16", "def train_aae", "def train", "no attribute 'train_aae'"),
     ("test_16", BATCH, 'x = x.to("cuda")', "CUDA|NVIDIA"),
-    ("test_02", "(args.seed)", "(args.my_seed)", "no attribute 'my_seed'"))
+    ("test_02", "(args.seed)", "(args.my_seed)", "main reads the flag my_seed,"),
+    ("test_13", "(args.seed)", "(vars(args)['my_seed'])", "main reads the flag my_seed,"),
+    ("test_24", "    torch.manual_seed", "    (lambda my_seed, **_: 0)(**vars(args))\n    torch.manual_seed", "flag my_seed,"))
 
 
 def planted(style="plain", old="", new=""):
