@@ -42,7 +42,7 @@ ABSENT = (
     ("test_16", BATCH, 'x = x.to("cuda")', "CUDA|NVIDIA"),
     ("test_02", "(args.seed)", "(args.my_seed)", "main reads the flag my_seed,"),
     ("test_13", "(args.seed)", "(vars(args)['my_seed'])", "main reads the flag my_seed,"),
-    ("test_24", "    torch.manual_seed", "    (lambda my_seed, **_: 0)(**vars(args))\n    torch.manual_seed", "flag my_seed,"))
+    ("test_24", "torch.manual_seed(args.seed)", "(lambda my_seed, **_: 0)(**vars(args))", "the flag my_seed,"))
 
 
 def planted(style="plain", old="", new=""):
