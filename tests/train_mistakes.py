@@ -102,7 +102,7 @@ def watch(train, limit, **flags):
         call = Namespace(given=given, model=model, codes=set(), modes={}, lambdas=[], pictures={}, files=files(),
                          levels=OUTPUTS, groups=[getattr(optimizer, "param_groups", []) for optimizer in given[5:7]])
         call.random, call.start = call.end, call.trained = torch.get_rng_state(), weights(model)
-        calls.append(call)
+        calls += [call] if training else []
         if training and (len(calls) > limit or time.monotonic() > end):
             raise GeneratorExit  # which `except Exception` does not catch
         with (mock.patch.object(type(model), "get_loss_autoencoder", get_loss_autoencoder),
@@ -110,6 +110,7 @@ def watch(train, limit, **flags):
             result = function(*args, **kwargs)
         call.end, call.trained = torch.get_rng_state(), weights(model)
         call.pictures = {path: read_png(path, slice(3)) for path, _ in files() - call.files if path.suffix == ".png"}
+        calls += [call] if call.pictures and call.codes and not training else []
         return result
 
     from mnist import mnist
@@ -151,17 +152,12 @@ class TrainMistakes(MistakesGroup):
 
         run, *_ = runs = self.attempt(words, call)
         if not getattr(run, enough):
+            wanted = {"train_aae": "call of train_aae", "checkpoints": "file of weights"}.get(
+                enough, f"PNG in which {enough} shows what model.decoder, or a copy of it, returns")
             self.skip(words, f"main reads the flag {run.flag}, which the assignment does not have: compute it in main, "
                              f'or read it with a default, getattr(args, "{run.flag}", None)' if run.flag else
-                             f"main does not come to {enough} in {EPOCHS} epochs of two batches and {SECONDS} s")
+                             f"in {EPOCHS} epochs of two batches, or {SECONDS} s, main makes no {wanted}")
         return runs
-
-    def pictures(self, words, name):
-        """Return the calls of a function in main that have saved pictures of the decoder's output."""
-        calls = [call for call in getattr(self.runs(words, name)[0], name) if call.pictures and call.codes]
-        if not calls:
-            self.skip(words, f"{name} saves no PNG of what model.decoder, or a copy of it, returns")
-        return calls
 
     def test_02_each_optimizer_has_its_own_parameters(self):
         call = self.runs("Mistake 2")[0].train_aae[0]
@@ -174,14 +170,14 @@ class TrainMistakes(MistakesGroup):
                                                                       f"the parameters of {parts}, and no others")
 
     def test_11_samples_are_drawn_in_evaluation_mode(self):
-        for call in self.pictures("Mistake 11", "generate_and_save"):
+        for call in self.runs("Mistake 11", "generate_and_save")[0].generate_and_save:
             self.check(True not in set().union(*call.modes.values()), "Mistake 11: samples are drawn in training "
                        "mode, in which BatchNorm mixes a batch's images and updates its statistics: call model.eval() "
                        "before, train() afterwards")
 
     def test_13_pictures_are_rescaled(self):
         for name in WATCHED[1:]:
-            pictures = self.pictures("Mistake 13", name)[-1].pictures.values()
+            pictures = getattr(self.runs("Mistake 13", name)[0], name)[-1].pictures.values()
             shown = np.flatnonzero(np.bincount(np.concatenate([picture.ravel() for picture in pictures])) > 1000)
             known = np.isin(shown, [*INPUTS, *OUTPUTS, *INPUTS - 1, *OUTPUTS - 1]).sum()  # rounded, or rounded down
             words = ("rescale images only once; sample() must return them in [-1, 1]" if min(shown[1:], default=0) > 120
@@ -236,7 +232,7 @@ class TrainMistakes(MistakesGroup):
 
     def test_26_pictures_show_inputs_over_reconstructions(self):
         for name in WATCHED[1:]:
-            calls = self.pictures("Mistake 26", name)
+            calls = getattr(self.runs("Mistake 26", name)[0], name)
             paths = set().union(*(call.pictures for call in calls))
             self.check(len(calls) < 2 or len(paths) > 1, f"Mistake 26: {name} saves the pictures of all epochs as one "
                        f"file, {min(paths).name}: put the epoch into its name")
