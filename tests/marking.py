@@ -42,7 +42,9 @@ ABSENT = (
     ("test_16", "def train_aae", "def train", "no attribute 'train_aae'"),
     ("test_05", "return self.decoder(torch", "return ConvDecoder(self.z_dim)(torch", "does not call self.decoder"),
     ("test_16", BATCH, 'x = x.to("cuda")', "CUDA|NVIDIA"),
-    ("test_02", "(args.seed)", "(args.my_seed)", "no attribute 'my_seed'"))
+    ("test_02", "(args.seed)", "(args.my_seed)", "main reads the flag my_seed,"),
+    ("test_13", "(args.seed)", "(vars(args)['my_seed'])", "main reads the flag my_seed,"),
+    ("test_24", "torch.manual_seed(args.seed)", "(lambda my_seed, **_: 0)(**vars(args))", "the flag my_seed,"))
 
 
 def planted(style="plain", old="", new=""):
@@ -114,7 +116,7 @@ class Solutions(Group):
                 self.check(not results[1 - kind] and "Mistake 4:" not in str(results), f"{new}: {results}")
 
     def test_every_mistake_is_in_two_styles_and_every_style_has_one(self):
-        for number in {number for number, *_ in MISTAKES}:
+        for number in range(1, 30):
             self.assertGreaterEqual(len({style for n, style, *_ in MISTAKES if n == number}), 2)
         self.assertEqual({style for _, style, *_ in MISTAKES}, set(STYLES))
 
