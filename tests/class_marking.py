@@ -30,7 +30,7 @@ SUBMISSIONS = {  # in each, its models.py and train.py, and what is printed of i
     "ben": (planted(*MISTAKES[0][1:]), "failed +mistakes: 1 +FAILED .*"),
     "carla": ('import os\nprint("OK\\n" * 10**6, flush=True)\nos._exit(0)', "failed +mistakes: none +ended early"),
     "dora": (planted("plain", "import os\n", "import os, sys\nsys.stderr = None\n"),
-             "incomplete +mistakes: none +OK .*, not checked: 2 3 4 13 14 15 16"),
+             "incomplete +mistakes: none +OK .*, not checked: 2 3 4 11 [0-9 ]+ 27 29"),
     "emil/deeper": (planted(), "failed +mistakes: none +no readable models.py .*, but deeper.models.py")}
 FILES = {"unittests.py": "1 / 0", "fractions.py": "1 / 0", "random.py": "", "statistics.py": "own = 1",
          "tests/own.py": "", "own.txt": "", "large.pt": ""}
