@@ -132,11 +132,11 @@ class ModelGroup(Group):
                 model.discriminator(model(images_like_mnist(2))[1])
         return model
 
-    def call(self, name, logits, *args, weight=1.0, images=(), model=None):
+    def call(self, name, logits, *args, images=(), model=None):
         """Return a loss, its dict (terms exchanged there are exchanged back), and its prior samples."""
         model, z = model or self.model(8), torch.zeros(len(logits), 8)
         z[:, 0], z[:, 1] = torch.as_tensor(np.array(logits)), self.MARK
-        model.discriminator.forward = lambda *args, **kwargs: weight * (*args, *kwargs.values())[0][:, :1]
+        model.discriminator.forward = lambda *args, **kwargs: (*args, *kwargs.values())[0][:, :1]
         calls = listen(model.discriminator)
         try:
             with torch.no_grad():
@@ -152,7 +152,7 @@ class ModelGroup(Group):
             self.skipTest(f"{name} does not call self.discriminator(z_fake), so its values were not checked")
         codes = torch.cat([z for z, _ in calls])
         real, (one, other, *_) = codes[codes[:, 1] != self.MARK], self.NAMES[name]
-        right = (images[0] - images[1]).square() if images else nn.functional.softplus(weight * z[:, 0])
+        right = (images[0] - images[1]).square() if images else nn.functional.softplus(z[:, 0])
         if [math.isclose(values[key], right.mean(), rel_tol=1e-4) for key in (one, other)] == [True, False]:
             values = {**values, one: values[other], other: values[one], "exchanged": True}
         return loss, values, real
@@ -543,8 +543,8 @@ class Mistakes(MistakesGroup):
 
     def test_15_partial_batch_is_trained(self):
         words, stopped = "Mistake 15: train_aae does not train a last batch of 2:", self.watch("Mistake 15").stopped
-        seen = self.watch("Mistake 15", count=66, crash=f"{words} it raises")
-        self.check(sum(seen.sizes) % 64 or stopped, f"{words} it is skipped")
+        sizes = self.watch("Mistake 15", count=66, crash=f"{words} it raises").sizes
+        self.check(sum(sizes) % 64 or stopped, f"{words} it is skipped")
 
     def test_16_no_step_between_a_loss_and_its_backward(self):
         self.watch("Mistake 16")
