@@ -3,6 +3,7 @@
 import functools
 import weakref
 from collections import Counter
+from collections.abc import Hashable
 
 import torch
 
@@ -30,7 +31,7 @@ def captured(step):
         if optimizer_ae not in recordings:
             recordings[optimizer_ae] = StepRecordings()
         options = [value for optimizer in (optimizer_ae, optimizer_disc) for group in optimizer.param_groups
-                   for value in group.values() if not isinstance(value, list)]
+                   for value in group.values() if isinstance(value, Hashable)]
         key = (weakref.ref(model), weakref.ref(optimizer_disc), lambda_, x.shape, *options)
         return recordings[optimizer_ae](eager, key, x)
 
