@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import unittest
 from argparse import Namespace
 from unittest import mock
@@ -158,13 +159,13 @@ class Shell(TrainGroup):
         environment = {**os.environ, "HOME": str(home), "PYTHONPATH": str(home), "PYTHONIOENCODING": "ascii"}
         command = [sys.executable, HERE / "train.py", "--dataset", "digits", "--batch_size", "600", "--no-cuda",
                    "--log_dir", "~/\u00dc", "--data_dir", "~/data"]
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              text=True) as process:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, env=environment, **pipes) as process:
             try:
                 lines = [next(process.stdout) for _ in range(4)]  # the last one on epoch 1
                 process.stdout.close()  # as by `| head -4`
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=3)  # time for more lines
+                while process.poll() is None and not any(home.rglob("samples_epoch_3.png")):  # after more lines
+                    time.sleep(0.1)
                 process.send_signal(signal.SIGINT)
                 process.wait(timeout=60)
             finally:

@@ -21,12 +21,12 @@ class Training(TrainGroup):
 
     def test_each_player_follows_its_own_gradient_even_with_a_careless_model(self):
         batches = [(images_like_mnist(count), None) for count in (6, 6, 2)]
-        model, expected, loggers, modes = TinyAAE().eval(), TinyAAE(), (mock.Mock(), mock.Mock()), []
+        model, expected, modes = TinyAAE().eval(), TinyAAE(), []
         for part in model.modules():
             part.register_forward_pre_hook(lambda module, args: modes.append(module.training))
         optimizers = (torch.optim.SGD([model.encoder.weight, model.decoder.weight], 0.5),
                       torch.optim.SGD([model.discriminator.weight], 2.0))
-        self.train.train_aae(1, model, batches, *loggers, *optimizers, 0.4)
+        self.train.train_aae(1, model, batches, mock.Mock(), mock.Mock(), *optimizers, 0.4)
         self.check(modes and all(modes), "train_aae does not train in training mode: call model.train() first")
         encoder, decoder, discriminator = expected.parameters()
         for x, _ in batches:
@@ -39,19 +39,6 @@ class Training(TrainGroup):
                     weight -= rate * slope
         torch.testing.assert_close(model.state_dict(), expected.state_dict())
         self.assertEqual(model.batches, [6, 6, 2])
-        for logger, names in zip(loggers, ({"gen_loss", "recon_loss", "ae_loss"},
-                                           {"disc_loss", "loss_real", "loss_fake", "accuracy"}), strict=True):
-            self.assertEqual([names - call.args[0].keys() for call in logger.add_values.call_args_list], [set()] * 3)
-
-    def test_training_succeeds_with_seeds_that_start_bright(self):
-        for seed in (1, 2):  # with torch's initial bias in the decoder, every fourth seed gave black images
-            _, model, _, _, _, *optimizers, _ = self.parts("--base", "--seed", str(seed))
-            for epoch in (1, 2):
-                logger = self.train.TensorBoardLogger(mock.Mock())
-                self.train.train_aae(epoch, model, self.mnist.digits(), logger, mock.Mock(), *optimizers, 0.995)
-            loss = logger.end_epoch()["recon_loss"]
-            self.check(loss < 0.25, f"with seed {seed} recon_loss stays at {loss:.3f}: the first steps drive the "
-                                    "decoder's tanh to -1 everywhere; start its bias at the mean pixel")
 
     def test_average_agrees_with_the_formula_and_continues_from_its_state(self):
         model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
@@ -116,27 +103,25 @@ class Training(TrainGroup):
 
     def test_rate_drops_after_the_epochs_of_the_flag(self):
         optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))])
-        for drop_after, epoch, expected in ((10, 1, 1), (10, 10, 1), (10, 11, 0.1), (10, 40, 0.1), (0, 1000, 1)):
+        for drop_after, epoch, expected in ((10, 1, 1e-3), (10, 10, 1e-3), (10, 11, 1e-4), (0, 1000, 1e-3)):
             self.train.set_learning_rate(optimizer, epoch, Namespace(ae_lr=1e-3, drop_after=drop_after))
-            self.check_close(1e3 * optimizer.param_groups[0]["lr"], expected,
-                             f"the learning rate of epoch {epoch} is wrong with --drop_after {drop_after}")
+            self.assertEqual(optimizer.param_groups[0]["lr"], expected, (epoch, drop_after))
 
 
 class Pictures(TrainGroup):
     """generate_and_save and save_reconstruction: their files, and that nothing else changes."""
 
-    def models_to_show(self):
-        """Yield a model that samples from torch's global generator, and one with modes and statistics to restore."""
-        yield TinyAAE()
-        model = self.models.AdversarialAE(z_dim=3).train()
-        model.decoder = nn.Sequential(model.decoder, nn.BatchNorm2d(1), nn.Dropout(0.5).eval(), nn.Tanh())
-        yield model
-
-    def test_samples_are_8_per_row_with_the_same_codes_each_time_and_in_tensorboard(self):
-        for model in self.models_to_show():
-            writer = self.writer()
+    def test_11_samples_are_8_per_row_with_the_same_codes_each_time_and_pictures_change_nothing(self):
+        mixed = self.models.AdversarialAE(z_dim=3).train()  # with modes and statistics to restore
+        mixed.decoder = nn.Sequential(mixed.decoder, nn.BatchNorm2d(1), nn.Dropout(0.5).eval(), nn.Tanh())
+        for model in (TinyAAE(), mixed):
+            writer, x = self.writer(), images_like_mnist(8)
             for epoch in range(2):
+                before = snapshot(model)
                 self.train.generate_and_save(model, epoch, writer)
+                self.train.save_reconstruction(model, epoch, writer, x)
+                changed = [name for name, tensor in snapshot(model).items() if not torch.equal(tensor, before[name])]
+                self.check(not changed, f"Mistake 11: saving pictures changes {changed}")
                 torch.rand(1)  # as training would
             writer.flush()
             files = [Path(writer.log_dir) / f"results/Prior_samples/samples_epoch_{epoch}.png" for epoch in range(2)]
@@ -155,12 +140,3 @@ class Pictures(TrainGroup):
             tiles = pixels[2:, 2:].reshape(2, 30, columns, 30)[:, :28, :, :28].swapaxes(1, 2)
             for row, expected in zip(tiles, (images, 0.9 * 0.7 * images), strict=True):
                 np.testing.assert_allclose(row, (expected[:columns, 0] + 1) * 127.5, atol=1)
-
-    def test_11_pictures_change_nothing(self):
-        for model in self.models_to_show():
-            writer, x = self.writer(), images_like_mnist(8)
-            before = snapshot(model)
-            self.train.generate_and_save(model, 0, writer)
-            self.train.save_reconstruction(model, 0, writer, x)
-            changed = [name for name, tensor in snapshot(model).items() if not torch.equal(tensor, before[name])]
-            self.check(not changed, f"Mistake 11: saving pictures changes {changed}")
