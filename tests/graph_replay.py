@@ -21,20 +21,17 @@ from unittests import images_like_mnist
 __unittest = True
 
 SIZES = (4, 4, 3)  # batch sizes in turn, the last one partial
-STEPS, REPLAYS = 24, 18  # the others are the warm-up of the two batch sizes
-FIRST = 5          # replays of one batch size before the other is captured
+STEPS, REPLAYS = 15, 9  # the others are the warm-up of the two batch sizes
+FIRST = 3  # replays before the rate drops, and the step is captured again
 assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)  # rejects NaN, too
 
 
 class RecordedGraph(TorchDispatchMode):
     """Replaces torch.cuda.CUDAGraph: records all operations of torch and repeats them on the same memory.
 
-    Like a CUDA graph, it knows addresses and no Python. Random numbers are new at each replay; views are addresses and
-    not repeated. Like a capture, recording runs nothing: afterwards, existing tensors have their old values, and new
-    ones are NaN. An operation that makes the CPU wait, or copies between host and device, raises RuntimeError.
-
-    It does not show what happens in CUDA (kernels that wait for the host, streams, memory pools), nor does it notice
-    reads of the CPU's memory without an operation: `tolist` of a vector, or `numpy`.
+    Like a capture, recording runs nothing: afterwards, existing tensors have their old values, and new ones are NaN. An
+    operation that makes the CPU wait, or copies between host and device, raises RuntimeError. Views are addresses and
+    not repeated. Reads of the CPU's memory without an operation, as by `tolist` of a vector or `numpy`, go unnoticed.
     """
 
     def __init__(self, before_replay=lambda: None):
@@ -149,7 +146,7 @@ class GraphReplay(TrainGroup):
 
     def trained(self, captured, *flags, before=lambda *optimizers: None, failing=None, replays=REPLAYS,
                 schedule=train.set_learning_rate):
-        """Return all tensors of 24 steps and after them. Before them, the optimizers' states are loaded.
+        """Return all tensors of 15 steps and after them. Before them, the optimizers' states are loaded.
 
         If captured, `replays` steps are replays; the first three of each batch size are eager. Unless `schedule` is
         another, the learning rate drops halfway. `before` is called with the optimizers.
@@ -191,7 +188,7 @@ class GraphReplay(TrainGroup):
         for cause, replays, options in (("CUDA error: start failed", 0, {"failing": (1, "start")}),
                                         ("CUDA error: end failed", 0, {"failing": (1, "end")}),
                                         ("CUDA error: replay failed", 0, {"failing": (1, "replay")}),
-                                        ("CUDA error: end failed", FIRST, {"failing": (2, "end")}),  # the other size
+                                        ("CUDA error: end failed", FIRST, {"failing": (2, "end")}),  # at the other rate
                                         ("aten._local_scalar_dense.default: the CPU .*", 0, {"before": before})):
             with contextlib.redirect_stderr(io.StringIO()) as err:
                 assert_equal(self.trained(True, *flags, replays=replays, **options), eager)
@@ -199,6 +196,9 @@ class GraphReplay(TrainGroup):
             self.cuda.set_stream.assert_called_once_with(self.cuda.current_stream.return_value)
             state = self.cuda.generator.clone_state.return_value
             self.cuda.generator.graphsafe_set_state.assert_called_once_with(state)
+        hook = mock.Mock(side_effect=[*4 * [None], torch.OutOfMemoryError("CUDA out of memory.")])  # in the capture
+        with self.assertRaises(torch.OutOfMemoryError):
+            self.trained(True, before=lambda _, optimizer_disc: optimizer_disc.register_step_pre_hook(hook))
 
     def test_a_rate_for_each_step_ends_in_eager_steps_with_one_warning(self):
         def schedule(optimizer, *_):
@@ -224,14 +224,6 @@ class GraphReplay(TrainGroup):
         self.assertEqual([graph.replays for graph in cuda.graphs], [2, 2])
         self.assertTrue(same(*weights) and not any(model() for model in models))
 
-    def test_a_full_or_busy_gpu_ends_the_run(self):
-        error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        with cuda_on_the_cpu(self), self.assertRaises(torch.OutOfMemoryError) as caught:
-            recordings, step = self.cuda_graph.StepRecordings(), mock.Mock(side_effect=[{}, {}, {}, error])
-            for _ in range(4):  # three eager steps, and the capture
-                recordings(step, "key", torch.zeros(2))
-        self.assertIs(caught.exception, error)
-
     def test_no_graph_on_other_devices(self):
         for flags, device, hip, expected in (((), "cuda", None, 1), (("--no-graph",), "cuda", None, 0),
                                              ((), "cuda", "6.4.43482", 0), ((), "mps", None, 0)):
@@ -247,7 +239,3 @@ class GraphReplay(TrainGroup):
         for call in (x[0].item, x.nonzero, lambda: x[mask], lambda: torch.tensor(0.5) * x, lambda: x.to("meta")):
             with self.assertRaisesRegex(RuntimeError, "wait for the device|host and device"), RecordedGraph().record():
                 call()
-        with RecordedGraph().record():
-            x.add_(1)
-            result = x.double().sum().sqrt()
-        self.assertEqual((x.tolist(), result.isnan()), ([0, 0, 0], True))
