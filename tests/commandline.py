@@ -1,7 +1,6 @@
 """Flags and user errors."""
 
 import contextlib
-import os
 import shutil
 from argparse import Namespace
 from unittest import mock
@@ -17,14 +16,11 @@ __unittest = True
 class Flags(TrainGroup):
     """The command line: defaults, help, --base, and flags that are rejected before a run is created."""
 
-    def test_defaults(self):
+    def test_defaults_and_help(self):
         expected = {"z_dim": 8, "batch_size": 64, "lambda_": 0.995, "ae_lr": 1e-3, "d_lr": 5e-3, "data_dir": "../data/",
                     "epochs": 100, "seed": 42, "log_dir": "AAE_logs/", "no_cuda": False, "num_workers": 0}
         self.assertLessEqual(expected.items(), vars(self.train.parse_args([])).items())
-
-    def test_help_explains_every_flag(self):
-        with mock.patch.dict(os.environ, COLUMNS="120"):
-            status, out, _ = self.run_cli("--help")
+        status, out, _ = self.run_cli("--help")
         self.assertEqual(status, 0)
         for action in self.train.make_parser()._actions:
             self.assertRegex(action.help, r"\A[^\n]{10,}\Z", action.option_strings)
@@ -32,11 +28,9 @@ class Flags(TrainGroup):
         self.assertNotRegex(out, r"default:\s+(None|False)")
 
     def test_invalid_flags_are_rejected_in_one_sentence(self):
-        for flags in ("--lambda_ 1.01", "--lambda_ -0.1", "--lambda_ nan", "--lambda_ half", "--z_dim 0", "--z_dim 2.5",
-                      "--z_dim", "--batch_size 0", "--epochs 0", "--epochs 1" + "0" * 400, "--ae_lr -1e-3",
-                      "--ae_lr nan", "--ae_lr inf", "--d_lr -1", "--num_workers -1", "--seed -1",
-                      "--seed 9999999999999999999999", "--dataset cifar", "--epoch 3", "--lamda_ 1", "digits",
-                      "--checkpoint_every 0"):
+        for flags in ("--lambda_ 1.01", "--lambda_ nan", "--lambda_ half", "--z_dim 0", "--z_dim 2.5", "--z_dim",
+                      "--epochs 1" + "0" * 400, "--ae_lr -1e-3", "--ae_lr inf", "--seed -1",
+                      "--seed 9999999999999999999999", "--dataset cifar", "--epoch 3", "--lamda_ 1", "digits"):
             with self.subTest(flags), mock.patch.object(self.train, "main") as main:
                 self.assert_refused(self.run_cli(*flags.split()), 2, "train.py: error: ")
                 self.assertFalse(main.called)
@@ -50,22 +44,18 @@ class Flags(TrainGroup):
                      self.train.with_defaults(Namespace(base=True, d_momentum=0.9))):
             self.assertEqual([getattr(args, name) for name in names], ["base", 0, 0.9, 0])
             self.assertNotIn("base", args)
-        self.assertEqual(resumed_args(parse(["--base"]), base).networks, "base")
-        for argv, settings in ((["--base"], default), (["--base", "--d_momentum", "0.9"], base)):
-            with self.assertRaisesRegex(self.cli.FlagError, "contradicts the run"):
-                resumed_args(parse(argv), settings)
-
+        with self.assertRaisesRegex(self.cli.FlagError, "contradicts the run"):
+            resumed_args(parse(["--base"]), default)
 
     def test_what_differs_from_what_was_parsed_was_given(self):
         parse, complete = self.train.parse_args, self.train.with_defaults
-        settings = vars(parse(["--epochs", "4"]))
-        del settings["defaulted"], settings["resume"]
-        parsed = parse(["--z_dim", "8"])
-        parsed.resume, parsed.epochs = "run", 6
+        settings = {"epochs": 4, "lambda_": 1.0}
+        parsed = parse(["--lambda_", "1"])
+        parsed.epochs = 6
         for args, epochs in ((parsed, 6), (Namespace(epochs=6), 6), (Namespace(epochs=100), 100), (parse([]), 4)):
             self.assertEqual(resumed_args(complete(args), settings).epochs, epochs)
         with self.assertRaisesRegex(self.cli.FlagError, "lambda_ 0.995 contradicts the run"):  # a default, but given
-            resumed_args(complete(Namespace(lambda_=0.995)), {**settings, "lambda_": 1})
+            resumed_args(complete(Namespace(lambda_=0.995)), settings)
 
 
 class BadInput(TrainGroup):
@@ -103,36 +93,30 @@ class BadInput(TrainGroup):
         full, writer = OSError(28, "No space left on device"), "tensorboard.summary.writer.record_writer.RecordWriter"
         for place, effect, words in (("os.fsync", full, "hparams.json"), (f"{writer}.write", full, "No space left"),
                                      ("train.generate_and_save", full, "No space left"),
-                                     ("train.save_measurements", full, "No space left"),
                                      ("train.train_aae", remove_run, "No such file")):
             log_dir = self.folder()
             with self.subTest(place), mock.patch(place, side_effect=effect):
                 self.assert_refused(self.run_digits("--log_dir", log_dir, "--epochs", 1), 1, log_dir, words)
         self.assertEqual(list(log_dir.iterdir()), [], "the removed folder comes back")
 
-    def test_not_enough_memory(self):
+    def test_not_enough_memory_or_a_busy_gpu(self):
         log_dir = self.folder()
         self.assert_refused(self.run_digits("--log_dir", log_dir, "--z_dim", 2**31 - 1), 1, "not enough memory")
         self.assertEqual(list(log_dir.iterdir()), [], "a run that never trained leaves files behind")
-
-    def test_gpu_that_is_full_or_busy(self):
         full = ("the GPU does not have enough free memory, or another program has exclusive use of it; end other "
                 "programs, try a smaller --batch_size or --z_dim, or use --no-cuda")
         for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total ..."),
                       RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
                       RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"),
                       RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-                      RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
-                      RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
-                      RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED")):
+                      RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED")):
             with mock.patch.object(self.train, "main", side_effect=error):
                 self.assertEqual(self.run_cli(), (1, "", f"train.py: error: {full}\n"))
 
     def test_errors_of_a_students_code_keep_their_traceback(self):
         for error in (RuntimeError("a bug"), FileNotFoundError(2, "No such file or directory", "weights.txt")):
-            for place in ("training.model.AdversarialAE", "train.train_aae"):
-                with mock.patch(place, side_effect=error), self.assertRaises(type(error)):
-                    self.run_digits("--log_dir", self.folder())
+            with mock.patch("train.train_aae", side_effect=error), self.assertRaises(type(error)):
+                self.run_digits("--log_dir", self.folder())
 
     def test_interrupt_before_training(self):
         with mock.patch.object(self.data, "digits", side_effect=KeyboardInterrupt):
@@ -142,4 +126,4 @@ class BadInput(TrainGroup):
         flags = ("--log_dir", self.folder(), "--epochs", 1, "--ae_lr", "1e9")
         self.assert_refused(self.run_digits(*flags), 1, "became nan", "diverged")
         with mock.patch.object(self.train.TensorBoardLogger.__init__, "__defaults__", (1, None)):  # read at each step
-            self.assert_refused(self.run_digits(*flags, "--batch_size", 10), 1, "diverged")
+            self.assert_refused(self.run_digits(*flags), 1, "diverged")
