@@ -54,8 +54,10 @@ class Flags(TrainGroup):
         parsed.epochs = 6
         for args, epochs in ((parsed, 6), (Namespace(epochs=6), 6), (Namespace(epochs=100), 100), (parse([]), 4)):
             self.assertEqual(resumed_args(complete(args), settings).epochs, epochs)
-        with self.assertRaisesRegex(self.cli.FlagError, "lambda_ 0.995 contradicts the run"):  # a default, but given
-            resumed_args(complete(Namespace(lambda_=0.995)), settings)
+        for given, words in (({"lambda_": 0.995}, "lambda_ 0.995 contradicts the run"),  # a default, but given
+                             ({"epochs": 3}, "epochs 3 is less than the run's 4")):
+            with self.assertRaisesRegex(self.cli.FlagError, words):
+                resumed_args(complete(Namespace(**given)), settings)
 
 
 class BadInput(TrainGroup):
@@ -123,7 +125,9 @@ class BadInput(TrainGroup):
             self.assertEqual(self.run_cli("--dataset", "digits", "--no-cuda"), (130, "", "\ninterrupted\n"))
 
     def test_divergence(self):
-        flags = ("--log_dir", self.folder(), "--epochs", 1, "--ae_lr", "1e9")
-        self.assert_refused(self.run_digits(*flags), 1, "became nan", "diverged")
-        with mock.patch.object(self.train.TensorBoardLogger.__init__, "__defaults__", (1, None)):  # read at each step
-            self.assert_refused(self.run_digits(*flags), 1, "diverged")
+        for window, most in ((50, 10), (3, 3)):  # at the end of an epoch, and of a window
+            with mock.patch.object(self.train.TensorBoardLogger.__init__, "__defaults__", (window, None)), \
+                    mock.patch.object(self.train, "train_step", wraps=self.train.train_step) as train_step:
+                result = self.run_digits("--log_dir", self.folder(), "--ae_lr", "1e9", "--batch_size", 10)
+            self.assert_refused(result, 1, "became nan", "training has diverged")
+            self.assertEqual(train_step.call_count, most)
