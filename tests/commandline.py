@@ -1,6 +1,7 @@
 """Flags and user errors."""
 
 import contextlib
+import os
 import shutil
 from argparse import Namespace
 from unittest import mock
@@ -8,6 +9,7 @@ from unittest import mock
 import torch
 
 from tests.common import TrainGroup
+from training import files
 from training.run import resumed_args
 
 __unittest = True
@@ -100,6 +102,29 @@ class BadInput(TrainGroup):
             with self.subTest(place), mock.patch(place, side_effect=effect):
                 self.assert_refused(self.run_digits("--log_dir", log_dir, "--epochs", 1), 1, log_dir, words)
         self.assertEqual(list(log_dir.iterdir()), [], "the removed folder comes back")
+
+    def test_writing_is_all_or_nothing(self):
+        path, full = self.folder() / "new" / "file", OSError(28, "No space left on device")
+        with mock.patch("os.fsync", side_effect=[None, OSError(22, "Invalid argument")]) as fsync:
+            files.write_atomically(path, b"first")
+        self.assertEqual(fsync.call_count, 1 if os.name == "nt" else 2)  # some shared folders cannot be synced
+        refusal = PermissionError(13, "Access is denied")  # on Windows, while another program reads the file
+        with mock.patch("os.replace", side_effect=[refusal, mock.DEFAULT], wraps=os.replace):
+            files.write_atomically(path, b"second")
+        for place, error in (("os.fsync", full), ("os.replace", refusal)):
+            with mock.patch(place, side_effect=error), mock.patch("time.monotonic", side_effect=range(100)), \
+                    self.assertRaisesRegex(self.cli.UserError, f"file cannot be written: {error.strerror}; free disk"):
+                files.write_atomically(path, b"third")
+        self.assertEqual({file.name: file.read_bytes() for file in path.parent.iterdir()}, {"file": b"second"})
+
+    def test_errors_of_other_files_pass_through(self):
+        run = self.folder() / "run"
+        for error, caught in ((OSError(28, "No space left on device"), True),
+                              (FileNotFoundError(2, "No such file", str(run / "x")), True),
+                              (FileNotFoundError(2, "No such file", str(run.with_name("run2"))), False)):
+            with self.subTest(str(error)), self.assertRaises(self.cli.UserError if caught else FileNotFoundError), \
+                    files.writing(run):
+                raise error
 
     def test_not_enough_memory_or_a_busy_gpu(self):
         log_dir = self.folder()

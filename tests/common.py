@@ -22,8 +22,7 @@ __unittest = True
 class TinyAAE(nn.Module):
     """A model whose networks have one weight each, small enough to compute by hand, and careless about gradients.
 
-    It does not detach the codes for the discriminator's loss or freeze the discriminator in the autoencoder's loss, so
-    train_aae must keep the gradients of the two players apart. Its prior samples are always the same.
+    It does not detach the codes for the discriminator's loss: train_aae must keep the two players' gradients apart.
     """
 
     z_dim, device = 1, torch.device("cpu")
@@ -97,6 +96,7 @@ def run_contents(run):
 
 class TrainGroup(Group):
     needs = ("train", "training.data", "training.cli", "mnist", "models")
+    no_cuda = ("--no-cuda",)
 
     def setUp(self):
         super().setUp()
@@ -117,7 +117,7 @@ class TrainGroup(Group):
     def run_digits(self, *flags):
         """Run the command line on 100 of the bundled digits."""
         with self.few_digits:
-            return self.run_cli("--dataset", "digits", "--no-cuda", *flags)
+            return self.run_cli("--dataset", "digits", *self.no_cuda, *flags)
 
     def assert_refused(self, result, status, *fragments):
         """Check that a command line has ended with this status and one sentence, which contains the fragments."""
@@ -128,16 +128,17 @@ class TrainGroup(Group):
 
     def train_quietly(self, *flags):
         """Run `main` on 100 of the bundled digits; return the run's folder and saved weights."""
+        args = self.train.parse_args(["--dataset", "digits", *self.no_cuda, "--log_dir", str(self.folder()), *flags])
         with self.few_digits, contextlib.redirect_stdout(io.StringIO()):
-            run = self.train.main(self.train.parse_args(["--dataset", "digits", "--no-cuda", "--log_dir",
-                                                         str(self.folder()), *flags]))
+            run = self.train.main(args)
         return run, torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)
 
     def parts(self, *flags):
-        """Return the arguments that `main` passes to train_aae for these flags, on 100 of the bundled digits."""
+        """Return model and optimizers as `main` passes them to train_aae for these flags."""
         with mock.patch.object(self.train, "train_aae", side_effect=Stop) as train_aae, self.assertRaises(Stop):
-            self.train_quietly("--epochs", "1", *flags)
-        return train_aae.call_args.args
+            self.train_quietly(*flags)
+        _, model, _, _, _, optimizer_ae, optimizer_disc, _ = train_aae.call_args.args
+        return model, optimizer_ae, optimizer_disc
 
     def writer(self):
         return self.enterContext(SummaryWriter(self.folder()))

@@ -153,7 +153,7 @@ class GraphReplay(TrainGroup):
         """
         args, values = self.train.parse_args(["--seed", "1", *flags]), []
         with cuda_on_the_cpu(self, failing) as self.cuda:
-            _, model, _, _, _, *optimizers, _ = self.parts("--seed", "1", *flags)
+            model, *optimizers = self.parts("--seed", "1", *flags)
             torch.manual_seed(1)
             model.capturable, average, images = captured, self.train.EMA(model, args.averaging), images_like_mnist(40)
             self.train.train_step.__wrapped__(model, *optimizers, args.lambda_, images)
@@ -228,10 +228,10 @@ class GraphReplay(TrainGroup):
         for flags, device, hip, expected in (((), "cuda", None, 1), (("--no-graph",), "cuda", None, 0),
                                              ((), "cuda", "6.4.43482", 0), ((), "mps", None, 0)):
             with cuda_on_the_cpu(self) as cuda, mock.patch("torch.version.hip", hip):
-                _, model, _, _, _, *optimizers, lambda_ = self.parts(*flags)
+                model, *optimizers = self.parts(*flags)
                 with mock.patch.object(type(model), "device", torch.device(device)):
                     for _ in range(4):
-                        self.train.train_step(model, *optimizers, lambda_, torch.zeros(2, 1, 28, 28))
+                        self.train.train_step(model, *optimizers, 0.995, torch.zeros(2, 1, 28, 28))
             self.assertEqual(len(cuda.graphs), expected, (flags, device, hip))
 
     def test_operations_that_cuda_rejects_are_rejected(self):

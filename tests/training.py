@@ -1,8 +1,9 @@
-"""train_aae, the training step, the moving average of the weights, and the pictures of an epoch."""
+"""train_aae, the training step, the moving average of the weights, the pictures of an epoch, and the logger."""
 
 import copy
 import io
 from argparse import Namespace
+from collections import defaultdict
 from pathlib import Path
 from unittest import mock
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from tests.common import TinyAAE, TrainGroup, read_events, read_png, snapshot
-from unittests import images_like_mnist
+from unittests import Group, images_like_mnist
 
 __unittest = True
 
@@ -63,7 +64,7 @@ class Training(TrainGroup):
         x, losses = images_like_mnist(16), []
         for precision in ("fp32", "bf16"):
             with mock.patch("training.device.set_precision"):  # rejects bf16 on CPUs without units for it
-                _, model, _, _, _, *optimizers, _ = self.parts("--precision", precision)
+                model, *optimizers = self.parts("--precision", precision)
             torch.manual_seed(1)
             with mock.patch.object(model, "get_loss_discriminator", wraps=model.get_loss_discriminator) as judged:
                 ae_values, disc_values = self.train.train_step(model, *optimizers, 0.5, x)
@@ -85,18 +86,17 @@ class Training(TrainGroup):
                 self.encoder.net[-1] = nn.LazyLinear(z_dim)
 
         with mock.patch("training.model.AdversarialAE", Lazy):
-            _, model, *_ = self.parts()
+            model, *_ = self.parts()
         self.assertEqual(model.encoder.net[-1].weight.shape, (8, 1024))
 
     def test_recommended_optimizers_and_a_clipped_gradient_of_the_discriminator(self):
-        _, model, _, _, _, *optimizers, lambda_ = self.parts()
-        self.assertEqual(([type(optimizer) for optimizer in optimizers], lambda_),
-                         ([torch.optim.Adam, torch.optim.SGD], 0.995))
+        model, *optimizers = self.parts()
+        self.assertEqual([type(optimizer) for optimizer in optimizers], [torch.optim.Adam, torch.optim.SGD])
         adam, sgd = (optimizer.defaults for optimizer in optimizers)
         self.assertEqual((adam["lr"], adam["betas"][0], sgd["lr"], sgd["momentum"]), (1e-3, 0.5, 5e-3, 0.95))
         nn.init.constant_(model.discriminator.net[-1].weight, 10.0)
         before = nn.utils.parameters_to_vector(model.discriminator.parameters()).clone()
-        self.train.train_step(model, *optimizers, lambda_, images_like_mnist(16))
+        self.train.train_step(model, *optimizers, 0.995, images_like_mnist(16))
         moved = (nn.utils.parameters_to_vector(model.discriminator.parameters()) - before).norm()
         self.check_close(moved, 5e-3 * self.train.MAX_GRAD_NORM,
                          "a large gradient of the discriminator is not clipped", 1e-4)
@@ -140,3 +140,33 @@ class Pictures(TrainGroup):
             tiles = pixels[2:, 2:].reshape(2, 30, columns, 30)[:, :28, :, :28].swapaxes(1, 2)
             for row, expected in zip(tiles, (images, 0.9 * 0.7 * images), strict=True):
                 np.testing.assert_allclose(row, (expected[:columns, 0] + 1) * 127.5, atol=1)
+
+
+class Logging(Group):
+    """The means that TensorBoardLogger writes."""
+
+    needs = ("utils",)
+
+    def test_means_of_windows_and_of_epochs(self):
+        writer, epochs, overwritten = mock.Mock(), [], torch.zeros(())  # as by a replayed CUDA graph
+        logger = self.utils.TensorBoardLogger(writer, avg_window=4, name="part")
+        values, integers = np.random.default_rng(0).normal(size=10), np.arange(10)
+        for i, value in enumerate(values):
+            step = {"tensor": torch.tensor([value], requires_grad=True), "overwritten": overwritten.fill_(value),
+                    "number": float(value), "truth": True, "count": torch.tensor(i) if i % 2 else np.int64(i)}
+            logger.add_values(step if i % 2 else {**step, "seldom": 2.0})
+            if i in (4, 9):
+                epochs.append(logger.end_epoch())
+        latest = logger.latest
+        logger.flush()
+        logger.flush()
+        self.assertEqual(logger.global_step, 10)
+        points = defaultdict(list)
+        for tag, value, step in (call.args for call in writer.add_scalar.call_args_list):
+            points[tag].append((step, value))
+        for tag, series in {"tensor": values, "overwritten": values, "number": values, "count": integers,
+                            "truth": np.ones(10), "seldom": np.full(10, 2)}.items():
+            means = [(end, series[start:end].mean()) for start, end in ((0, 4), (4, 8), (8, 10))]
+            np.testing.assert_allclose(points[f"part/{tag}"], means, rtol=1e-6, err_msg=tag)
+            np.testing.assert_allclose(latest[tag], means[1][1], rtol=1e-6, err_msg=tag)
+            np.testing.assert_allclose([epoch[tag] for epoch in epochs], [series[:5].mean(), series[5:].mean()], 1e-6)
