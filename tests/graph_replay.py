@@ -13,9 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import train
 from tests.common import TrainGroup, same
-from training.run import load_optimizer
 from unittests import images_like_mnist
 
 __unittest = True
@@ -36,18 +34,17 @@ class RecordedGraph(TorchDispatchMode):
 
     def __init__(self, before_replay=lambda: None):
         super().__init__()
-        self.before_replay, self.replays = before_replay, 0
-        self.calls = []  # operation, arguments, results
+        self.before_replay, self.replays, self.calls = before_replay, 0, []  # calls: operation, arguments, results
         self._storages = {}  # by address: the storage, and a copy of its content if it is older than the recording
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        for storage in storages((args, kwargs)):
+        for storage in (tensor.untyped_storage() for tensor in tensors((args, kwargs))):
             if storage._cdata not in self._storages:
                 self._storages[storage._cdata] = storage, storage.clone()
         results = operation(*args, **kwargs)
         refuse(operation, (args, kwargs, results))
-        for storage in storages(results):
+        for storage in (tensor.untyped_storage() for tensor in tensors(results)):
             self._storages.setdefault(storage._cdata, (storage, None))
         if tensors((args, kwargs, results)):  # not a marker for the profiler
             self.calls.append((operation, args, kwargs, results))
@@ -82,10 +79,6 @@ class RecordedGraph(TorchDispatchMode):
 
 def tensors(tree):
     return [leaf for leaf in tree_leaves(tree) if torch.is_tensor(leaf)]
-
-
-def storages(tree):
-    return [tensor.untyped_storage() for tensor in tensors(tree)]
 
 
 def refuse(operation, tree):
@@ -145,23 +138,19 @@ class GraphReplay(TrainGroup):
         self.enterContext(mock.patch.object(self.device, "set_precision"))  # bf16 on every CPU
 
     def trained(self, captured, *flags, before=lambda *optimizers: None, failing=None, replays=REPLAYS,
-                schedule=train.set_learning_rate):
-        """Return all tensors of 15 steps and after them. Before them, the optimizers' states are loaded.
+                rate=lambda number: 1e-3 if number < STEPS / 2 else 1e-4):
+        """Return all tensors of 15 steps and after them. If captured, `replays` of them are replays.
 
-        If captured, `replays` steps are replays; the first three of each batch size are eager. Unless `schedule` is
-        another, the learning rate drops halfway. `before` is called with the optimizers.
+        `before` is called with the optimizers; `rate` is the learning rate of each step.
         """
-        args, values = self.train.parse_args(["--seed", "1", *flags]), []
+        args, values = self.train.parse_args(flags), []
         with cuda_on_the_cpu(self, failing) as self.cuda:
-            model, *optimizers = self.parts("--seed", "1", *flags)
+            model, *optimizers = self.parts(*flags)
             torch.manual_seed(1)
-            model.capturable, average, images = captured, self.train.EMA(model, args.averaging), images_like_mnist(40)
-            self.train.train_step.__wrapped__(model, *optimizers, args.lambda_, images)
-            for optimizer in optimizers:
-                load_optimizer(optimizer, optimizer.state_dict())
+            model.capturable, average, images = captured, self.train.EMA(model, 0.9), images_like_mnist(40)
             before(*optimizers)
             for number in range(STEPS):
-                schedule(optimizers[0], args.drop_after + 2 * number // STEPS, args)
+                optimizers[0].param_groups[0]["lr"] = rate(number)
                 x = images[number:][:SIZES[number % len(SIZES)]]
                 values.append(copy.deepcopy(  # may be overwritten
                     self.train.train_step(model, *optimizers, args.lambda_, x)))
@@ -201,16 +190,14 @@ class GraphReplay(TrainGroup):
             self.trained(True, before=lambda _, optimizer_disc: optimizer_disc.register_step_pre_hook(hook))
 
     def test_a_rate_for_each_step_ends_in_eager_steps_with_one_warning(self):
-        def schedule(optimizer, *_):
-            optimizer.param_groups[0]["lr"] *= 0.9
-
-        eager = self.trained(False, schedule=schedule)
         with contextlib.redirect_stderr(io.StringIO()) as err:
-            assert_equal(self.trained(True, schedule=schedule, replays=self.cuda_graph.MOST), eager)
+            eager, replayed = (self.trained(captured, rate=lambda number: 1e-3 * 0.9 ** number,
+                                            replays=self.cuda_graph.MOST) for captured in (False, True))
+        assert_equal(replayed, eager)
         self.assertRegex(err.getvalue(), r"\AWARNING: .* recorded more than 8 times.*; --no-graph, or .*\n\Z")
 
     def test_a_second_run_trains_its_own_model_and_the_first_is_freed(self):
-        models, weights = [], []
+        models = []
 
         def train_aae(epoch, model, loader, logger_ae, logger_disc, *others):
             models.append(weakref.ref(model))
@@ -218,8 +205,7 @@ class GraphReplay(TrainGroup):
                 self.train.train_step(model, *others, x)
 
         with cuda_on_the_cpu(self) as cuda, mock.patch.object(self.train, "train_aae", train_aae):
-            for _ in range(2):
-                weights.append(self.train_quietly("--epochs", "1", "--batch_size", "20")[1])
+            weights = [self.train_quietly("--epochs", "1", "--batch_size", "20")[1] for _ in range(2)]
         gc.collect()
         self.assertEqual([graph.replays for graph in cuda.graphs], [2, 2])
         self.assertTrue(same(*weights) and not any(model() for model in models))
