@@ -22,6 +22,10 @@ class Hardware(TrainGroup):
 
     needs = (*TrainGroup.needs, "training.device")
 
+    def setUp(self):
+        super().setUp()
+        self.enterContext(self.train.default_torch_state())  # restores what is set here
+
     def processor(self, text):
         """Replace /proc/cpuinfo by this text."""
         file = self.folder() / "cpuinfo"
@@ -37,19 +41,16 @@ class Hardware(TrainGroup):
 
     def test_unsupported_precisions_are_rejected(self):
         self.assert_run_refused(2, "needs an NVIDIA GPU", "--no-cuda", "--precision", "tf32")
-        run, _ = self.train_quietly("--epochs", "1")
-        settings = {**load_state(run)["settings"], "precision": "bf16"}
-        for text in ("model name\t: Old\nflags\t\t: fpu avx2 avx512f avx512_bf16x\n", "nothing\n"):
+        for text, supported in (("flags\t\t: fpu avx2 avx512f avx512_bf16x\n", False), ("nothing\n", False),
+                                ("flags\t\t: fpu amx_bf16\n", True), ("flags\t\t: fpu avx512_bf16\n", True)):
             self.processor(text)
-            self.assert_run_refused(2, "AVX512-BF16", "--no-cuda", "--precision", "bf16")
-            with mock.patch("training.run.load_state", return_value={"settings": settings}):
-                self.assert_run_refused(2, "train with --precision fp32 here", "--no-cuda", "--resume", run)
+            if supported:
+                self.device.set_precision("bf16", torch.device("cpu"))
+            else:
+                self.assert_run_refused(2, "AVX512-BF16; train with --precision fp32 here, or resume the run where",
+                                        "--no-cuda", "--precision", "bf16")
         self.processor("model name\t: Old\n")
         self.assertEqual(self.device.device_name(torch.device("cpu")), f"Old, {torch.get_num_threads()} threads")
-        for text in ("flags\t\t: fpu amx_bf16\n", "flags\t\t: fpu avx512_bf16\n"):
-            self.processor(text)
-            with self.device.default_torch_state():
-                self.device.set_precision("bf16", torch.device("cpu"))
         with mock.patch("torch.cuda.get_device_capability", return_value=(7, 5)):
             for precision in ("tf32", "bf16"):
                 self.assertRaises(self.cli.FlagError, self.device.set_precision, precision, torch.device("cuda"))
@@ -66,30 +67,25 @@ class Hardware(TrainGroup):
             self.assertEqual([new[0].fp32_precision, new[1].conv.fp32_precision], [expected] * 2)
 
     def test_a_gpu_without_kernels_is_explained(self):
-        old = RuntimeError("CUDA error: no kernel image is available for execution on the device")
-        sentence = "no kernels for NVIDIA Something (compute capability 6.1); install a version that has them (for 5.0"
         with mock.patch.multiple("torch.cuda", is_available=lambda: True, get_device_capability=lambda *_: (6, 1),
                                  get_device_name=lambda *_: "NVIDIA Something"):
             self.assertEqual(self.device.setup_device(no_cuda=True), torch.device("cpu"))
-            with mock.patch("torch.ones", side_effect=old):
-                self.assert_run_refused(1, sentence)
+            with mock.patch("torch.ones", side_effect=RuntimeError("CUDA error: no kernel image is available")):
+                self.assert_run_refused(1, "no kernels for NVIDIA Something (compute capability 6.1); install a ver")
             with mock.patch("torch.ones", side_effect=RuntimeError("a bug")):
                 self.assertRaises(RuntimeError, self.device.setup_device)
 
     def test_a_torch_that_cannot_use_the_gpu_says_so(self):
-        for function in ("torch.backends.cuda.is_built", "shutil.which"):
-            self.enterContext(mock.patch(function, return_value=False))
-        with mock.patch.object(self.device, "NVIDIA_DRIVER", HERE / "none"):
-            self.assertIsNone(self.device.unused_gpu_warning(False))
-        with mock.patch.object(self.device, "NVIDIA_DRIVER", HERE), self.few_digits:
-            with mock.patch("torch.backends.cuda.is_built", return_value=True):
-                self.assertIsNone(self.device.unused_gpu_warning(False))
-            with mock.patch("torch.cuda.is_available", side_effect=AssertionError("CUDA was asked")):
-                self.device.setup_device(no_cuda=True)
-            self.assertIsNone(self.device.unused_gpu_warning(True))
-            status, out, err = self.run_cli("--dataset", "digits", "--epochs", 1, "--log_dir", self.folder())
-        self.assertEqual((status, err.count("is built without CUDA")), (0, 2), err)  # at the start and at the end
-        self.assertIn("device: cpu", out)
+        self.enterContext(mock.patch("shutil.which", return_value=False))
+        for driver, built, no_cuda, warns in ((HERE / "none", False, False, False), (HERE, True, False, False),
+                                              (HERE, False, True, False), (HERE, False, False, True)):
+            with mock.patch.object(self.device, "NVIDIA_DRIVER", driver), \
+                    mock.patch("torch.backends.cuda.is_built", return_value=built):
+                self.assertEqual("without CUDA" in str(self.device.unused_gpu_warning(no_cuda)), warns)
+        with mock.patch("training.run.unused_gpu_warning", return_value="no GPU"), \
+                mock.patch("training.device.unused_gpu_warning", return_value="no GPU"):
+            status, _, err = self.run_digits("--epochs", 1, "--log_dir", self.folder())
+        self.assertEqual((status, err), (0, 2 * "WARNING: no GPU\n"))  # at the start and at the end
 
 
 class Threads(Group):
@@ -99,20 +95,17 @@ class Threads(Group):
 
     def test_a_short_spin_and_no_more_threads_than_the_quota_allows_unless_the_user_has_set_them(self):
         file, spin = self.folder() / "cpu.max", {"GOMP_SPINCOUNT": str(self.threads.SPIN_COUNT)}
-        self.enterContext(mock.patch("os.sched_getaffinity", lambda _: range(4), create=True))
-        self.enterContext(mock.patch.object(self.threads, "CPU_MAX", file))
         for environment, quota, changes, returned in (
                 ({}, "50000 100000", {**spin, "OMP_NUM_THREADS": "1"}, 0.5),
                 ({}, "390000 100000\n", {**spin, "OMP_NUM_THREADS": "3"}, 3.9),
                 ({}, "400000 100000", spin, None), ({}, "max 100000", spin, None), ({}, None, spin, None),
                 ({"OMP_NUM_THREADS": "8"}, "200000 100000", spin, None),
-                ({"GOMP_SPINCOUNT": "7"}, "max 100000", {}, None),
-                ({"OMP_WAIT_POLICY": "PASSIVE"}, "max 100000", {}, None)):
+                ({"GOMP_SPINCOUNT": "7"}, "max 100000", {}, None)):
             file.write_text(quota) if quota else file.unlink()
-            with mock.patch.dict(os.environ, environment, clear=True), mock.patch("sys.platform", "linux"):
+            with mock.patch.dict(os.environ, environment, clear=True), mock.patch("sys.platform", "linux"), \
+                    mock.patch("os.sched_getaffinity", lambda _: range(4), create=True), \
+                    mock.patch.object(self.threads, "CPU_MAX", file):
                 self.assertEqual((self.threads.configure(), dict(os.environ)), (returned, {**environment, **changes}))
-        with mock.patch.dict(os.environ, clear=True), mock.patch("sys.platform", "darwin"):
-            self.assertEqual((self.threads.configure(), dict(os.environ)), (None, {}))
 
     def test_every_program_sets_it_before_torch_is_imported(self):
         for name in ("train.py", "unittests.py", "evaluation/__main__.py", "benchmarks/__init__.py"):
