@@ -1,7 +1,9 @@
-"""train_aae, the training step, the moving average of the weights, the pictures of an epoch, and the logger."""
+"""The training step, the moving average of the weights, pictures, the logger, and the model beyond its interface."""
 
 import copy
 import io
+import itertools
+import math
 from argparse import Namespace
 from collections import defaultdict
 from pathlib import Path
@@ -11,8 +13,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from tests.common import TinyAAE, TrainGroup, read_events, read_png, snapshot
-from unittests import Group, images_like_mnist
+from tests.common import TinyAAE, TrainGroup, read_events, read_png, same, snapshot
+from unittests import Group, ModelGroup, images_like_mnist
 
 __unittest = True
 
@@ -39,7 +41,6 @@ class Training(TrainGroup):
                 for weight, rate, slope in zip((encoder, decoder, discriminator), (0.5, 0.5, 2.0), slopes, strict=True):
                     weight -= rate * slope
         torch.testing.assert_close(model.state_dict(), expected.state_dict())
-        self.assertEqual(model.batches, [6, 6, 2])
 
     def test_average_agrees_with_the_formula_and_continues_from_its_state(self):
         model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
@@ -69,23 +70,24 @@ class Training(TrainGroup):
             with mock.patch.object(model, "get_loss_discriminator", wraps=model.get_loss_discriminator) as judged:
                 ae_values, disc_values = self.train.train_step(model, *optimizers, 0.5, x)
             losses.append({**ae_values, **disc_values})
-            copied, before = copy.deepcopy(model).eval(), model.eval()(x)[1]
-            nn.init.zeros_(model.encoder.net[-1].weight)
-            self.check(torch.equal(copied(x)[1], before), "a copy of the model computes with the original's weights")
             tensors = (*judged.call_args.args, *model(x), *model.parameters(), *losses[-1].values())
             self.assertEqual({tensor.dtype for tensor in tensors}, {torch.float32}, "a pasted train_aae would crash")
             self.assertFalse(any(value.requires_grad for value in losses[-1].values()))
         exact, rounded = losses
         torch.testing.assert_close(rounded, exact, rtol=0, atol=0.02)
         self.assertNotEqual(rounded["ae_loss"], exact["ae_loss"])
+        copied, before = copy.deepcopy(model).eval(), model.eval()(x)[1]
+        nn.init.zeros_(model.encoder.net[-1].weight)
+        self.check(torch.equal(copied(x)[1], before), "a copy of the model computes with the original's weights")
 
     def test_a_model_with_lazy_layers_is_trained(self):
-        class Lazy(self.models.AdversarialAE):
-            def __init__(self, z_dim):
-                super().__init__(z_dim, networks="base")
-                self.encoder.net[-1] = nn.LazyLinear(z_dim)
+        def lazy(z_dim):
+            model = original(z_dim, networks="base")
+            model.encoder.net[-1] = nn.LazyLinear(z_dim)
+            return model
 
-        with mock.patch("training.model.AdversarialAE", Lazy):
+        original = self.models.AdversarialAE
+        with mock.patch("training.model.AdversarialAE", lazy):
             model, *_ = self.parts()
         self.assertEqual(model.encoder.net[-1].weight.shape, (8, 1024))
 
@@ -170,3 +172,53 @@ class Logging(Group):
             np.testing.assert_allclose(points[f"part/{tag}"], means, rtol=1e-6, err_msg=tag)
             np.testing.assert_allclose(latest[tag], means[1][1], rtol=1e-6, err_msg=tag)
             np.testing.assert_allclose([epoch[tag] for epoch in epochs], [series[:5].mean(), series[5:].mean()], 1e-6)
+
+
+class Promises(ModelGroup):
+    """Features of this project's models.py beyond the interface."""
+
+    def test_sampling_follows_the_seed_and_changes_nothing_else(self):
+        model = self.models.AdversarialAE().train()
+        model.decoder = nn.Sequential(model.decoder, nn.BatchNorm2d(1), nn.Dropout(0.5).eval())  # mixed modes
+        torch.manual_seed(0)
+        before, images = snapshot(model), []
+        for seed, default_device in ((5, "cpu"), (5, "meta"), (6, "cpu")):  # torch's default must not matter
+            torch.manual_seed(seed)
+            with torch.device(default_device):
+                images.append(model.sample(8))
+            torch.manual_seed(0)
+            self.assertTrue(same(snapshot(model), before), "sampling changes the model")
+        torch.testing.assert_close(images[0], images[1], rtol=0, atol=0)
+        self.assertFalse(torch.equal(*images[1:]))
+
+    def test_suggested_networks(self):
+        model = self.models.AdversarialAE(z_dim=8, networks="base")
+        self.assertEqual([sum(weight.numel() for weight in part.parameters()) for part in model.children()],
+                         [110120, 111073, 267777], "the layers are not those of the assignment")
+        self.check_close(model.sample(16).mean(), -0.74, "from a start brighter than MNIST's mean pixel, the first "
+                         "steps drive the decoder's tanh to -1 everywhere, with every fourth seed", 0.1)
+
+    def test_every_posterior_keeps_the_interface(self):
+        x = images_like_mnist(5)
+        for posterior, networks in itertools.product(self.models.ENCODERS, self.models.NETWORKS):
+            torch.manual_seed(0)
+            model = self.models.AdversarialAE(z_dim=3, posterior=posterior, networks=networks)
+            recon_x, z = model(x)
+            self.assertEqual((recon_x.shape, z.shape), ((5, 1, 28, 28), (5, 3)))
+            model.get_loss_autoencoder(x, recon_x, z, 0.5)[0].backward()
+            self.assertTrue(all(weight.grad.abs().sum() > 0 for weight in model.encoder.parameters()), posterior)
+            model.zero_grad()
+            model.get_loss_discriminator(z)[0].backward()
+            self.assertTrue(all(weight.grad is None for weight in model.encoder.parameters()), posterior)
+            with torch.no_grad():
+                again, evaluated = model.encoder(x), [model.eval().encoder(x) for _ in range(2)]
+            for codes, repeated in ((z, again), evaluated):
+                self.assertEqual(torch.equal(codes, repeated), posterior == "deterministic", posterior)
+
+    def test_gaussian_codes_have_the_networks_mean_and_variance(self):
+        encoder = self.models.ENCODERS["gaussian"](2)
+        outputs = torch.tensor([3.0, -1.0, math.log(4), math.log(0.25)]).expand(100_000, 4)
+        with mock.patch.object(encoder.net, "forward", return_value=outputs):
+            z = encoder(torch.zeros(100_000, 1, 1, 1))
+        torch.testing.assert_close(z.mean(0), torch.tensor([3.0, -1.0]), atol=0.03, rtol=0)
+        torch.testing.assert_close(z.T.cov(), torch.diag(torch.tensor([4, 0.25])), atol=0.08, rtol=0)
