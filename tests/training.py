@@ -80,17 +80,6 @@ class Training(TrainGroup):
         nn.init.zeros_(model.encoder.net[-1].weight)
         self.check(torch.equal(copied(x)[1], before), "a copy of the model computes with the original's weights")
 
-    def test_a_model_with_lazy_layers_is_trained(self):
-        def lazy(z_dim):
-            model = original(z_dim, networks="base")
-            model.encoder.net[-1] = nn.LazyLinear(z_dim)
-            return model
-
-        original = self.models.AdversarialAE
-        with mock.patch("training.model.AdversarialAE", lazy):
-            model, *_ = self.parts()
-        self.assertEqual(model.encoder.net[-1].weight.shape, (8, 1024))
-
     def test_recommended_optimizers_and_a_clipped_gradient_of_the_discriminator(self):
         model, *optimizers = self.parts()
         self.assertEqual([type(optimizer) for optimizer in optimizers], [torch.optim.Adam, torch.optim.SGD])
