@@ -32,9 +32,9 @@ class RecordedGraph(TorchDispatchMode):
     not repeated. Reads of the CPU's memory without an operation, as by `tolist` of a vector or `numpy`, go unnoticed.
     """
 
-    def __init__(self, before_replay=lambda: None):
+    def __init__(self):
         super().__init__()
-        self.before_replay, self.replays, self.calls = before_replay, 0, []  # calls: operation, arguments, results
+        self.replays, self.calls = 0, []  # calls: operation, arguments, results
         self._storages = {}  # by address: the storage, and a copy of its content if it is older than the recording
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
@@ -67,7 +67,6 @@ class RecordedGraph(TorchDispatchMode):
 
     @torch.no_grad()
     def replay(self):
-        self.before_replay()
         self.replays += 1
         for operation, args, kwargs, results in self.calls:
             aliases = [result.alias_info for result in operation._schema.returns]
@@ -93,35 +92,29 @@ def refuse(operation, tree):
 def cuda_on_the_cpu(group, failing=None):
     """Make models on the CPU look like models on CUDA; yield a namespace of RecordedGraphs and mocks of torch.cuda.
 
-    Tensors for a model's device are created on the CPU; runs draw no pictures. `failing`, a number and "end" or
-    "replay", makes this capture fail there. A capture that fails in its block raises again at its end.
+    Tensors for a model's device are created on the CPU; runs draw no pictures. Capture number `failing` fails when it
+    ends. A capture that fails in its block raises again at its end.
     """
     graphs, generator, tensor = [], mock.Mock(), torch.tensor
-
-    def fail(stage):
-        if failing == (len(graphs), stage):
-            raise RuntimeError(f"CUDA error: {stage} failed\nCUDA kernel errors might be reported at some other call")
-
-    def new_graph():
-        graphs.append(RecordedGraph(functools.partial(fail, "replay")))
-        return graphs[-1]
 
     @contextlib.contextmanager
     def capture(graph, stream, capture_error_mode):
         assert (stream, capture_error_mode) == (mocks["Stream"].return_value, "thread_local")
+        graphs.append(graph)
         try:
             with graph.record():
                 yield
         except RuntimeError:
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
-        fail("end")
+        if len(graphs) == failing:
+            raise RuntimeError("CUDA error: capture failed\nCUDA kernel errors might be reported at some other call")
 
     pictures = dict.fromkeys(("generate_and_save", "save_reconstruction", "save_measurements"), mock.Mock())
     mocks = {name: mock.MagicMock() for name in ("Stream", "stream", "current_stream", "set_stream")}
     with mock.patch.object(group.models.AdversarialAE, "device", torch.device("cuda")), \
             mock.patch("torch.version.hip", None), mock.patch.multiple(group.train, **pictures), \
             mock.patch("torch.tensor", lambda *args, device=None, **options: tensor(*args, **options)), \
-            mock.patch.multiple("torch.cuda", **mocks, CUDAGraph=new_graph, graph=capture,
+            mock.patch.multiple("torch.cuda", **mocks, CUDAGraph=RecordedGraph, graph=capture,
                                 default_generators={None: generator},  # of the CPU's index
                                 get_rng_state=torch.get_rng_state, set_rng_state=torch.set_rng_state):
         yield SimpleNamespace(graphs=graphs, generator=generator, **mocks)
@@ -173,9 +166,8 @@ class GraphReplay(TrainGroup):
 
         flags = "--networks", "base", "--posterior", "gaussian"
         eager = self.trained(False, *flags)
-        for cause, replays, options in (("CUDA error: end failed", 0, {"failing": (1, "end")}),
-                                        ("CUDA error: replay failed", 0, {"failing": (1, "replay")}),
-                                        ("CUDA error: end failed", FIRST, {"failing": (3, "end")}),
+        for cause, replays, options in (("CUDA error: capture failed", 0, {"failing": 1}),
+                                        ("CUDA error: capture failed", FIRST, {"failing": 3}),  # the other batch size
                                         ("aten._local_scalar_dense.default: the CPU .*", 0, {"before": before})):
             with contextlib.redirect_stderr(io.StringIO()) as err:
                 assert_equal(self.trained(True, *flags, replays=replays, **options), eager)

@@ -117,12 +117,4 @@ class Processes(Group):
         self.assertEqual(results["passes"][:3], [1, [], []])
         self.assertIn("AssertionError: a message", results["fails"][1][0][1])
         self.assertIn("its process has died", results["dies"][1][0][1])
-
-    def test_only_groups_of_the_gpu_see_it(self):
-        with mock.patch("torch.cuda.is_available", return_value=True), mock.patch.dict(os.environ), \
-                mock.patch("tests.parallel.run_in_pool",
-                           lambda groups, count: [([*groups], count, os.environ.get("CUDA_VISIBLE_DEVICES"))]):
-            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-            pools = [*run_in_processes(dict.fromkeys(("One", "Cuda", "Resume"), ()), 2)]
-        self.assertEqual(pools, [(["Cuda"], 1, None), (["Resume", "One"], 2, "")])
         self.assertLessEqual({*GPU_GROUPS, *LONG}, vars(unittests).keys(), "a group has another name now")

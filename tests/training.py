@@ -80,6 +80,13 @@ class Training(TrainGroup):
         nn.init.zeros_(model.encoder.net[-1].weight)
         self.check(torch.equal(copied(x)[1], before), "a copy of the model computes with the original's weights")
 
+    def test_a_model_with_lazy_layers_is_trained(self):
+        lazy = self.models.AdversarialAE(networks="base")
+        lazy.encoder.net[-1] = nn.LazyLinear(8)
+        with mock.patch("training.model.AdversarialAE", return_value=lazy):
+            model, *_ = self.parts()
+        self.assertEqual(model.encoder.net[-1].weight.shape, (8, 1024))
+
     def test_recommended_optimizers_and_a_clipped_gradient_of_the_discriminator(self):
         model, *optimizers = self.parts()
         self.assertEqual([type(optimizer) for optimizer in optimizers], [torch.optim.Adam, torch.optim.SGD])
