@@ -91,10 +91,6 @@ class Devices(TrainGroup):
 
     needs = (*TrainGroup.needs, "evaluation.measures", "evaluation.metrics", "evaluation.pictures")
 
-    def setUp(self):
-        super().setUp()
-        self.device = Device()
-
     @contextlib.contextmanager
     def cuda(self):
         """Let torch use the device without a GPU."""
@@ -112,7 +108,7 @@ class Devices(TrainGroup):
             stack.enter_context(mock.patch("torch.inference_mode", contextlib.nullcontext))
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             stack.enter_context(torch.no_grad())  # in main, too: torch's engine for gradients needs a GPU
-            stack.enter_context(self.device)
+            self.device = stack.enter_context(Device())
             yield
 
     def test_a_new_run_and_one_from_the_cpu_that_is_resumed(self):

@@ -113,6 +113,7 @@ def cuda_on_the_cpu(group, failing=None):
     mocks = {name: mock.MagicMock() for name in ("Stream", "stream", "current_stream", "set_stream")}
     with mock.patch.object(group.models.AdversarialAE, "device", torch.device("cuda")), \
             mock.patch("torch.version.hip", None), mock.patch.multiple(group.train, **pictures), \
+            mock.patch("training.device.set_precision"), \
             mock.patch("torch.tensor", lambda *args, device=None, **options: tensor(*args, **options)), \
             mock.patch.multiple("torch.cuda", **mocks, CUDAGraph=RecordedGraph, graph=capture,
                                 default_generators={None: generator},  # of the CPU's index
@@ -123,11 +124,7 @@ def cuda_on_the_cpu(group, failing=None):
 class GraphReplay(TrainGroup):
     """Steps replayed from one capture, compared bit for bit with the same steps run eagerly."""
 
-    needs = (*TrainGroup.needs, "training.cuda_graph", "training.device")
-
-    def setUp(self):
-        super().setUp()
-        self.enterContext(mock.patch.object(self.device, "set_precision"))  # bf16 on every CPU
+    needs = (*TrainGroup.needs, "training.cuda_graph")
 
     def trained(self, captured, *flags, before=lambda *optimizers: None, failing=None, replays=REPLAYS,
                 rate=lambda number: 1e-3 if number < STEPS / 2 else 1e-4):
