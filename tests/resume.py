@@ -99,7 +99,8 @@ class Resume(ResumeGroup):
 
     def test_an_interrupt_before_anything_is_saved_or_in_a_folder_that_is_gone(self):
         gone = FileNotFoundError(2, "No such file or directory")
-        for place, words in (("train.generate_and_save", "\ninterrupted; nothing is saved yet, so start a new run\n"),
+        for place, words in (("training.data.one_of_each_label", "\ninterrupted\n"),
+                             ("train.generate_and_save", "\ninterrupted; nothing is saved yet, so start a new run\n"),
                              ("train.train_aae", f"epoch 0 is saved; resume the run with: python {runs.TRAIN} --res")):
             with mock.patch(place, side_effect=KeyboardInterrupt), mock.patch("os.path.relpath", side_effect=gone):
                 status, _, err = self.run_digits("--log_dir", self.folder())

@@ -75,8 +75,7 @@ class WholeRun(TrainGroup):
     def check_reconstructions(self, run):
         """Check that the inputs of reconstructions stay the same, and have all labels in order."""
         first, later = (read_png(run / f"results/Reconstruction/reconstruction_{epoch}.png") for epoch in (0, 5))
-        self.assertTrue(np.array_equal(first[:31], later[:31]))
-        self.assertFalse(np.array_equal(first[31:], later[31:]))
+        self.assertTrue(np.array_equal(first[:31], later[:31]) and not np.array_equal(first[31:], later[31:]))
         images, labels = self.mnist.load_digits()
         shown = torch.tensor(first[2:30, 2:] / 127.5 - 1).reshape(28, 10, 30)[..., :28].swapaxes(0, 1)
         nearest = torch.cdist(shown.flatten(1), images.double().flatten(1)).argmin(1)
@@ -290,10 +289,6 @@ class BadInput(TrainGroup):
         for error in (RuntimeError("a bug"), FileNotFoundError(2, "No such file or directory", "weights.txt")):
             with mock.patch("train.train_aae", side_effect=error), self.assertRaises(type(error)):
                 self.run_digits("--log_dir", self.folder())
-
-    def test_interrupt_before_training(self):
-        with mock.patch.object(self.data, "digits", side_effect=KeyboardInterrupt):
-            self.assertEqual(self.run_cli("--dataset", "digits", "--no-cuda"), (130, "", "\ninterrupted\n"))
 
     def test_divergence(self):
         for window, most in ((50, 10), (3, 3)):  # at the end of an epoch, and of a window
