@@ -184,10 +184,10 @@ class GraphReplay(TrainGroup):
         self.assertRegex(err.getvalue(), r"\AWARNING: .* recorded more than 8 times.*; --no-graph, or .*\n\Z")
 
     def test_a_second_run_trains_its_own_model_and_the_first_is_freed(self):
-        models = []
+        parts = []  # model and optimizer
 
         def train_aae(epoch, model, loader, logger_ae, logger_disc, *others):
-            models.append(weakref.ref(model))
+            parts.extend(map(weakref.ref, (model, others[0])))
             for x, _ in loader:
                 self.train.train_step(model, *others, x)
 
@@ -195,7 +195,7 @@ class GraphReplay(TrainGroup):
             weights = [self.train_quietly("--epochs", "1", "--batch_size", "20")[1] for _ in range(2)]
         gc.collect()
         self.assertEqual([graph.replays for graph in cuda.graphs], [2, 2])
-        self.assertTrue(same(*weights) and not any(model() for model in models))
+        self.assertTrue(same(*weights) and not any(part() for part in parts))
 
     def test_operations_that_cuda_rejects_are_rejected(self):
         x, mask = torch.zeros(3), torch.ones(3, dtype=torch.bool)

@@ -34,7 +34,8 @@ class Hardware(TrainGroup):
 
     def assert_run_refused(self, status, words, *flags):
         """Check that a run with these flags is rejected in one sentence."""
-        self.assert_refused(self.run_cli("--dataset", "digits", "--log_dir", self.folder(), *flags), status, words)
+        result = self.run_cli("--dataset", "digits", "--epochs", 1, "--log_dir", self.folder(), *flags)
+        self.assert_refused(result, status, words)
 
     def test_precisions_are_set_or_rejected(self):
         self.assert_run_refused(2, "needs an NVIDIA GPU", "--no-cuda", "--precision", "tf32")
