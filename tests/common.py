@@ -22,37 +22,31 @@ __unittest = True
 class TinyAAE(nn.Module):
     """A model whose networks have one weight each, small enough to compute by hand, and careless about gradients.
 
-    It does not detach the codes for the discriminator's loss or freeze the discriminator in the autoencoder's loss, so
-    train_aae must keep the gradients of the two players apart. Its prior samples are always the same.
+    It does not detach the codes for the discriminator's loss: train_aae must keep the two players' gradients apart.
     """
 
     z_dim, device = 1, torch.device("cpu")
 
     def __init__(self):
         super().__init__()
-        self.batches = []
         self.encoder, self.decoder, self.discriminator = (nn.Conv2d(1, 1, 1, bias=False) for _ in range(3))
         for network, weight in ((self.encoder, 0.7), (self.decoder, 0.9), (self.discriminator, 0.5)):
             nn.init.constant_(network.weight, weight)
 
     def forward(self, x):
-        self.batches.append(len(x))
         z = self.encoder(x)
         return self.decoder(z), z
 
     def get_loss_autoencoder(self, x, recon_x, z_fake, lambda_=1):
         recon_loss = (x - recon_x).square().mean()
         gen_loss = nn.functional.softplus(-self.discriminator(z_fake)).mean()
-        ae_loss = lambda_ * recon_loss + (1 - lambda_) * gen_loss
-        return ae_loss, {"gen_loss": gen_loss, "recon_loss": recon_loss, "ae_loss": ae_loss}
+        return lambda_ * recon_loss + (1 - lambda_) * gen_loss, {"recon_loss": recon_loss}
 
     def get_loss_discriminator(self, z_fake):
         z_real = torch.linspace(-1, 2, len(z_fake)).view(-1, 1, 1, 1)
         loss_real = nn.functional.softplus(-self.discriminator(z_real)).mean()
         loss_fake = nn.functional.softplus(self.discriminator(z_fake)).mean()
-        disc_loss = (loss_real + loss_fake) / 2
-        return disc_loss, {"disc_loss": disc_loss, "loss_real": loss_real, "loss_fake": loss_fake,
-                           "accuracy": torch.tensor(0.5)}
+        return (loss_real + loss_fake) / 2, {"accuracy": 0.5}
 
     def sample(self, batch_size):
         return torch.randn(batch_size, 1, 28, 28).clamp(-1, 1)
@@ -67,10 +61,6 @@ def snapshot(model):
 def same(state, other):
     """Whether two dicts of tensors are equal to the last bit."""
     return state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
-
-
-class Stop(Exception):
-    """Raised within a run to end it."""
 
 
 def read_events(folder):
@@ -97,6 +87,7 @@ def run_contents(run):
 
 class TrainGroup(Group):
     needs = ("train", "training.data", "training.cli", "mnist", "models")
+    no_cuda = ("--no-cuda",)
 
     def setUp(self):
         super().setUp()
@@ -117,7 +108,7 @@ class TrainGroup(Group):
     def run_digits(self, *flags):
         """Run the command line on 100 of the bundled digits."""
         with self.few_digits:
-            return self.run_cli("--dataset", "digits", "--no-cuda", *flags)
+            return self.run_cli("--dataset", "digits", *self.no_cuda, *flags)
 
     def assert_refused(self, result, status, *fragments):
         """Check that a command line has ended with this status and one sentence, which contains the fragments."""
@@ -128,16 +119,18 @@ class TrainGroup(Group):
 
     def train_quietly(self, *flags):
         """Run `main` on 100 of the bundled digits; return the run's folder and saved weights."""
+        args = self.train.parse_args(["--dataset", "digits", *self.no_cuda, "--log_dir", str(self.folder()), *flags])
         with self.few_digits, contextlib.redirect_stdout(io.StringIO()):
-            run = self.train.main(self.train.parse_args(["--dataset", "digits", "--no-cuda", "--log_dir",
-                                                         str(self.folder()), *flags]))
+            run = self.train.main(args)
         return run, torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)
 
     def parts(self, *flags):
-        """Return the arguments that `main` passes to train_aae for these flags, on 100 of the bundled digits."""
-        with mock.patch.object(self.train, "train_aae", side_effect=Stop) as train_aae, self.assertRaises(Stop):
-            self.train_quietly("--epochs", "1", *flags)
-        return train_aae.call_args.args
+        """Return model and optimizers as `main` passes them to train_aae for these flags."""
+        train_aae = mock.Mock(side_effect=SystemExit)
+        with mock.patch.object(self.train, "train_aae", train_aae), self.assertRaises(SystemExit):
+            self.train_quietly(*flags)
+        _, model, _, _, _, optimizer_ae, optimizer_disc, _ = train_aae.call_args.args
+        return model, optimizer_ae, optimizer_disc
 
     def writer(self):
         return self.enterContext(SummaryWriter(self.folder()))

@@ -93,66 +93,57 @@ class Devices(TrainGroup):
 
     @contextlib.contextmanager
     def cuda(self):
-        """Let torch use the device without a GPU; yield the device."""
+        """Let torch use the device without a GPU."""
+        stand_ins = {"torch.cuda._lazy_init": None, "torch.cuda.is_bf16_supported": True,
+                     "torch.cuda.amp.common.amp_definitely_not_available": False,
+                     "torch.is_autocast_cache_enabled": False,
+                     "torch.__future__.get_overwrite_module_params_on_conversion": True}
         with contextlib.ExitStack() as stack:
-            for target, stand_in in (
-                    ("torch.cuda._lazy_init", mock.Mock()), ("torch.cuda.is_bf16_supported", lambda *_: True),
-                    ("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
-                    ("torch.cuda.get_rng_state", torch.get_rng_state),
-                    ("torch.cuda.set_rng_state", torch.set_rng_state),
-                    ("torch.inference_mode", contextlib.nullcontext),  # no gradients are recorded in main
-                    ("torch.is_autocast_cache_enabled", lambda: False),
-                    ("torch.__future__.get_overwrite_module_params_on_conversion", lambda: True)):
-                stack.enter_context(mock.patch(target, stand_in))
+            for target, value in stand_ins.items():
+                stack.enter_context(mock.patch(target, return_value=value))
+            for name in ("get_rng_state", "set_rng_state"):
+                stack.enter_context(mock.patch(f"torch.cuda.{name}", getattr(torch, name)))
             torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor then copies from the CPU
             stack.callback(torch._C._set_only_lift_cpu_tensors, False)
+            stack.enter_context(mock.patch("torch.inference_mode", contextlib.nullcontext))
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            stack.enter_context(torch.no_grad())
-            yield stack.enter_context(Device())
+            stack.enter_context(torch.no_grad())  # in main, too: torch's engine for gradients needs a GPU
+            self.device = stack.enter_context(Device())
+            yield
 
-    def train_on_cuda(self, *flags):
-        """Run main; return the two optimizers, and how often train_aae waits for the device.
+    def test_a_new_run_and_one_from_the_cpu_that_is_resumed(self):
+        run, _ = self.train_quietly("--epochs", "1", "--batch_size", "30")
+        train_aae = self.train.train_aae
 
-        Every loss gives every weight a gradient of its own layout, because torch's engine needs a GPU.
-        """
-        kept, train_aae = [], self.train.train_aae
-
-        def counted(epoch, model, *args):
-            def backward(loss):
+        def checked(epoch, model, *args):
+            def backward(loss):  # gives every weight a gradient of its own layout
                 assert loss.device == CUDA and not loss.shape, loss
                 for weight in model.parameters():
                     weight.grad = weight.clone() if weight.grad is None else weight.grad + weight
 
-            before = device.waits
+            before = self.device.waits
             with mock.patch.object(OnCuda, "backward", backward):
                 train_aae(epoch, model, *args)
-            kept.extend((*args[-3:-1], device.waits - before))
+            self.assertEqual(self.device.waits - before, 4)  # two windows of two loggers
+            for weight, moments in (item for optimizer in args[-3:-1] for item in optimizer.state.items()):
+                self.assertEqual({moment.device for moment in (weight, *moments.values())}, {CUDA})
 
-        with self.cuda() as device, contextlib.redirect_stderr(io.StringIO()), \
-                mock.patch("training.run.device_name", str), mock.patch.multiple(
-                    self.train, setup_device=lambda *args: CUDA, train_aae=counted,
-                    TensorBoardLogger=functools.partial(self.train.TensorBoardLogger, avg_window=2)):
-            self.train_quietly("--batch_size", "30", "--no-graph", *flags)
-        return kept
-
-    def test_a_new_run_and_one_from_the_cpu_that_is_resumed(self):
-        run, _ = self.train_quietly("--epochs", "1", "--batch_size", "30")
-        for flags in (("--epochs", "1"), ("--resume", str(run), "--epochs", "2"),
+        for flags in (("--resume", str(run), "--epochs", "2"),
                       ("--epochs", "1", "--base", "--posterior", "gaussian"),
                       ("--epochs", "1", "--posterior", "universal", "--precision", "bf16", "--d_momentum", "0")):
-            with self.subTest(flags=flags):
-                *optimizers, waits = self.train_on_cuda(*flags)
-                self.assertEqual(waits, 4)  # two windows of two loggers
-                for weight, moments in (item for optimizer in optimizers for item in optimizer.state.items()):
-                    self.assertEqual({moment.device for moment in (weight, *moments.values())}, {CUDA})
+            with self.subTest(flags=flags), self.cuda(), contextlib.redirect_stderr(io.StringIO()), \
+                    mock.patch("training.run.device_name", str), mock.patch.multiple(
+                        self.train, setup_device=lambda *args: CUDA, train_aae=checked,
+                        TensorBoardLogger=functools.partial(self.train.TensorBoardLogger, avg_window=2)):
+                self.train_quietly("--batch_size", "30", "--no-graph", *flags)
 
     def test_evaluation(self):
         images, labels = self.mnist.load_digits(train=False)
         weights = torch.load(HERE / "assets" / "autoencoder.pt", weights_only=True)
-        with self.cuda(), mock.patch.object(self.measures, "SAMPLES", 500), \
+        with self.cuda(), mock.patch.object(self.measures, "SAMPLES", 300), \
                 mock.patch.object(self.metrics, "STEPS", 10):
             model, flat = self.models.AdversarialAE(), self.models.AdversarialAE(z_dim=2)
             model.load_state_dict(weights, strict=False)
             self.measures.evaluate(model.to(CUDA), images, images, labels)
-            self.pictures.draw_pictures(model, images, images, labels)
-            self.pictures.draw_pictures(flat.to(CUDA), images, images, labels)
+            for drawn in (model, flat.to(CUDA)):
+                self.pictures.draw_pictures(drawn, images, images, labels)

@@ -13,44 +13,38 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import train
 from tests.common import TrainGroup, same
-from training.run import load_optimizer
 from unittests import images_like_mnist
 
 __unittest = True
 
 SIZES = (4, 4, 3)  # batch sizes in turn, the last one partial
-STEPS, REPLAYS = 24, 18  # the others are the warm-up of the two batch sizes
-FIRST = 5          # replays of one batch size before the other is captured
+STEPS, REPLAYS = 15, 9  # the others are the warm-up of the two batch sizes
+FIRST = 5  # replays of one batch size before the other is captured, as the third one
 assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)  # rejects NaN, too
 
 
 class RecordedGraph(TorchDispatchMode):
     """Replaces torch.cuda.CUDAGraph: records all operations of torch and repeats them on the same memory.
 
-    Like a CUDA graph, it knows addresses and no Python. Random numbers are new at each replay; views are addresses and
-    not repeated. Like a capture, recording runs nothing: afterwards, existing tensors have their old values, and new
-    ones are NaN. An operation that makes the CPU wait, or copies between host and device, raises RuntimeError.
-
-    It does not show what happens in CUDA (kernels that wait for the host, streams, memory pools), nor does it notice
-    reads of the CPU's memory without an operation: `tolist` of a vector, or `numpy`.
+    Like a capture, recording runs nothing: afterwards, existing tensors have their old values, and new ones are NaN. An
+    operation that makes the CPU wait, or copies between host and device, raises RuntimeError. Views are addresses and
+    not repeated. Reads of the CPU's memory without an operation, as by `tolist` of a vector or `numpy`, go unnoticed.
     """
 
-    def __init__(self, before_replay=lambda: None):
+    def __init__(self):
         super().__init__()
-        self.before_replay, self.replays = before_replay, 0
-        self.calls = []  # operation, arguments, results
+        self.replays, self.calls = 0, []  # calls: operation, arguments, results
         self._storages = {}  # by address: the storage, and a copy of its content if it is older than the recording
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        for storage in storages((args, kwargs)):
+        for storage in (tensor.untyped_storage() for tensor in tensors((args, kwargs))):
             if storage._cdata not in self._storages:
                 self._storages[storage._cdata] = storage, storage.clone()
         results = operation(*args, **kwargs)
         refuse(operation, (args, kwargs, results))
-        for storage in storages(results):
+        for storage in (tensor.untyped_storage() for tensor in tensors(results)):
             self._storages.setdefault(storage._cdata, (storage, None))
         if tensors((args, kwargs, results)):  # not a marker for the profiler
             self.calls.append((operation, args, kwargs, results))
@@ -73,7 +67,6 @@ class RecordedGraph(TorchDispatchMode):
 
     @torch.no_grad()
     def replay(self):
-        self.before_replay()
         self.replays += 1
         for operation, args, kwargs, results in self.calls:
             aliases = [result.alias_info for result in operation._schema.returns]
@@ -85,10 +78,6 @@ class RecordedGraph(TorchDispatchMode):
 
 def tensors(tree):
     return [leaf for leaf in tree_leaves(tree) if torch.is_tensor(leaf)]
-
-
-def storages(tree):
-    return [tensor.untyped_storage() for tensor in tensors(tree)]
 
 
 def refuse(operation, tree):
@@ -103,36 +92,30 @@ def refuse(operation, tree):
 def cuda_on_the_cpu(group, failing=None):
     """Make models on the CPU look like models on CUDA; yield a namespace of RecordedGraphs and mocks of torch.cuda.
 
-    Tensors for a model's device are created on the CPU; runs draw no pictures. `failing`, a number and one of "start",
-    "end" and "replay", makes this capture fail there. A capture that fails in its block raises again at its end.
+    Tensors for a model's device are created on the CPU; runs draw no pictures. Capture number `failing` fails when it
+    ends. A capture that fails in its block raises again at its end.
     """
     graphs, generator, tensor = [], mock.Mock(), torch.tensor
-
-    def fail(stage):
-        if failing == (len(graphs), stage):
-            raise RuntimeError(f"CUDA error: {stage} failed\nCUDA kernel errors might be reported at some other call")
-
-    def new_graph():
-        graphs.append(RecordedGraph(functools.partial(fail, "replay")))
-        return graphs[-1]
 
     @contextlib.contextmanager
     def capture(graph, stream, capture_error_mode):
         assert (stream, capture_error_mode) == (mocks["Stream"].return_value, "thread_local")
-        fail("start")
+        graphs.append(graph)
         try:
             with graph.record():
                 yield
         except RuntimeError:
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
-        fail("end")
+        if len(graphs) == failing:
+            raise RuntimeError("CUDA error: capture failed\nCUDA kernel errors might be reported at some other call")
 
     pictures = dict.fromkeys(("generate_and_save", "save_reconstruction", "save_measurements"), mock.Mock())
     mocks = {name: mock.MagicMock() for name in ("Stream", "stream", "current_stream", "set_stream")}
     with mock.patch.object(group.models.AdversarialAE, "device", torch.device("cuda")), \
             mock.patch("torch.version.hip", None), mock.patch.multiple(group.train, **pictures), \
+            mock.patch("training.device.set_precision"), \
             mock.patch("torch.tensor", lambda *args, device=None, **options: tensor(*args, **options)), \
-            mock.patch.multiple("torch.cuda", **mocks, CUDAGraph=new_graph, graph=capture,
+            mock.patch.multiple("torch.cuda", **mocks, CUDAGraph=RecordedGraph, graph=capture,
                                 default_generators={None: generator},  # of the CPU's index
                                 get_rng_state=torch.get_rng_state, set_rng_state=torch.set_rng_state):
         yield SimpleNamespace(graphs=graphs, generator=generator, **mocks)
@@ -141,33 +124,25 @@ def cuda_on_the_cpu(group, failing=None):
 class GraphReplay(TrainGroup):
     """Steps replayed from one capture, compared bit for bit with the same steps run eagerly."""
 
-    needs = (*TrainGroup.needs, "training.cuda_graph", "training.device")
-
-    def setUp(self):
-        super().setUp()
-        self.enterContext(mock.patch.object(self.device, "set_precision"))  # bf16 on every CPU
+    needs = (*TrainGroup.needs, "training.cuda_graph")
 
     def trained(self, captured, *flags, before=lambda *optimizers: None, failing=None, replays=REPLAYS,
-                schedule=train.set_learning_rate):
-        """Return all tensors of 24 steps and after them. Before them, the optimizers' states are loaded.
+                rate=lambda number: 1e-3 if number < STEPS / 2 else 1e-4):
+        """Return all tensors of 15 steps and after them. If captured, `replays` of them are replays.
 
-        If captured, `replays` steps are replays; the first three of each batch size are eager. Unless `schedule` is
-        another, the learning rate drops halfway. `before` is called with the optimizers.
+        `before` is called with the optimizers; `rate` is the learning rate of each step.
         """
-        args, values = self.train.parse_args(["--seed", "1", *flags]), []
+        values, flags = [], flags if captured else (*flags, "--no-graph")
         with cuda_on_the_cpu(self, failing) as self.cuda:
-            _, model, _, _, _, *optimizers, _ = self.parts("--seed", "1", *flags)
+            model, *optimizers = self.parts(*flags)
             torch.manual_seed(1)
-            model.capturable, average, images = captured, self.train.EMA(model, args.averaging), images_like_mnist(40)
-            self.train.train_step.__wrapped__(model, *optimizers, args.lambda_, images)
-            for optimizer in optimizers:
-                load_optimizer(optimizer, optimizer.state_dict())
+            average, images = self.train.EMA(model, 0.9), images_like_mnist(40)
             before(*optimizers)
             for number in range(STEPS):
-                schedule(optimizers[0], args.drop_after + 2 * number // STEPS, args)
+                optimizers[0].param_groups[0]["lr"] = rate(number)
                 x = images[number:][:SIZES[number % len(SIZES)]]
                 values.append(copy.deepcopy(  # may be overwritten
-                    self.train.train_step(model, *optimizers, args.lambda_, x)))
+                    self.train.train_step(model, *optimizers, 0.995, x)))
                 average.update()
         self.assertEqual(sum(graph.replays for graph in self.cuda.graphs), replays if captured else 0)
         return [values, model.state_dict(), average.model.state_dict(), torch.get_rng_state(),
@@ -188,10 +163,8 @@ class GraphReplay(TrainGroup):
 
         flags = "--networks", "base", "--posterior", "gaussian"
         eager = self.trained(False, *flags)
-        for cause, replays, options in (("CUDA error: start failed", 0, {"failing": (1, "start")}),
-                                        ("CUDA error: end failed", 0, {"failing": (1, "end")}),
-                                        ("CUDA error: replay failed", 0, {"failing": (1, "replay")}),
-                                        ("CUDA error: end failed", FIRST, {"failing": (2, "end")}),  # the other size
+        for cause, replays, options in (("CUDA error: capture failed", 0, {"failing": 1}),
+                                        ("CUDA error: capture failed", FIRST, {"failing": 3}),  # the other batch size
                                         ("aten._local_scalar_dense.default: the CPU .*", 0, {"before": before})):
             with contextlib.redirect_stderr(io.StringIO()) as err:
                 assert_equal(self.trained(True, *flags, replays=replays, **options), eager)
@@ -199,55 +172,33 @@ class GraphReplay(TrainGroup):
             self.cuda.set_stream.assert_called_once_with(self.cuda.current_stream.return_value)
             state = self.cuda.generator.clone_state.return_value
             self.cuda.generator.graphsafe_set_state.assert_called_once_with(state)
+        hook = mock.Mock(side_effect=[*4 * [None], torch.OutOfMemoryError("CUDA out of memory.")])  # in the capture
+        with self.assertRaises(torch.OutOfMemoryError):
+            self.trained(True, before=lambda _, optimizer_disc: optimizer_disc.register_step_pre_hook(hook))
 
     def test_a_rate_for_each_step_ends_in_eager_steps_with_one_warning(self):
-        def schedule(optimizer, *_):
-            optimizer.param_groups[0]["lr"] *= 0.9
-
-        eager = self.trained(False, schedule=schedule)
         with contextlib.redirect_stderr(io.StringIO()) as err:
-            assert_equal(self.trained(True, schedule=schedule, replays=self.cuda_graph.MOST), eager)
+            eager, replayed = (self.trained(captured, rate=lambda number: 1e-3 * 0.9 ** number,
+                                            replays=self.cuda_graph.MOST) for captured in (False, True))
+        assert_equal(replayed, eager)
         self.assertRegex(err.getvalue(), r"\AWARNING: .* recorded more than 8 times.*; --no-graph, or .*\n\Z")
 
     def test_a_second_run_trains_its_own_model_and_the_first_is_freed(self):
-        models, weights = [], []
+        parts = []  # model and optimizer
 
         def train_aae(epoch, model, loader, logger_ae, logger_disc, *others):
-            models.append(weakref.ref(model))
+            parts.extend(map(weakref.ref, (model, others[0])))
             for x, _ in loader:
                 self.train.train_step(model, *others, x)
 
         with cuda_on_the_cpu(self) as cuda, mock.patch.object(self.train, "train_aae", train_aae):
-            for _ in range(2):
-                weights.append(self.train_quietly("--epochs", "1", "--batch_size", "20")[1])
+            weights = [self.train_quietly("--epochs", "1", "--batch_size", "20")[1] for _ in range(2)]
         gc.collect()
         self.assertEqual([graph.replays for graph in cuda.graphs], [2, 2])
-        self.assertTrue(same(*weights) and not any(model() for model in models))
-
-    def test_a_full_or_busy_gpu_ends_the_run(self):
-        error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        with cuda_on_the_cpu(self), self.assertRaises(torch.OutOfMemoryError) as caught:
-            recordings, step = self.cuda_graph.StepRecordings(), mock.Mock(side_effect=[{}, {}, {}, error])
-            for _ in range(4):  # three eager steps, and the capture
-                recordings(step, "key", torch.zeros(2))
-        self.assertIs(caught.exception, error)
-
-    def test_no_graph_on_other_devices(self):
-        for flags, device, hip, expected in (((), "cuda", None, 1), (("--no-graph",), "cuda", None, 0),
-                                             ((), "cuda", "6.4.43482", 0), ((), "mps", None, 0)):
-            with cuda_on_the_cpu(self) as cuda, mock.patch("torch.version.hip", hip):
-                _, model, _, _, _, *optimizers, lambda_ = self.parts(*flags)
-                with mock.patch.object(type(model), "device", torch.device(device)):
-                    for _ in range(4):
-                        self.train.train_step(model, *optimizers, lambda_, torch.zeros(2, 1, 28, 28))
-            self.assertEqual(len(cuda.graphs), expected, (flags, device, hip))
+        self.assertTrue(same(*weights) and not any(part() for part in parts))
 
     def test_operations_that_cuda_rejects_are_rejected(self):
         x, mask = torch.zeros(3), torch.ones(3, dtype=torch.bool)
         for call in (x[0].item, x.nonzero, lambda: x[mask], lambda: torch.tensor(0.5) * x, lambda: x.to("meta")):
             with self.assertRaisesRegex(RuntimeError, "wait for the device|host and device"), RecordedGraph().record():
                 call()
-        with RecordedGraph().record():
-            x.add_(1)
-            result = x.double().sum().sqrt()
-        self.assertEqual((x.tolist(), result.isnan()), ([0, 0, 0], True))

@@ -1,16 +1,18 @@
-"""Devices, precisions and threads, with mocks of torch.cuda."""
+"""Devices, precisions and threads: with mocks of torch.cuda, and on a GPU if there is one."""
 
-import json
+import contextlib
+import functools
+import io
 import os
 import re
 import sys
-import warnings
 from unittest import mock
 
 import torch
 
-from tests.common import TrainGroup, same
-from unittests import HERE, Group
+from tests.common import TrainGroup, same, snapshot
+from training.run import load_state
+from unittests import HERE, Group, images_like_mnist
 
 __unittest = True
 
@@ -20,6 +22,10 @@ class Hardware(TrainGroup):
 
     needs = (*TrainGroup.needs, "training.device")
 
+    def setUp(self):
+        super().setUp()
+        self.enterContext(self.train.default_torch_state())  # restores what is set here
+
     def processor(self, text):
         """Replace /proc/cpuinfo by this text."""
         file = self.folder() / "cpuinfo"
@@ -27,74 +33,51 @@ class Hardware(TrainGroup):
         self.enterContext(mock.patch.object(self.device, "CPUINFO", file))
 
     def assert_run_refused(self, status, words, *flags):
-        """Check that a run is rejected in one sentence before a folder is created."""
-        log_dir = self.folder()
-        result = self.run_cli("--dataset", "digits", "--epochs", 1, "--log_dir", log_dir, *flags)
+        """Check that a run with these flags is rejected in one sentence."""
+        result = self.run_cli("--dataset", "digits", "--epochs", 1, "--log_dir", self.folder(), *flags)
         self.assert_refused(result, status, words)
-        self.assertEqual(list(log_dir.iterdir()), [])
 
-    def test_unsupported_precisions_are_rejected(self):
+    def test_precisions_are_set_or_rejected(self):
         self.assert_run_refused(2, "needs an NVIDIA GPU", "--no-cuda", "--precision", "tf32")
-        for text in ("model name\t: Old\nflags\t\t: fpu avx2 avx512f avx512_bf16x\n", "nothing\n"):
+        for text, supported in (("flags\t\t: fpu avx2 avx512f avx512_bf16x\n", False), ("nothing\n", False),
+                                ("flags\t\t: fpu amx_bf16\n", True), ("flags\t\t: fpu avx512_bf16\n", True)):
             self.processor(text)
-            self.assert_run_refused(2, "AVX512-BF16", "--no-cuda", "--precision", "bf16")
+            if supported:
+                self.device.set_precision("bf16", torch.device("cpu"))
+            else:
+                self.assert_run_refused(2, "AVX512-BF16; train with --precision fp32 here, or resume the run where",
+                                        "--no-cuda", "--precision", "bf16")
         self.processor("model name\t: Old\n")
         self.assertEqual(self.device.device_name(torch.device("cpu")), f"Old, {torch.get_num_threads()} threads")
         with mock.patch("torch.cuda.get_device_capability", return_value=(7, 5)):
             for precision in ("tf32", "bf16"):
                 self.assertRaises(self.cli.FlagError, self.device.set_precision, precision, torch.device("cuda"))
-
-    def test_bf16_run_is_resumed_to_the_bit(self):
-        self.processor("flags\t\t: fpu amx_bf16\n")
-        _, weights = self.train_quietly("--epochs", "2", "--precision", "bf16")
-        stopped, early = self.train_quietly("--epochs", "1", "--precision", "bf16")
-        self.assertEqual(json.loads((stopped / "hparams.json").read_text())["precision"], "bf16")
-        self.check(not same(self.train_quietly("--epochs", "1")[1], early), "--precision bf16 changes nothing")
-        self.processor("")
-        self.assert_run_refused(2, "train with --precision fp32 here", "--resume", stopped, "--epochs", 2)
-        self.processor("flags\t\t: fpu avx512_bf16\n")
-        self.assertEqual(self.run_digits("--resume", stopped, "--epochs", 2)[0], 0)
-        resumed = torch.load(stopped / "checkpoints" / "model_checkpoint.pt", weights_only=True)
-        self.check(same(resumed, weights), "a resumed bf16 run has other weights than an uninterrupted one")
-
-    def test_tf32_is_set_for_tf32_alone(self):
-        old, new = (mock.Mock(spec=["allow_tf32"]), mock.Mock(spec=["allow_tf32"])), (mock.Mock(), mock.Mock())
-        for precision in ("tf32", "bf16", "fp32"):
-            for matmul, cudnn in (old, new):  # before torch 2.9 and since
-                with mock.patch("torch.backends.cuda.matmul", matmul), mock.patch("torch.backends.cudnn", cudnn), \
-                        mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)):
-                    self.device.set_precision(precision, torch.device("cuda"))
-            self.assertEqual([part.allow_tf32 for part in old], [precision == "tf32"] * 2)
-            expected = "tf32" if precision == "tf32" else "ieee"
-            self.assertEqual([new[0].fp32_precision, new[1].conv.fp32_precision], [expected] * 2)
+        for precision, mode in (("tf32", "tf32"), ("bf16", "ieee"), ("fp32", "ieee")):
+            with mock.patch("torch.cuda.get_device_capability", return_value=(8, 0)):
+                self.device.set_precision(precision, torch.device("cuda"))
+            modes = {getattr(*switch) for switch in self.device.precision_switches()}
+            self.assertIn(modes, ({mode}, {mode == "tf32"}))  # a switch of two positions before torch 2.9
 
     def test_a_gpu_without_kernels_is_explained(self):
-        old = RuntimeError("CUDA error: no kernel image is available for execution on the device")
-        sentence = "no kernels for NVIDIA Something (compute capability 6.1); install a version that has them (for 5.0"
         with mock.patch.multiple("torch.cuda", is_available=lambda: True, get_device_capability=lambda *_: (6, 1),
                                  get_device_name=lambda *_: "NVIDIA Something"):
-            self.assertEqual(self.parts()[1].device, torch.device("cpu"))  # with --no-cuda
-            with mock.patch("torch.ones", side_effect=old):
-                self.assert_run_refused(1, sentence)
+            self.assertEqual(self.device.setup_device(no_cuda=True), torch.device("cpu"))
+            with mock.patch("torch.ones", side_effect=RuntimeError("CUDA error: no kernel image is available")):
+                self.assert_run_refused(1, "no kernels for NVIDIA Something (compute capability 6.1); install a ver")
             with mock.patch("torch.ones", side_effect=RuntimeError("a bug")):
                 self.assertRaises(RuntimeError, self.device.setup_device)
 
     def test_a_torch_that_cannot_use_the_gpu_says_so(self):
-        for function in ("torch.backends.cuda.is_built", "shutil.which"):
-            self.enterContext(mock.patch(function, return_value=False))
-        with mock.patch.object(self.device, "NVIDIA_DRIVER", HERE / "none"):
-            self.assertIsNone(self.device.unused_gpu_warning(False))
-        with mock.patch.object(self.device, "NVIDIA_DRIVER", HERE), self.few_digits, \
-                mock.patch("torch.cuda.is_available", lambda: warnings.warn("The driver is too old", stacklevel=1)):
-            with mock.patch("torch.cuda.is_available", side_effect=AssertionError("CUDA was asked")):
-                self.device.setup_device(no_cuda=True)
-            self.assertIsNone(self.device.unused_gpu_warning(True))
-            with mock.patch("torch.backends.cuda.is_built", return_value=True):
-                self.assertIsNone(self.device.unused_gpu_warning(False))
-            with self.assertWarnsRegex(UserWarning, "too old"):
-                status, out, err = self.run_cli("--dataset", "digits", "--epochs", 1, "--log_dir", self.folder())
-        self.assertEqual((status, err.count("is built without CUDA")), (0, 2), err)  # at the start and at the end
-        self.assertIn("device: cpu", out)
+        self.enterContext(mock.patch("shutil.which", return_value=False))
+        for driver, built, no_cuda, warns in ((HERE / "none", False, False, False), (HERE, True, False, False),
+                                              (HERE, False, True, False), (HERE, False, False, True)):
+            with mock.patch.object(self.device, "NVIDIA_DRIVER", driver), \
+                    mock.patch("torch.backends.cuda.is_built", return_value=built):
+                self.assertEqual("without CUDA" in str(self.device.unused_gpu_warning(no_cuda)), warns)
+        with mock.patch("training.run.unused_gpu_warning", return_value="no GPU"), \
+                mock.patch("training.device.unused_gpu_warning", return_value="no GPU"):
+            status, _, err = self.run_digits("--epochs", 1, "--log_dir", self.folder())
+        self.assertEqual((status, err), (0, 2 * "WARNING: no GPU\n"))  # at the start and at the end
 
 
 class Threads(Group):
@@ -103,27 +86,93 @@ class Threads(Group):
     needs = ("training.threads",)
 
     def test_a_short_spin_and_no_more_threads_than_the_quota_allows_unless_the_user_has_set_them(self):
-        file, spin = self.folder() / "cpu.max", {"GOMP_SPINCOUNT": "2000"}
-        self.enterContext(mock.patch("os.sched_getaffinity", lambda _: range(4), create=True))
-        self.enterContext(mock.patch.object(self.threads, "CPU_MAX", file))
+        file, spin = self.folder() / "cpu.max", {"GOMP_SPINCOUNT": str(self.threads.SPIN_COUNT)}
         for environment, quota, changes, returned in (
                 ({}, "50000 100000", {**spin, "OMP_NUM_THREADS": "1"}, 0.5),
-                ({}, "100000 100000\n", {**spin, "OMP_NUM_THREADS": "1"}, 1.0),
-                ({}, "390000 100000", {**spin, "OMP_NUM_THREADS": "3"}, 3.9),
-                ({}, "400000 100000", spin, None), ({}, "max 100000", spin, None), ({}, "nonsense", spin, None),
+                ({}, "390000 100000\n", {**spin, "OMP_NUM_THREADS": "3"}, 3.9),
+                ({}, "400000 100000", spin, None), ({}, "max 100000", spin, None), ({}, None, spin, None),
                 ({"OMP_NUM_THREADS": "8"}, "200000 100000", spin, None),
-                ({"GOMP_SPINCOUNT": "7"}, "max 100000", {}, None),
-                ({"OMP_WAIT_POLICY": "PASSIVE"}, "max 100000", {}, None)):
-            file.write_text(quota)
-            with mock.patch.dict(os.environ, environment, clear=True), mock.patch("sys.platform", "linux"):
+                ({"GOMP_SPINCOUNT": "7"}, "max 100000", {}, None)):
+            file.write_text(quota) if quota else file.unlink()
+            with mock.patch.dict(os.environ, environment, clear=True), mock.patch("sys.platform", "linux"), \
+                    mock.patch("os.sched_getaffinity", lambda _: range(4), create=True), \
+                    mock.patch.object(self.threads, "CPU_MAX", file):
                 self.assertEqual((self.threads.configure(), dict(os.environ)), (returned, {**environment, **changes}))
-        file.unlink()
-        with mock.patch.dict(os.environ, clear=True), mock.patch("sys.platform", "darwin"):
-            self.assertEqual((self.threads.configure(), dict(os.environ)), (None, {}))
 
     def test_every_program_sets_it_before_torch_is_imported(self):
         for name in ("train.py", "unittests.py", "evaluation/__main__.py", "benchmarks/__init__.py"):
-            text = (HERE / name).read_text(encoding="utf-8")
-            names = re.findall(r"^ *(?:import|from) ([\w.]+)", text, re.MULTILINE)
-            names = [name for name in names if name.partition(".")[0] not in sys.stdlib_module_names]
-            self.assertEqual(names[0], "training.threads", name)
+            imports = re.findall(r"(?m)^ *(?:import|from) ((\w+)\S*)", (HERE / name).read_text(encoding="utf-8"))
+            others = [module for module, package in imports if package not in sys.stdlib_module_names]
+            self.assertEqual(others[0], "training.threads", name)
+
+
+class Cuda(TrainGroup):
+    """Training, evaluation and pictures on an NVIDIA GPU, compared with the CPU."""
+
+    needs = (*TrainGroup.needs, "training.device", "evaluation.measures", "evaluation.pictures")
+    no_cuda = ()
+
+    def setUp(self):  # asks here: at import, CUDA would start in every process
+        super().setUp()
+        if not torch.cuda.is_available() or torch.version.hip:
+            self.skipTest("there is no NVIDIA GPU")
+        self.addCleanup(torch.use_deterministic_algorithms, False)
+
+    def steps(self, *flags, before=lambda *optimizers: None):
+        """Return the losses of 40 steps with two batch sizes and the weights after them, and how many were recorded."""
+        args, values = self.train.parse_args(flags), []
+        model, *optimizers = self.parts("--deterministic", *flags)
+        torch.manual_seed(0)
+        before(*optimizers)
+        images, new_graph = images_like_mnist(64).cuda(), torch.cuda.CUDAGraph
+        with mock.patch("torch.cuda.CUDAGraph", side_effect=new_graph) as recorded:
+            for number in range(40):
+                self.train.set_learning_rate(optimizers[0], 90 + number // 20, args)  # drops after the first recordings
+                x = images[:32] if number % 3 == 2 else images
+                parts = self.train.train_step(model, *optimizers, 0.995, x)
+                values.append(torch.stack([value.clone() for part in parts for value in part.values()]))
+        return [values, model.state_dict()], recorded.call_count
+
+    def test_every_precision_is_resumed_to_the_bit_with_deterministic_kernels(self):
+        ampere = torch.cuda.get_device_capability() >= (8, 0)
+        for precision in ("fp32", "tf32", "bf16") if ampere else ("fp32",):
+            flags = "--deterministic", "--batch_size", "8", "--precision", precision, "--epochs"
+            (run, weights), (stopped, _) = self.train_quietly(*flags, "2"), self.train_quietly(*flags, "1")
+            _, resumed = self.train_quietly("--resume", str(stopped), "--epochs", "2")
+            self.check(same(weights, resumed), f"a resumed {precision} run has other weights")
+            self.assertEqual(load_state(run)["settings"]["device"], "cuda")
+            self.assertTrue(all(tensor.isfinite().all() and tensor.device.type == "cpu" and tensor.dtype in
+                                (torch.float32, torch.int64) for tensor in weights.values()))
+
+    def test_evaluation_agrees_with_the_cpu_and_pictures_keep_the_random_state(self):
+        self.device.set_precision("fp32", torch.device("cuda"))
+        model, (images, labels), results = self.models.AdversarialAE(), self.mnist.load_digits(train=False), []
+        for device in ("cpu", "cuda"):
+            with mock.patch.object(self.measures, "SAMPLES", 300):
+                results.append(self.measures.evaluate(model.to(device).eval(), images, images, labels))
+        for names in (("reconstruction", "mse"), ("prior_match", "codes", "ks"), ("log_likelihood", "mean"),
+                      ("digit_classifier", "samples", "frechet_to_test_images")):
+            values = [functools.reduce(dict.get, names, result) for result in results]
+            self.check_close(values[1], values[0], f"{'/'.join(names)} on CUDA differs from that on the CPU", 1e-3)
+        before = snapshot(model)
+        self.pictures.draw_pictures(model, images, images, labels)
+        model.sample = lambda count: torch.randn(count, 1, 28, 28, device="cuda")
+        self.train.generate_and_save(model, 0, self.writer())
+        self.assertTrue(same(snapshot(model), before))
+
+    def test_steps_of_a_graph_are_the_eager_steps(self):
+        (replayed, recorded), (eager, none) = self.steps(), self.steps("--no-graph")
+        self.assertEqual((recorded, none), (4, 0), "of two batch sizes at two learning rates")
+        torch.testing.assert_close(replayed, eager, rtol=1e-3, atol=1e-4)
+
+    def test_training_goes_on_after_a_capture_that_fails(self):  # the last one, as it may spoil later captures
+        def read(optimizer_ae, optimizer_disc):  # a number, which ends a capture
+            weight = optimizer_disc.param_groups[0]["params"][0]
+            optimizer_disc.register_step_pre_hook(lambda *_: self.assertLess(weight.grad.sum().item(), 1e9))
+
+        eager, _ = self.steps("--posterior", "gaussian", "--no-graph")
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            failed, recorded = self.steps("--posterior", "gaussian", before=read)
+        self.assertRegex(err.getvalue(), r"\AWARNING: .*capturing a step failed \(CUDA error: .*--no-graph.*\n\Z")
+        self.assertEqual((recorded, torch.cuda.current_stream()), (1, torch.cuda.default_stream()))
+        torch.testing.assert_close(failed, eager, rtol=0, atol=0)

@@ -95,7 +95,7 @@ def run_group(names):
 
 
 class Cases(unittest.TestCase):
-    """What the tests below run in other processes; not part of the suite."""
+    """What a test below runs in other processes; not part of the suite."""
 
     def test_passes(self):
         self.assertFalse(torch.cuda._is_in_bad_fork(), "a forked process cannot use CUDA")
@@ -117,14 +117,4 @@ class Processes(Group):
         self.assertEqual(results["passes"][:3], [1, [], []])
         self.assertIn("AssertionError: a message", results["fails"][1][0][1])
         self.assertIn("its process has died", results["dies"][1][0][1])
-
-    def test_only_groups_of_the_gpu_see_it_one_after_the_other(self):
-        def run_in_pool(groups, count):
-            yield [*groups], count, os.environ.get("CUDA_VISIBLE_DEVICES")
-
-        with mock.patch.dict(os.environ), mock.patch("torch.cuda.is_available", return_value=True), \
-                mock.patch.multiple("tests.parallel", GPU_GROUPS=("Cuda", "Another"), run_in_pool=run_in_pool):
-            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-            pools = [*run_in_processes(dict.fromkeys(("One", "Cuda", "Another", "Resume"), ()), 2)]
-        self.assertEqual(pools, [(["Cuda"], 1, None), (["Another"], 1, None), (["Resume", "One"], 2, "")])
         self.assertLessEqual({*GPU_GROUPS, *LONG}, vars(unittests).keys(), "a group has another name now")
