@@ -120,6 +120,7 @@ def watch(train, limit, **flags):
     stand_ins.update((id(function), functools.wraps(function)(functools.partial(observe, name, function)))
                      for name in WATCHED if (function := getattr(train, name, None)))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, contextlib.ExitStack() as stack:
+        stack.callback(nn.modules.module._global_forward_hooks_with_kwargs.clear)  # torch leaves them there
         for module in list(sys.modules.values()):  # wherever a function has been imported
             for name, value in list(getattr(module, "__dict__", {}).items()):
                 if id(value) in stand_ins:
