@@ -5,6 +5,7 @@ The bundled digits, which replace it without a network, are those of assets/READ
 """
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import os
@@ -87,15 +88,13 @@ def load_mnist(root="../data", train=True, download=True):
 
 
 def load_digits(train=True):
-    """Return images and labels of the bundled digits, like `load_mnist`; every sixth digit is in the test set.
-
-    The 8x8 images with values from 0 to 16 are enlarged to 20x20 and padded to 28x28, the layout of MNIST's digits.
-    """
+    """Return images and labels of the bundled digits, like `load_mnist`; every sixth digit is in the test set."""
     try:
         table = np.loadtxt(DIGITS_FILE, delimiter=",", dtype=np.float32)
     except (OSError, EOFError, ValueError, zlib.error):
         raise DataError(f"{DIGITS_FILE} is missing or damaged; restore it: git checkout -- assets") from None
     table = torch.from_numpy(table[(np.arange(len(table)) % 6 != 5) == train])
+    # From 8x8 and values from 0 to 16, enlarged to 20x20 and padded to 28x28, the layout of MNIST's digits.
     images = F.interpolate((table[:, :64] / 8 - 1).view(-1, 1, 8, 8), size=(20, 20), mode="bilinear")
     return F.pad(images, (4, 4, 4, 4), value=-1.0), table[:, 64].long()
 
@@ -122,10 +121,8 @@ def read_idx(raw, name, download):
 
 
 def download_mnist(raw, damaged):
-    """Download MNIST and move its files to `raw` where they are missing or damaged; return what failed, if it did.
-
-    A thread downloads: a socket's time limit would hold for each of a host's addresses, and not for the name service.
-    """
+    """Download MNIST and move its files to `raw` where they are missing or damaged; return what failed, if it did."""
+    # A thread downloads: a socket's time limit would hold for each of a host's addresses, and not for the name service.
     from torchvision.datasets import MNIST  # imported here because it takes a second and is rarely needed
 
     failures = []
@@ -145,6 +142,8 @@ def download_mnist(raw, damaged):
                         os.replace(Path(folder, "MNIST", "raw", name), raw / name)
             return []
         except Exception as error:  # of any kind: an answer may be anything
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise DataError(f"the disk of {raw} is full; free space, or choose another --data_dir") from None
             reason = str(error).strip().rpartition("\n")[2] or f"no data for {TIMEOUT} s"
             failures.append(f"{mirror}: {reason}")
     return failures

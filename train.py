@@ -111,11 +111,16 @@ def parse_args(argv=None):
 
 
 def with_defaults(args):
-    """Return a Namespace of all flags: those missing from `args` have their defaults, the others have been given."""
-    given = {name: value for name, value in vars(args).items() if name != "base"}
-    defaults = vars(parse_args(["--base"] if getattr(args, "base", False) else []))
-    defaults["defaulted"] = {name: value for name, value in defaults["defaulted"].items() if name not in given}
-    return argparse.Namespace(**{**defaults, **given})
+    """Return a Namespace of all flags: those missing from `args` get their defaults; `defaulted` has these alone.
+
+    What differs from what parse_args has filled in was given.
+    """
+    before = getattr(args, "defaulted", {})
+    given = {name: value for name, value in vars(args).items()
+             if name not in ("base", "defaulted") and not (name in before and value == before[name])}
+    flags = vars(parse_args(["--base"] if getattr(args, "base", False) else []))
+    flags["defaulted"] = {name: value for name, value in flags["defaulted"].items() if name not in given}
+    return argparse.Namespace(**{**flags, **given})
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
@@ -126,7 +131,7 @@ def generate_and_save(model, epoch, summary_writer, batch_size=64):
     Every call decodes the same codes, so the pictures show how the digits take shape over the epochs.
     """
     with evaluation_mode(model):
-        torch.manual_seed(SAMPLE_SEED)  # for models that sample from torch's global generator; ours has its own
+        torch.manual_seed(SAMPLE_SEED)  # evaluation_mode restores the random state
         samples = model.sample(batch_size)
     save_grid(samples, 8, "samples", epoch, summary_writer, f"Prior_samples/samples_epoch_{epoch}.png")
 

@@ -18,10 +18,11 @@ from evaluation.measures import CONFIDENCE, evaluate
 from evaluation.model_files import load_images, load_run
 from evaluation.pictures import draw_pictures
 from training.cli import OneLineParser, UserError, number, print_line, run_program
-from training.device import device_name, setup_device
+from training.device import default_torch_state, device_name, setup_device
 from training.files import WEIGHTS, png_bytes, write_atomically
 
 
+@default_torch_state()
 def main(args):
     """Evaluate as the flags specify; raise UserError or mnist.DataError for errors that the user can fix."""
     started = time.monotonic()
@@ -31,19 +32,18 @@ def main(args):
     data = load_images(settings, args.data_dir)
     device = setup_device(args.no_cuda, mps=False)
     model.to(device)
-    with tqdm(total=6, bar_format="{desc}|{bar}|{elapsed}", disable=None, leave=False) as bar:
+    with tqdm(total=5, bar_format="{desc}|{bar}|{elapsed}", disable=None, leave=False) as bar:
         def progress(stage):
             bar.set_description(stage)
             bar.update()
 
         measures = evaluate(model, *data, args.seed, progress)
-        progress("pictures")
-        pictures = draw_pictures(model, *data, args.seed)
     figures = {"weights": str(weights), "weights_md5": checksum,
                **{name: settings[name] for name in ("trained_on", "z_dim", "posterior", "networks")}, **measures,
                "seed": args.seed, "device": device.type, "device_name": device_name(device), "torch": torch.__version__,
                "seconds": round(time.monotonic() - started, 1)}
     print_line(format_table(figures))  # first, as the folder may not be writable
+    pictures = draw_pictures(model, *data, args.seed)
     folder = Path(args.output or folder / "evaluation")
     try:
         folder.mkdir(parents=True, exist_ok=True)

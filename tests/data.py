@@ -117,11 +117,12 @@ class Data(Group):
                 (self.mirror(lambda _: b"<html>log in</html>"), "os.abort", None, "corrupted.*put its four files"),
                 ("http://nonsense:port/", "os.abort", None, "'port'"),  # urllib raises an error that is no OSError
                 (good, "os.mkdir", PermissionError(13, "Permission denied"), "Permission denied"),
-                (good, "os.replace", OSError(28, "No space left on device"), "No space left"),
+                (good, "os.replace", OSError(28, "No space left on device"), "^the disk of .* is full"),
                 (good, "multiprocessing.pool.ApplyResult.wait", KeyboardInterrupt("Ctrl-C"), "^Ctrl-C")):
             with mock.patch("torchvision.datasets.MNIST.mirrors", [mirror]), mock.patch(patched, side_effect=error), \
-                    self.assertRaisesRegex((self.mnist.MissingData, KeyboardInterrupt), words):
+                    self.assertRaisesRegex((self.mnist.DataError, KeyboardInterrupt), words) as caught:
                 self.mnist.load_mnist(self.root)
+            self.assertEqual(type(caught.exception) is self.mnist.DataError, "is full" in words)  # --dataset auto ends
             self.assertEqual([*self.root.glob("MNIST/raw/*")], [], words)
             self.assertIn(f"downloading MNIST from {mirror}, waiting at most 1 s for data", self.err.getvalue())
 

@@ -181,7 +181,7 @@ class GraphReplay(TrainGroup):
             eager, replayed = (self.trained(captured, rate=lambda number: 1e-3 * 0.9 ** number,
                                             replays=self.cuda_graph.MOST) for captured in (False, True))
         assert_equal(replayed, eager)
-        self.assertRegex(err.getvalue(), r"\AWARNING: .* recorded more than 8 times.*; --no-graph, or .*\n\Z")
+        self.assertRegex(err.getvalue(), r"\AWARNING: .* changed 8 times in a row.*; --no-graph, or .*\n\Z")
 
     def test_a_second_run_trains_its_own_model_and_the_first_is_freed(self):
         parts = []  # model and optimizer

@@ -52,11 +52,11 @@ class Hardware(TrainGroup):
         with mock.patch("torch.cuda.get_device_capability", return_value=(7, 5)):
             for precision in ("tf32", "bf16"):
                 self.assertRaises(self.cli.FlagError, self.device.set_precision, precision, torch.device("cuda"))
-        for precision, mode in (("tf32", "tf32"), ("bf16", "ieee"), ("fp32", "ieee")):
+        exact = "highest", False
+        for precision, expected in (("tf32", ("high", True)), ("bf16", exact), ("fp32", exact)):
             with mock.patch("torch.cuda.get_device_capability", return_value=(8, 0)):
                 self.device.set_precision(precision, torch.device("cuda"))
-            modes = {getattr(*switch) for switch in self.device.precision_switches()}
-            self.assertIn(modes, ({mode}, {mode == "tf32"}))  # a switch of two positions before torch 2.9
+            self.assertEqual(self.device.read_precision(), expected)
 
     def test_a_gpu_without_kernels_is_explained(self):
         with mock.patch.multiple("torch.cuda", is_available=lambda: True, get_device_capability=lambda *_: (6, 1),

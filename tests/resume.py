@@ -146,9 +146,10 @@ class Resume(ResumeGroup):
             "results/Prior_samples/samples_epoch_99.png", "events.out.tfevents.9999999999.host.1.0")]
         for file in foreign:
             file.parent.mkdir(exist_ok=True)
-            file.touch()
-        self.assert_resumed(run, "--epochs", "4")
-        self.assertEqual([file for file in foreign if not file.exists()], foreign[-1:])  # newer than the checkpoint
+            file.write_text("mine")
+        for epochs in ("4", "5"):
+            self.assert_resumed(run, "--epochs", epochs)
+        self.assertEqual({file.read_text() for file in foreign}, {"mine"})
 
 
 class Checkpoint(ResumeGroup):
@@ -173,6 +174,9 @@ class Checkpoint(ResumeGroup):
                              (run / "checkpoints" / "model_checkpoint.pt", "model_checkpoint.pt"), ("", ".")):
             self.assert_refused(self.run_cli("--resume", wrong, "--log_dir", empty), 1, named, "resume")
         self.assert_refused(self.resume(run, "--z_dim", 3), 2, "--z_dim 3 contradicts the run")
+        state = runs.load_state(run)
+        with mock.patch.object(runs, "load_state", side_effect=[state, {**state, "run": {"seconds": 0}}]):
+            self.assert_refused(self.resume(run), 1, run, "was trained further by another process")
         base = functools.partial(self.models.AdversarialAE, networks="base")
         denied = PermissionError(13, "Permission denied", str(run / "x"))
         full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
@@ -194,7 +198,7 @@ class Checkpoint(ResumeGroup):
         one_bit = content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1:]
         for damaged in (content[:-100], b"", one_bit):
             state.write_bytes(damaged)
-            self.assert_refused(self.resume(run), 1, f"{state} is damaged, or not a checkpoint; name another file\n")
+            self.assert_refused(self.resume(run), 1, f"{state} is damaged, or not a checkpoint; start a new run\n")
 
     def test_state_of_another_device_and_version(self):
         run = self.finished_run("--epochs", "1")

@@ -104,8 +104,8 @@ class WholeRun(TrainGroup):
 
         def state():
             return [torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(),
-                    torch.get_deterministic_debug_mode(),
-                    *(getattr(*switch) for switch in self.device.precision_switches())]
+                    torch.get_deterministic_debug_mode(), torch.is_autocast_enabled("cpu"),
+                    self.device.read_precision()]
 
         def in_a_run(*flags):
             with mock.patch.object(self.train, "generate_and_save", lambda *_: seen.append(state())):
@@ -120,7 +120,7 @@ class WholeRun(TrainGroup):
         torch.set_default_dtype(torch.float64)
         torch.set_float32_matmul_precision("medium")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        with torch.device("meta"), torch.no_grad():
+        with torch.device("meta"), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             before = state(), torch.get_rng_state().tolist()
             self.assertEqual(in_a_run(), expected)
             self.assertEqual((state(), torch.get_rng_state().tolist()), before)
@@ -205,8 +205,10 @@ class Flags(TrainGroup):
         base, default = vars(parse(["--base"])), vars(parse([]))
         self.assertEqual(base, vars(parse(self.train.BASE)))
         self.assertEqual(default.keys() - {"defaulted"} - base["defaulted"].keys(), set(names))
+        later = parse(["--d_momentum", "0.9"])
+        later.base = True
         for args in (parse(["--base", "--d_momentum", "0.9"]), parse(["--d_momentum", "0.9", "--base"]),
-                     self.train.with_defaults(Namespace(base=True, d_momentum=0.9))):
+                     *map(self.train.with_defaults, (later, Namespace(base=True, d_momentum=0.9)))):
             self.assertEqual([getattr(args, name) for name in names], ["base", 0, 0.9, 0])
             self.assertNotIn("base", args)
 

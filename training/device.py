@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -33,22 +34,27 @@ class RandomState:
 
 @contextlib.contextmanager
 def default_torch_state():
-    """Give a run torch's default state, whatever an earlier cell of a notebook has set, and restore that afterwards."""
-    dtype, fill = torch.get_default_dtype(), torch.utils.deterministic.fill_uninitialized_memory
-    mode, switches = torch.get_deterministic_debug_mode(), [(*part, getattr(*part)) for part in precision_switches()]
-    gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    """Give a program torch's default state, whatever a notebook has set before, and restore that afterwards."""
+    dtype, mode, precision = torch.get_default_dtype(), torch.get_deterministic_debug_mode(), read_precision()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    autocast = {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     on_cpu = torch.get_default_device().type == "cpu"  # torch.device slows down every call, so it is used if needed
     with (torch.random.fork_rng(gpus), torch.inference_mode(False),  # which also records gradients
-          contextlib.nullcontext() if on_cpu else torch.device("cpu")):
+          torch.autograd.set_detect_anomaly(False), contextlib.nullcontext() if on_cpu else torch.device("cpu")):
         torch.set_default_dtype(torch.float32)
+        for kind in autocast:  # an outer torch.autocast would keep the casted weights of those within it
+            torch.set_autocast_enabled(kind, False)
         try:
             yield
         finally:
+            for kind, enabled in autocast.items():
+                torch.set_autocast_enabled(kind, enabled)
             torch.set_default_dtype(dtype)
             torch.set_deterministic_debug_mode(mode)
             torch.utils.deterministic.fill_uninitialized_memory = fill
-            for owner, name, value in switches:
-                setattr(owner, name, value)
+            if precision and precision != read_precision():
+                write_precision(*precision)
 
 
 def setup_device(no_cuda=False, precision="fp32", deterministic=False, mps=True):
@@ -118,13 +124,18 @@ def set_precision(precision, device):
         cpus = ", or Linux on a CPU with AMX or AVX512-BF16" if precision == "bf16" else ""
         raise FlagError(f"--precision {precision} needs an NVIDIA GPU of compute capability 8.0 or higher{cpus}; train "
                         f"with --precision fp32 here, or resume the run where it was started")
-    for owner, name in precision_switches():
-        setattr(owner, name, precision == "tf32" if name == "allow_tf32" else "tf32" if precision == "tf32" else "ieee")
+    write_precision("high" if precision == "tf32" else "highest", precision == "tf32")
 
 
-def precision_switches():
-    """Return the attributes of torch that let products be less exact, as pairs (object, name)."""
-    matmul, cudnn, cpu = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
-    if hasattr(matmul, "fp32_precision"):  # since torch 2.9; this interface and the older one must not be mixed
-        return [(part, "fp32_precision") for part in (matmul, cudnn.conv, cpu.matmul, cpu.conv)]
-    return [(matmul, "allow_tf32"), (cudnn, "allow_tf32")]
+def read_precision():
+    """Return torch's precision of matrix products, and whether cuDNN uses TF32; None if a user has set neither way."""
+    with warnings.catch_warnings(action="ignore"), contextlib.suppress(RuntimeError):
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    return None
+
+
+def write_precision(matmul, cudnn):
+    """Set what `read_precision` returns, by the interface that every version has; torch 2.9 warns of a newer one."""
+    with warnings.catch_warnings(action="ignore"):
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = cudnn

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torchvision.utils import make_grid
 
-from training.cli import UserError, warn
+from training.cli import UserError, memory_problem, warn
 
 try:
     import fcntl
@@ -95,17 +95,18 @@ def serialize(value):
     return content.getvalue()
 
 
-def load_checked(path):
+def load_checked(path, advice="name another file"):
     """Return what torch.save wrote into a file, on the CPU; raise CheckpointError if it is missing or damaged."""
     try:
         with zipfile.ZipFile(path) as archive:  # the format of torch.save; torch.load ignores checksums
             if not archive.testzip():
                 return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; name another file") from None
-    except Exception:  # both readers raise many kinds of errors for invalid files
-        pass
-    raise CheckpointError(f"{path} is damaged, or not a checkpoint; name another file")
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; {advice}") from None
+    except Exception as error:  # both readers raise many kinds of errors for invalid files
+        if memory_problem(error):
+            raise
+    raise CheckpointError(f"{path} is damaged, or not a checkpoint; {advice}")
 
 
 def png_bytes(picture):
@@ -154,25 +155,19 @@ def locked(folder):
 
 
 def rewind(folder, events):
-    """Remove the events that a run has logged since a state was saved, given that state's sizes of its event files.
-
-    A resumed run writes everything else again. Other files in the folder are not touched.
-    """
-    for file in event_files(folder):
-        if file.name not in events:
-            file.unlink()
-        elif file.stat().st_size > events[file.name]:
-            os.truncate(file, events[file.name])
+    """Cut a run's event files to the sizes in `events`, by name: what was logged since then is logged again."""
+    for name, size in events.items():
+        if os.path.isfile(folder / name) and os.path.getsize(folder / name) > size:
+            os.truncate(folder / name, size)
 
 
 def event_files(folder):
-    return [file for file in folder.glob("events.out.tfevents.*") if EVENT_FILE.fullmatch(file.name)]
+    return {file.name for file in folder.glob("events.out.tfevents.*") if EVENT_FILE.fullmatch(file.name)}
 
 
-def sync_event_files(folder):
-    """Force a run's event files to disk and return their sizes in bytes."""
-    files = event_files(folder)
-    for path in files:
-        with open(path, "ab") as file:
+def sync_event_files(folder, foreign):
+    """Force a run's event files to disk, and return their sizes in bytes by name, without those of `foreign` names."""
+    for name in (names := event_files(folder) - foreign):
+        with open(folder / name, "ab") as file:
             os.fsync(file.fileno())
-    return {path.name: path.stat().st_size for path in files}
+    return {name: os.path.getsize(folder / name) for name in names}

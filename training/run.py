@@ -69,7 +69,7 @@ def latest_run(log_dir):
 def load_state(folder):
     """Return the training state of a run; raise CheckpointError if it is damaged or of another version."""
     path = Path(folder) / "checkpoints" / STATE
-    state = files.load_checked(path)
+    state = files.load_checked(path, "start a new run")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a training state of this version of the program; finish the run with the "
                               f"commit that made it, or start a new run")
@@ -81,8 +81,7 @@ def resumed_args(args, settings):
 
     Flags that the run's settings lack, because they are newer, are as given or have their defaults.
     """
-    given = {name for name, value in vars(args).items()
-             if name not in args.defaulted or value != args.defaulted[name]} & settings.keys()
+    given = settings.keys() & vars(args).keys() - args.defaulted.keys()
     for name in sorted(given - RESUME_OVERRIDES):
         if getattr(args, name) != settings[name]:
             raise FlagError(f"--{name} {getattr(args, name)} contradicts the run, which has {settings[name]}; omit "
@@ -108,6 +107,8 @@ def open_run(args, saved, data, device, **parts):
                 if name not in ("defaulted", "resume")}
     folder = saved["folder"] if saved else files.create_run_folder(args.log_dir)
     with files.writing(folder), files.locked(folder):
+        if saved and load_state(folder)["run"]["seconds"] != saved["run"]["seconds"]:
+            raise CheckpointError(f"{folder} was trained further by another process; start the command again")
         run = Run(folder, settings, saved, data.train_loader, parts)
         write_atomically(folder / "hparams.json", (json.dumps(settings, indent=2) + "\n").encode())
         run.print_start()
@@ -130,6 +131,7 @@ class Run:
         if hasattr(loader, "state_dict"):  # torch's DataLoader has none
             self._parts["loader"] = loader
         self._steps, self._images = len(loader), len(loader.dataset)
+        self._foreign = files.event_files(folder)  # names of event files that this run has not written
         self._epoch = None       # the last complete one; 0 is before training
         self._saved_epoch = None
         self._bar = self._shown = None  # the progress bar, and the means of the loggers' last windows next to it
@@ -137,6 +139,7 @@ class Run:
         if saved:
             self._restore(self._parts)
             files.rewind(folder, saved["events"])
+            self._foreign -= saved["events"].keys()
             for name in ("device", "device_name", "torch"):
                 before, now = saved["settings"][name], settings[name]
                 if before != now:
@@ -231,12 +234,13 @@ class Run:
         """Save the state of all parts, and the averaged weights alone."""
         for logger in self._loggers():
             logger.summary_writer.flush()  # events logged so far belong to this state, later ones do not
-        state = {"format": FORMAT, "settings": self.settings, "events": files.sync_event_files(self.folder),
+        state = {"format": FORMAT, "settings": self.settings,
+                 "events": files.sync_event_files(self.folder, self._foreign),
                  "types": {name: type(part).__name__ for name, part in self._parts.items()},
                  **{name: part.state_dict() for name, part in self._parts.items()}}
         write_atomically(self.folder / "checkpoints" / STATE, files.serialize(state))
-        write_atomically(self.folder / "checkpoints" / files.WEIGHTS, files.serialize(state["ema"]["weights"]))
         self._saved_epoch = self._epoch
+        write_atomically(self.folder / "checkpoints" / files.WEIGHTS, files.serialize(state["ema"]["weights"]))
 
     def _restore(self, parts):
         """Restore the state of parts; raise CheckpointError if it does not fit."""
