@@ -104,10 +104,9 @@ def parse_args(argv=None):
         argv = [*BASE, *argv]  # of a flag given twice, the later value counts
     defaults = vars(parser.parse_args([]))
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))  # None: not given
-    del defaults["base"]
-    args = {name: value if given[name] is None else given[name] for name, value in defaults.items()}
+    del defaults["base"], given["base"]
     defaulted = {name: value for name, value in defaults.items() if given[name] is None}
-    return argparse.Namespace(**args, defaulted=defaulted)
+    return argparse.Namespace(**{**given, **defaulted}, defaulted=defaulted)
 
 
 def with_defaults(args):
@@ -274,8 +273,7 @@ def main(args):
 
 def cli(argv=None):
     """Run `main` from the command line and return the exit status; report user errors in one sentence."""
-    return run_program("train.py", main, parse_args, argv,
-                       "end other programs, try a smaller --batch_size or --z_dim")
+    return run_program("train.py", main, parse_args, argv, "end other programs, try a smaller --batch_size or --z_dim")
 
 
 if __name__ == "__main__":
