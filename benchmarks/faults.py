@@ -47,6 +47,7 @@ def finished_run(log_dir, strikes):
 
 def main():
     random.seed(0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it, and so would those started here
     counts, failed = Counter(), 0
     with tempfile.TemporaryDirectory() as folder:
         reference = run_contents(finished_run(Path(folder, "reference"), 0)[0])
