@@ -47,7 +47,7 @@ def finished_run(log_dir, strikes):
 
 def main():
     random.seed(0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it, and so would those started here
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, as would those here
     counts, failed = Counter(), 0
     with tempfile.TemporaryDirectory() as folder:
         reference = run_contents(finished_run(Path(folder, "reference"), 0)[0])
