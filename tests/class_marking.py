@@ -8,9 +8,10 @@ import sys
 from unittest import mock
 
 from tests import mark, submission
+from tests.common import FolderGroup
 from tests.marking import planted
 from tests.solutions.mistakes import MISTAKES
-from unittests import HERE, Group
+from unittests import HERE
 
 __unittest = True
 
@@ -49,7 +50,7 @@ def run_python(*arguments, folder=HERE, **variables):
     return done.returncode, done.stdout + done.stderr
 
 
-class Marks(Group):
+class Marks(FolderGroup):
     """Programs that a teacher or a student starts."""
 
     def test_a_class_is_marked(self):

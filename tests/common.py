@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import io
+import tempfile
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -85,7 +87,15 @@ def run_contents(run):
     return contents
 
 
-class TrainGroup(Group):
+class FolderGroup(Group):
+    """Tests that write files."""
+
+    def folder(self):
+        """Return a new folder, removed when the test ends."""
+        return Path(self.enterContext(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+
+
+class TrainGroup(FolderGroup):
     needs = ("train", "training.data", "training.cli", "mnist", "models")
     no_cuda = ("--no-cuda",)
 

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from unittests import HERE, Group
+from tests.common import FolderGroup
+from unittests import HERE
 
 __unittest = True
 
 
-class Data(Group):
+class Data(FolderGroup):
     """The loader, MNIST's files (small, made up), their download (from localhost), and the bundled digits."""
 
     needs = ("mnist", "training.data")

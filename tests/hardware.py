@@ -10,9 +10,9 @@ from unittest import mock
 
 import torch
 
-from tests.common import TrainGroup, same, snapshot
+from tests.common import FolderGroup, TrainGroup, same, snapshot
 from training.run import load_state
-from unittests import HERE, Group, images_like_mnist
+from unittests import HERE, images_like_mnist
 
 __unittest = True
 
@@ -80,7 +80,7 @@ class Hardware(TrainGroup):
         self.assertEqual((status, err), (0, 2 * "WARNING: no GPU\n"))  # at the start and at the end
 
 
-class Threads(Group):
+class Threads(FolderGroup):
     """A container's CPU quota, and the variables that are set before torch is imported."""
 
     needs = ("training.threads",)
