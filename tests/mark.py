@@ -1,116 +1,141 @@
 """Mark a class:  python -m tests.mark SUBMISSIONS RESULTS
 
-Prints a line for each folder in SUBMISSIONS, adds a row to RESULTS/marks.csv, and writes the output of its tests to
-RESULTS/<folder>.txt. Tests a copy of the folder, and does not use a submission's own unittests.py.
+Prints a line for each folder in SUBMISSIONS, puts a row into RESULTS/marks.csv, and writes the output of its tests to
+RESULTS/<folder>.txt. Tests a copy of the folder, and does not use a submission's own unittests.py and tests/.
 """
 
 import contextlib
 import csv
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
+import time
 from pathlib import Path
 
-from tests.submission import IGNORED
 from training.cli import OneLineParser, UserError, print_line, run_program
+from training.files import write_atomically
 
 PROJECT = Path(__file__).resolve().parent.parent
-FILES = {"unittests.py": "", "tests/submission.py": "", "tests/train_mistakes.py": "tests",
-         "mnist.py": "handed_out", "utils.py": "handed_out"}
-COLUMNS = ("folder", "verdict", "mistakes", "not checked", "remark")
-KEPT = 2**18  # bytes of the beginning of a submission's output, and of its end
+COLUMNS = ["folder", "verdict", "mistakes", "not checked", "remark"]
+IGNORED = re.compile(r"\..*|__MACOSX|__pycache__|@eaDir|lost\+found|site-packages|tests|unittests(\.py)?")
+FILE, ALL, PRINTED, KEPT = 50 * 2**20, 2**30, 2**27, 2**18  # bytes: of files, of an output, of its either end
+FULL = r"No space left on device|Disk quota exceeded|unexpected pos \d+ vs"  # the last is what torch.save says
 
 
-def mark(submission, output, limit=300):
-    """Test a submission for at most `limit` seconds, write the output to a file, and return its row, by COLUMNS."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as desk:
-        for name, folder in FILES.items():  # what is handed out is used where a submission lacks it
-            Path(desk, folder).mkdir(exist_ok=True)
-            shutil.copy(PROJECT / name, Path(desk, folder))
-        output.write_bytes(run([Path(desk, "submission.py"), submission], limit))
-        row = {"verdict": "failed", "remark": "ended early"}
-        with contextlib.suppress(OSError, ValueError):  # there is no report, or half of one
-            row = json.loads(Path(desk, "report.json").read_text(encoding="utf-8"))
-    return {column: printable(row.get(column, "")) for column in COLUMNS} | {"folder": printable(submission.name)}
+def copy_submission(source, target):
+    """Copy a folder without large and special files, and not what links to folders lead to; yield what is left."""
+    room = ALL
+    for file in source.rglob("*"):
+        name = file.relative_to(source)
+        if os.path.isfile(file) and not any(map(IGNORED.fullmatch, name.parts)):
+            size = max(os.path.getsize(file), 4096)  # bounds the number of small files, too
+            if size > min(FILE, room) or not os.access(file, os.R_OK):
+                yield f"not copied: {str(name)!r}\n"
+                continue
+            room -= size
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target / name)
 
 
-def run(arguments, limit):
+def run(arguments, folder, limit):
     """Run Python in a group of processes of its own; return the output, without the middle if it is long."""
-    first, last, note = bytearray(), bytearray(), ""
-
-    def read(pipe):
-        with pipe:
-            for chunk in iter(lambda: pipe.read1(2**16), b""):
-                room = KEPT - len(first)
-                first.extend(chunk[:room])
-                last.extend(chunk[room:])
-                del last[:-KEPT]
-
-    command = [sys.executable, *subprocess._args_from_interpreter_flags(), *arguments]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               env={**os.environ, "PYTHONIOENCODING": "utf-8:backslashreplace"}, start_new_session=True)
-    reader = threading.Thread(target=read, args=[process.stdout], daemon=True)
-    reader.start()
-    try:
-        process.wait(limit)
-    except subprocess.TimeoutExpired:
-        note = f"\nstopped after {limit} s\n"
-    finally:
-        with contextlib.suppress(AttributeError, OSError):  # Windows has no groups of processes
-            os.killpg(process.pid, signal.SIGKILL)
-        process.kill()
-        process.wait()
-    reader.join(2)  # not for ever: a process that has left the group may hold the pipe
-    middle = b"\n(here, a part of the output is left out)\n" if len(last) == KEPT else b""
-    return b"".join([first, middle, last, note.encode()])
+    path = os.environ.get("PYTHONPATH", "").replace(str(PROJECT), "")  # whose train.py is not the submission's
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8:backslashreplace",
+                   "PYTHON_COLORS": "0", "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(folder.parent)}
+    with tempfile.TemporaryFile() as file, subprocess.Popen(
+            [sys.executable, *arguments], cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=file,
+            stderr=file, start_new_session=True) as process:
+        end = time.monotonic() + limit
+        try:
+            while process.poll() is None and time.monotonic() < end and os.fstat(file.fileno()).st_size < PRINTED:
+                time.sleep(0.05)
+        finally:
+            stopped = b"\nstopped: it runs or prints without end\n" * (process.poll() is None)
+            with contextlib.suppress(AttributeError, OSError):  # Windows has no groups of processes
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+        file.seek(0)
+        text = file.read(2 * PRINTED) + stopped
+    return text if len(text) < 2 * KEPT else text[:KEPT] + b"\n(a part is left out here)\n" + text[-KEPT:]
 
 
-def printable(text):
-    """Escape what would break a line or cannot be encoded."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+def mark(submission, limit=300):
+    """Test a submission for at most `limit` seconds; return its row, without its name, and the output."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as desk:
+        folder, report, result = Path(desk, "submission"), Path(desk, "report.json"), None
+        text = "".join(copy_submission(submission, folder)).encode()[:KEPT]
+        if not any((folder / name).is_file() for name in ("models.py", "models/__init__.py")):
+            like = [path for path in folder.rglob("*") if re.match(r"models|model\.py|.*\.ipynb", path.name.lower())]
+            nearest = min(like, key=lambda path: len(path.parts), default=folder / "nothing similar")
+            return ["failed", "", "", f"no readable models.py, but {nearest.relative_to(folder)}"], text
+        (folder / "tests").mkdir()
+        for name in ("unittests.py", "tests/train_step.py", "tests/train_main.py", "mnist.py", "utils.py"):
+            if not [*folder.glob(name), *folder.glob(f"{name[:-3]}/*.py")]:  # handed out, and missing here
+                shutil.copyfile(PROJECT / name, folder / name)
+        text += run(["unittests.py", "--report", str(report)], folder, limit)
+        with contextlib.suppress(OSError, ValueError):  # there is no report, or half of one
+            result = json.loads(report.read_text(encoding="utf-8"))
+        Path(desk, "space").write_bytes(bytes(2**20))  # fails if the submission has filled the disk
+    if full := re.search(FULL, f"{text} {result}"):
+        raise OSError(0, full[0])
+    return judge(**result) if result else ["failed", "", "", "ended early"], text
 
 
-def mark_all(students, results):
-    """Mark students, and tell each row as soon as it is known."""
-    with open(results / "marks.csv", "w", newline="", encoding="utf-8-sig") as file:  # by its mark Excel knows UTF-8
-        table = csv.DictWriter(file, COLUMNS)
-        table.writeheader()
-        for i, student in enumerate(students):
-            name = student.name if len(os.fsencode(student.name)) < 250 else f"{student.name[:50]}~{i + 1}"
-            row = mark(student, results / f"{name}.txt")
-            formula = row["folder"].startswith(("=", "+", "-", "@"))  # a spreadsheet would compute it
-            table.writerow(row | {"folder": "'" * formula + row["folder"]})
-            file.flush()
-            unchecked = f", not checked: {row['not checked']}" if row["not checked"] else ""
-            print_line(f"{row['folder']:<8} {row['verdict']:<10}  mistakes: {row['mistakes'] or 'none':<6}  "
-                       f"{row['remark']}{unchecked}")
+def judge(ran, failures, skipped):
+    """Return the verdict on a report, the numbers of mistakes, what was not checked, and a remark."""
+    mistakes = re.findall(r"^AssertionError: Mistake (\d+):", "".join(text for _, text in failures), re.MULTILINE)
+    skipped = [words.partition(": ") for words in skipped]
+    reasons = [f"{len(failures)} of {ran} tests failed"] * bool(failures) + [why for _, _, why in skipped if why]
+    return ["failed" if failures or not ran else "incomplete" if skipped else "passed",
+            " ".join(sorted({*mistakes}, key=int)),
+            ", ".join(dict.fromkeys(what for what, _, _ in skipped)), "; ".join(dict.fromkeys(reasons))]
+
+
+def put_rows(table, rows):
+    """Put rows into a marks.csv, in place of those of the same folders; make the file if it is missing."""
+    text = table.read_text("utf-8-sig", "surrogateescape") if table.exists() else ",".join(COLUMNS)
+    rows = [*filter(None, csv.reader(io.StringIO(text))), *rows]
+    if rows[:1] != [COLUMNS]:
+        raise UserError(f"{table} has other columns than {', '.join(COLUMNS)}; move it, or name another folder")
+    content = io.StringIO()
+    csv.writer(content).writerows({row[0]: row for row in rows}.values())
+    write_atomically(table, content.getvalue().encode("utf-8-sig", "surrogateescape"))  # by its mark Excel knows UTF-8
 
 
 def main(args):
-    submissions, results = Path(args.submissions).resolve(), Path(args.results).resolve()
+    submissions, results = (Path(folder).resolve() for folder in args.folders)
     if submissions in (results, *results.parents):
         raise UserError(f"{results} is in {submissions}, where nothing is written; name another folder for the results")
-    try:
-        students = sorted(path for path in submissions.iterdir() if path.is_dir() and not IGNORED.fullmatch(path.name))
-        if not students:
-            raise UserError(f"{submissions} has no folders; name the folder that has one for each student")
-        results.mkdir(parents=True, exist_ok=True)
-        mark_all(students, results)
-    except OSError as error:
-        raise UserError(f"{error.filename or results} cannot be used: {error.strerror}; name another folder") from error
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; what was marked until now is in {results / 'marks.csv'}") from None
+    paths = [path for path in sorted(submissions.glob("*")) if not IGNORED.fullmatch(path.name)]
+    if others := [repr(path.name)[1:-1] for path in paths if not path.is_dir()]:
+        print_line(f"not unpacked: {', '.join(others)}")
+    if not any(path.is_dir() for path in paths):
+        raise UserError(f"{submissions} has no folders; name the folder that has one for each student")
+    put_rows(results / "marks.csv", [])  # fails now, or not at all
+    for student in filter(Path.is_dir, paths):
+        try:
+            row, text = mark(student)
+        except OSError as error:
+            raise UserError(f"{student.name!r} is not marked: {tempfile.tempdir or 'temporary folder'}: "
+                            f"{error.strerror}; free space there, or set TMPDIR to another folder") from None
+        write_atomically(results / f"{os.fsdecode(os.fsencode(student.name)[:240])}.txt", text)
+        row = name, verdict, mistakes, unchecked, remark = [
+            text if text.isprintable() else repr(text)[1:-1] for text in (student.name, *row)]
+        put_rows(results / "marks.csv", [["'" * text.startswith(("=", "+", "-", "@", "'")) + text for text in row]])
+        remark += f"; not checked: {unchecked}" * bool(unchecked)
+        print_line(f"{name:<8} {verdict:<10}  mistakes: {mistakes or 'none':<6}  {remark}".rstrip())
 
 
 def cli(argv=None):
     parser = OneLineParser("python -m tests.mark", "Mark a class; docs/CHECK.md explains the result.")
-    parser.add_argument("submissions", metavar="SUBMISSIONS", help="the folder that has one for each student")
-    parser.add_argument("results", metavar="RESULTS", help="the folder for marks.csv and each one's output")
+    parser.add_argument("folders", nargs=2, metavar=("SUBMISSIONS", "RESULTS"), help="the folder that has one for each "
+                        "student, and the folder for marks.csv and each one's output")
     return run_program("python -m tests.mark", main, parser.parse_args, argv, "end other programs")
 
 

@@ -1,150 +1,101 @@
-"""Tests of the groups for students, on correct and incorrect solutions."""
+"""Tests of the marking of a class."""
 
 import contextlib
-import importlib
+import errno
 import io
-import re
-import signal
+import os
+import subprocess
 import sys
-import tempfile
-import textwrap
-import time
-import unittest
-from pathlib import Path
 from unittest import mock
 
-import unittests
-from tests.solutions.mistakes import MISTAKES
-from tests.solutions.styles import FURTHER, STYLES
-from tests.train_mistakes import TrainMistakes
-from unittests import HERE, Group
+from tests import mark
+from tests.common import FolderGroup
+from unittests import HERE
 
 __unittest = True
 
-GROUPS = (unittests.Networks, unittests.Losses, unittests.Mistakes, TrainMistakes)
 PLAIN = (HERE / "tests" / "solutions" / "plain.py").read_text()
-AT_IMPORT = 'import os\nif __name__ == "train":\n    '
-BATCH = "x = x.to(model.device)"
-CRASHES = (  # tests, old text, new text, what is said
-    ("test_16", BATCH, "x = x[0, 0]", r"train.py raises RuntimeError: .*\(line \d+ of models.py: "),
-    ("test_14", BATCH, "raise SystemExit('enough')", r"raises SystemExit: enough \(line \d+ of train.py: raise "),
-    ("test_04", "ae_loss.backward()\n", "ae_loss.backward(), ae_loss.backward()\n", "raises RuntimeError: Trying to"),
-    ("test_02", "torch.manual_seed(args.seed)", "torch.manual_sed(1)", "raises AttributeError: module 'torch' has"),
-    ("test_auto", "F.mse_loss(recon_x, x)", "F.mse_loss(recon_x, x) * 0 / 0", "nan from a division by 0 or infinity"),
-    ("test_shapes", "x)\n\n    @property\n    def device(self):\n        return next", "x) * 3\n\n    @property\n"
-     "    def device(self):\n        return next", r"the decoder leaves \[-1, 1\]"),
-    ("test_sample", "return self.decoder(torch", "return 0.5 + self.decoder(torch", "changes the decoder's images"),
-    ("test_13", "grid = ", "grid = 1 / 0 + ", "train.py raises ZeroDivisionError"),
-    ("test_16", "import os\n", f"{AT_IMPORT}undefined\n", "train.py raises NameError"))
-ABSENT = (
-    ("test_16", "import os\n", f"{AT_IMPORT}import missing_package\n", "No module named 'missing_package'"),
-    ("test_16", "import os\n", f"{AT_IMPORT}import urllib.request as u; u.urlopen('x')\n", "OSError"),
-    ("test_16", "def train_aae", "def train", "no attribute 'train_aae'"),
-    ("test_05", "return self.decoder(torch", "return ConvDecoder(self.z_dim)(torch", "does not call self.decoder"),
-    ("test_16", BATCH, 'x = x.to("cuda")', "CUDA|NVIDIA"),
-    ("test_02", "(args.seed)", "(args.my_seed)", "main reads the flag my_seed,"),
-    ("test_13", "(args.seed)", "(vars(args)['my_seed'])", "main reads the flag my_seed,"),
-    ("test_24", "torch.manual_seed(args.seed)", "(lambda my_seed, **_: 0)(**vars(args))", "the flag my_seed,"))
+WRONG = PLAIN.replace("self.discriminator(z_fake), 1", "self.discriminator(z_fake), 0")
+ENDS = 'import os\nprint("OK\\n" * 10**6, flush=True)\nos._exit(0)'
+FILES = {"anna/models.py": PLAIN, "anna/train.py": PLAIN, "anna/unittests.py": "1 / 0", "anna/tests/own.py": "1 / 0",
+         "ben/models.py": WRONG, "carla/models.py": ENDS, "dora/deeper/models.py": PLAIN, "emil.zip": ""}
+PRINTED = r"""not unpacked: emil.zip
+anna +passed +mistakes: none
+ben +failed +mistakes: 1 +1 of \d+ tests failed; there is no train.py; not checked: main, .*
+carla +failed +mistakes: none +ended early
+dora +failed +mistakes: none +no readable models.py, but deeper.models.py
+"""
 
 
-def planted(style="plain", old="", new=""):
-    """Return the text of a solution, with the text `old`, which must occur once, replaced by `new`."""
-    text = PLAIN
-    for beginning, lines in {**STYLES, **FURTHER}[style].items():
-        (line,) = re.finditer(rf"^( *){re.escape(beginning)}.*\n", text, re.MULTILINE)
-        start, end, indent = *line.span(), line[1]
-        if line[0].endswith(":\n"):  # the body: lines that are blank, or indented deeper
-            start, indent, lines = end, f"{indent}    ", f"{lines}\n"
-            end += re.match(rf"(?:{indent}.*\n|\n)*", text[end:]).end()
-        text = text[:start] + textwrap.indent(lines, indent) + "\n" + text[end:]
-    if old and text.count(old) != 1:
-        raise ValueError(f"{old!r} occurs {text.count(old)} times in {style}")
-    return text.replace(old, new) if old else text
+def write(folder, files):
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
 
 
-def mark(text, tests="test"):
-    """Run GROUPS on a text as models.py and train.py; return {name: message} of failed and of skipped tests."""
-    loader = unittest.TestLoader()
-    loader.testMethodPrefix = tests
-    suite = unittest.TestSuite(loader.loadTestsFromTestCase(group) for group in GROUPS)
-    own = {name: sys.modules.pop(name) for name in ("models", "train") if name in sys.modules}
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(sys, "path", [folder, *sys.path]):
-        for name in ("models", "train"):
-            Path(folder, f"{name}.py").write_text(text)
-        importlib.invalidate_caches()
-        result = unittest.TextTestRunner(io.StringIO()).run(suite)
-    for name in ("models", "train"):
-        sys.modules.pop(name, None)
-    sys.modules.update(own)
-    return [{test.id().rpartition(".")[2]: message for test, message in results}
-            for results in ([*result.failures, *result.errors], result.skipped)]
+class Marks(FolderGroup):
+    def mark(self, submissions, results, ends=()):
+        """Mark submissions whose tests print, or raise, what `ends` has; return status, errors and rows."""
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err, \
+                mock.patch.object(mark, "run", side_effect=ends):
+            status = mark.cli([str(submissions), str(results)])
+        table = results / "marks.csv"
+        return status, err.getvalue(), table.read_text("utf-8-sig").splitlines()[1:] if table.exists() else []
 
+    def test_a_class(self):
+        submissions, results = self.folder(), self.folder()
+        write(submissions, FILES)
+        before = sorted(submissions.rglob("*"))
+        done = subprocess.run([sys.executable, "-m", "tests.mark", submissions, results], cwd=HERE, text=True,
+                              capture_output=True, env={**os.environ, "PYTHONPATH": str(HERE), "FORCE_COLOR": "1"})
+        self.assertRegex(done.stdout, rf"\A{PRINTED}\Z", done.stderr)
+        self.assertEqual((done.returncode, sorted(submissions.rglob("*"))), (0, before))
+        self.assertIn("Mistake 1:", (results / "ben.txt").read_text())
+        self.assertLess((results / "carla.txt").stat().st_size, 10**6)
 
-class Solutions(Group):
-    """Correct solutions pass whatever their style; what crashes fails, and what is absent is skipped."""
+    def test_any_name_and_a_second_call(self):
+        submissions, late, results = self.folder(), self.folder(), self.folder()
+        names = ["=1", *["R\udce9", "a\nb"] * (sys.platform == "linux"), "x" * 250, "\u0141"]
+        write(submissions, {f"{name}/models.py": "" for name in (*names, ".git")})
+        write(late, {"=1/models.ipynb": "", "Zoe/models.py": ""})
+        self.assertEqual(self.mark(submissions, results, [b""] * len(names))[0], 0)
+        names = ["'=1", *(name if name.isprintable() else ascii(name)[1:-1] for name in sorted(names)[1:])]
+        status, _, (first, *others) = self.mark(late, results, [KeyboardInterrupt])
+        self.assertEqual((status, first), (130, '\'=1,failed,,,"no readable models.py, but models.ipynb"'))
+        self.assertEqual(others, [f"{name},failed,,,ended early" for name in names[1:]])
+        self.assertEqual(len([*results.glob("*.txt")]), len(names))
 
-    needs = ("mnist", "utils")
+    def test_refusals(self):
+        folder = self.folder()
+        write(folder, {"class/anna/models.py": "", "file": "", "other/marks.csv": "folder,verdict\n"})
+        for submissions, results in (("none", "new"), ("file", "new"), ("class/anna", "new"), ("class", "file"),
+                                     ("class", "file/below"), ("class", "class/results"), ("class", "other")):
+            status, err, _ = self.mark(folder / submissions, folder / results)
+            self.assertEqual(status, 1)
+            self.assertRegex(err, r"\Apython -m tests.mark: error: [^\n]+\n\Z")
+        self.assertEqual((folder / "other" / "marks.csv").read_text(), "folder,verdict\n")
 
-    def test_right_solutions_pass(self):
-        for style in (*STYLES, *FURTHER):
-            self.assertEqual(mark(planted(style)), [{}, {}], style)
+    def test_a_full_temporary_folder_gives_no_verdict(self):
+        submissions, results, words = self.folder(), self.folder(), "No space left on device"
+        write(submissions, {"anna/models.py": ""})
+        for copy in (mark.shutil.copyfile, OSError(errno.ENOSPC, words)):
+            with mock.patch("shutil.copyfile", side_effect=copy):
+                status, err, rows = self.mark(submissions, results, [words.encode()])
+            self.assertEqual((status, rows), (1, []))
+            self.assertRegex(err, rf"\A[^\n]*anna[^\n]*{mark.tempfile.gettempdir()}[^\n]*TMPDIR[^\n]*\n\Z")
 
-    def test_exchanged_terms_are_said_to_be_no_other_mistake(self):
-        for one, other in (("gen_loss", "recon_loss"), ("loss_real", "loss_fake")):
-            entries = f'"{one}": %s, "{other}": %s'
-            failures = str(mark(planted("plain", entries % (one, other), entries % (other, one)))[0])
-            self.check("are exchanged" in failures and "Mistake" not in failures, failures)
+    def test_what_does_not_end_is_stopped(self):
+        folder = self.folder() / "copy"
+        folder.mkdir()
+        for code in ("while True: pass", "while True: print('x' * 10**4)"):
+            with mock.patch.object(mark, "PRINTED", 2**20):
+                self.assertIn(b"stopped", mark.run(["-c", code], folder, 1)[-60:])
 
-    def test_what_crashes_fails_and_what_is_absent_is_skipped(self):
-        for kind, cases in enumerate((CRASHES, ABSENT)):
-            for tests, old, new, words in cases:
-                results = mark(planted("plain", old, new), tests)
-                self.assertRegex("".join(results[kind].values()), words)
-                self.check(not results[1 - kind] and "Mistake 4:" not in str(results), f"{new}: {results}")
-
-
-class PlantedMistakes(Group):
-    """The message of each mistake has its number."""
-
-    needs = ("mnist", "utils")
-
-    def test_mistakes_are_named(self):
-        for number, style, old, new in MISTAKES:
-            failures, _ = mark(planted(style, old, new), f"test_{number:02}")
-            named = [message for message in failures.values() if f"Mistake {number}:" in message]
-            self.check(named, f"Mistake {number} in {style} is not named: {failures}")
-            self.check(not any("Traceback" in message for message in named), f"{style}: {named}")
-
-    def test_a_swap_of_all_labels_is_not_said_to_help_the_discriminator(self):
-        swapped = re.sub(r"(cross_entropy\(.+?, )([01])\)", lambda call: f"{call[1]}{1 - int(call[2])})", planted())
-        for text, words in ((swapped, "since all labels are swapped"),
-                            (planted(*MISTAKES[0][1:]), "which helps the discriminator")):
-            self.assertIn(words, "".join(mark(text, "test_01")[0].values()))
-
-    def test_every_mistake_is_in_two_styles_and_every_style_has_one(self):
-        for number in range(1, 30):
-            self.assertGreaterEqual(len({style for n, style, *_ in MISTAKES if n == number}), 2)
-        self.assertEqual({style for _, style, *_ in MISTAKES}, set(STYLES))
-
-
-@unittest.skipUnless(hasattr(signal, "setitimer"), "this system has no interval timers")
-class TimeLimit(Group):
-    """Code that does not end is stopped, and later tests fail at once."""
-
-    def setUp(self):
-        self.addCleanup(setattr, unittests.Overrun, "first", None)
-
-    def test_an_infinite_loop_is_stopped_even_if_it_catches_exceptions(self):
-        with self.assertRaisesRegex(unittests.Overrun, "one: a hint"), unittests.limit("one: a hint", 0.2):
-            while True:
-                with contextlib.suppress(Exception):
-                    time.sleep(0.01)
-        with self.assertRaisesRegex(AssertionError, "not run, because one$"), unittests.limit("two", 0.2):
-            self.fail()
-        self.assertIn("not run, because one", "".join(mark(planted(), "test_14")[0].values()))
-
-    def test_an_import_that_does_not_end_is_named(self):
-        text = planted("plain", "import os\n", f"{AT_IMPORT}while True: pass\n")
-        with mock.patch.object(unittests, "IMPORT_LIMIT", 0.2):
-            failures, _ = mark(text, "test_16")
-        self.assertIn("importing train did not end within 0.2 s: does it train", "".join(failures.values()))
+    def test_special_and_large_files_are_not_copied(self):
+        source, target = self.folder(), self.folder()
+        write(source, dict.fromkeys(("models.py", "parts/net.py", "tests/own.py", "parts/big.bin"), "x" * 5000))
+        (source / "loop").symlink_to(source)
+        os.mkfifo(source / "pipe")
+        with mock.patch.object(mark, "ALL", 12000):
+            self.assertEqual(len([*mark.copy_submission(source, target)]), 1)
+        self.assertEqual(len([*target.rglob("*")]), 3)

@@ -1,0 +1,179 @@
+"""Tests of the students' tests, on right solutions in many styles and with planted mistakes.
+
+This runs some of each; `python -m benchmarks.student_tests` runs all, with other seeds.
+"""
+
+import contextlib
+import importlib
+import io
+import re
+import signal
+import sys
+import tempfile
+import textwrap
+import time
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import unittests
+from tests import train_main, train_step
+from tests.solutions.mistakes import MISTAKES
+from tests.solutions.styles import FURTHER, STYLES
+from unittests import HERE, Group, StudentGroup
+
+__unittest = True
+
+GROUPS = {"models": (unittests.Networks, unittests.Model, unittests.AutoencoderLoss, unittests.DiscriminatorLoss,
+                     unittests.Sampling),
+          "train_aae": (train_step.TrainStep,), "main": (train_main.TrainMain, train_main.Pictures),
+          "other files": (train_main.DataAndLogger,)}
+SOLUTIONS = HERE / "tests" / "solutions"
+AT_IMPORT = 'import os\nif __name__ == "train":\n    '
+BATCH = "x = x.to(model.device)"
+CRASHES = (  # old text, new text, what is said
+    (BATCH, "x = x[0, 0]", r"train.py raises RuntimeError: .*\(line \d+ of models.py: "),
+    (BATCH, "raise SystemExit('enough')", r"raises SystemExit: enough \(line \d+ of train.py: raise "),
+    ("ae_loss.backward()\n", "ae_loss.backward(), ae_loss.backward()\n", "raises RuntimeError: Trying to"),
+    ("torch.manual_seed(args.seed)", "torch.manual_sed(1)", "raises AttributeError: module 'torch' has"),
+    ("F.mse_loss(recon_x, x)", "F.mse_loss(recon_x, x) * 0 / 0", "it is nan"),
+    ("x)\n\n    @property\n    def device(self):\n        return next", "x) * 3\n\n    @property\n"
+     "    def device(self):\n        return next", r"the decoder's pixels reach"),
+    ("return self.decoder(torch", "return 0.5 + self.decoder(torch", "changes the decoder's images"),
+    ("grid = ", "grid = 1 / 0 + ", "train.py raises ZeroDivisionError"),
+    ("import os\n", f"{AT_IMPORT}undefined\n", "train.py raises NameError"),
+    ("return ae_loss, {", "return {", r"get_loss_autoencoder must return \(loss, dict\)"),
+    ("return self.decoder(z), z", "return z, self.decoder(z)", r"forward\(x\) must return \(recon_x, z\)"))
+ABSENT = (
+    ("import os\n", f"{AT_IMPORT}import missing_package\n", "No module named 'missing_package'"),
+    ("import os\n", f"{AT_IMPORT}import urllib.request as u; u.urlopen('x')\n", "OSError"),
+    ("def train_aae", "def train", "no attribute 'train_aae'"),
+    ("return self.decoder(torch", "return ConvDecoder(self.z_dim)(torch", "does not call self.decoder"),
+    (BATCH, 'x = x.to("cuda")', "CUDA|NVIDIA"),
+    ("(args.seed)", "(args.my_seed)", "main reads the flag my_seed,"),
+    ("(args.seed)", "(vars(args)['my_seed'])", "main reads the flag my_seed,"),
+    ("torch.manual_seed(args.seed)", "(lambda my_seed, **_: 0)(**vars(args))", "the flag my_seed,"))
+
+
+def solution(style="plain", old="", new=""):
+    """Return the texts of a solution by file, with the text `old`, which must occur once, replaced by `new`."""
+    files = {"models": (SOLUTIONS / "plain.py").read_text()}
+    if style == "template":
+        own = {name: (SOLUTIONS / f"{name}.py").read_text() for name in ("template", "mnist", "utils")}
+        files = {"models": files["models"].partition("\n\ndef save(")[0], "train": own["template"], "mnist": own["mnist"],
+                 "utils": own["utils"]}
+    else:
+        files["models"] = files["train"] = restyled(files["models"], {**STYLES, **FURTHER}[style])
+    places = [name for name, text in files.items() if text.count(old) == 1] if old else []
+    if old and len({files[name] for name in places}) != 1:
+        raise ValueError(f"{old!r} is in {places} of {style}")
+    return {name: text.replace(old, new) if name in places else text for name, text in files.items()}
+
+
+def restyled(text, style):
+    """Return plain.py with the changes of a style; see styles.py."""
+    for beginning, lines in style.items():
+        (line,) = re.finditer(rf"^( *){re.escape(beginning)}.*\n", text, re.MULTILINE)
+        start, end, indent = *line.span(), line[1]
+        if line[0].endswith(":\n"):  # the body: lines that are blank, or indented deeper
+            start, indent, lines = end, f"{indent}    ", f"{lines}\n"
+            end += re.match(rf"(?:{indent}.*\n|\n)*", text[end:]).end()
+        text = text[:start] + textwrap.indent(lines, indent) + "\n" + text[end:]
+    return text
+
+
+def judge(files, parts=tuple(GROUPS)):
+    """Run students' groups on files, {name: text}; return the messages of what fails, and of what is not checked."""
+    StudentGroup.told.clear(), StudentGroup.faulty.clear()
+    train_step.observe.cache_clear(), train_main.watch.cache_clear()
+    suite = unittest.TestSuite(group(name) for part in parts for group in GROUPS[part] for name in vars(group)
+                               if name.startswith("test"))
+    own = {name: sys.modules.pop(name) for name in files if name in sys.modules}
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(sys, "path", [folder, *sys.path]):
+        for name, text in files.items():
+            Path(folder, f"{name}.py").write_text(text)
+        importlib.invalidate_caches()
+        result = unittest.TextTestRunner(io.StringIO()).run(suite)
+        for name in files:
+            sys.modules.pop(name, None)
+    sys.modules.update(own)
+    return ([text for _, text in (*result.failures, *result.errors)],
+            [words for _, words in result.skipped if words != StudentGroup.TOLD])
+
+
+def part_of(number):
+    """Return the parts of the tests that name a mistake."""
+    if number in {2, 11, 13, 21, 24, 25, 26, 27, 33}:
+        return ("main",)
+    if number in {37, 38}:
+        return ("other files",)
+    if number in {3, 16, 22, 23, 29, 31, 39}:
+        return ("train_aae",)
+    if number in {14, 18, 30}:
+        return ("train_aae", "main")
+    return ("models", "train_aae") if number in {4, 9, 15, 17, 19} else ("models",)
+
+
+class Solutions(Group):
+    """Correct solutions pass whatever their style; what crashes fails, and what is absent is skipped."""
+
+    needs = ("mnist", "utils")
+
+    def test_right_solutions_pass(self):
+        for style in ("template", *list(STYLES)[1:8], "noise", "checkpoint"):
+            self.assertEqual(judge(solution(style)), ([], []), style)
+
+    def test_what_crashes_fails_and_what_is_absent_is_skipped(self):
+        for kind, cases in enumerate((CRASHES, ABSENT)):
+            for old, new, words in cases:
+                results = judge(solution("plain", old, new))
+                self.assertRegex("".join(results[kind]), words)
+                self.check(len(results[0]) == 1 - kind, f"{new}: {results}")
+
+
+class PlantedMistakes(Group):
+    """The message of each mistake has its number, and no other message comes with it."""
+
+    needs = ("mnist", "utils")
+
+    def test_mistakes_are_named(self):
+        for number, style, old, new in {mistake[0]: mistake for mistake in MISTAKES}.values():
+            failures, _ = judge(solution(style, old, new), part_of(number))
+            self.check(len(failures) == 1 and f"Mistake {number}:" in failures[0],
+                       f"Mistake {number} in {style} is not what is told: {failures}")
+            self.check("Traceback" not in failures[0], f"{style}: {failures}")
+
+    def test_a_swap_of_all_labels_is_not_said_to_help_the_discriminator(self):
+        text = solution()["models"]
+        swapped = re.sub(r"(cross_entropy\(.+?, )([01])\)", lambda call: f"{call[1]}{1 - int(call[2])})", text)
+        for files, words in (({"models": swapped}, "since all labels are swapped"),
+                             (solution(*MISTAKES[0][1:]), "which helps the discriminator")):
+            self.assertIn(words, "".join(judge(files, ("models",))[0]))
+
+    def test_every_mistake_is_planted_twice_and_in_every_style_one(self):
+        for number in range(1, 41):
+            self.assertGreaterEqual(len([mistake for mistake in MISTAKES if mistake[0] == number]), 2, number)
+        self.assertEqual({style for _, style, *_ in MISTAKES}, {"template", *STYLES})
+
+
+@unittest.skipUnless(hasattr(signal, "setitimer"), "this system has no interval timers")
+class TimeLimit(Group):
+    """Code that does not end is stopped, and later tests fail at once."""
+
+    def setUp(self):
+        self.addCleanup(setattr, train_step.Overrun, "first", None)
+
+    def test_an_infinite_loop_is_stopped_even_if_it_catches_exceptions(self):
+        with self.assertRaisesRegex(train_step.Overrun, "one: a hint"), train_step.limit("one: a hint", 0.2):
+            while True:
+                with contextlib.suppress(Exception):
+                    time.sleep(0.01)
+        with self.assertRaisesRegex(AssertionError, "not run, because one$"), train_step.limit("two", 0.2):
+            self.fail()
+        self.assertIn("not run, because one", "".join(judge(solution(), ("train_aae",))[0]))
+
+    def test_an_import_that_does_not_end_is_named(self):
+        files = solution("plain", "import os\n", f"{AT_IMPORT}while True: pass\n")
+        with mock.patch.object(train_step, "LIMIT", 0.2):
+            failures, _ = judge(files, ("train_aae",))
+        self.assertIn("importing train did not end within 0.2 s: does it train", "".join(failures))
