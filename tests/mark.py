@@ -71,11 +71,12 @@ def mark(submission, limit=300):
         folder, report, result = Path(desk, "submission"), Path(desk, "report.json"), None
         text = "".join(copy_submission(submission, folder)).encode()[:KEPT]
         if not any((folder / name).is_file() for name in ("models.py", "models/__init__.py")):
-            like = [path for path in folder.rglob("*") if re.match(r"models|model\.py|.*\.ipynb", path.name.lower())]
-            nearest = min(like, key=lambda path: len(path.parts), default=folder / "nothing similar")
-            return ["failed", "", "", f"no readable models.py, but {nearest.relative_to(folder)}"], text
+            like = [path for name in ("[mM]odels*", "[mM]odel.py", "*.ipynb") for path in sorted(folder.rglob(name))]
+            found = like[0].relative_to(folder) if like else "nothing similar"
+            return ["failed", "", "", f"no readable models.py, but {found}"], text
         (folder / "tests").mkdir()
-        for name in ("unittests.py", "tests/train_step.py", "tests/train_main.py", "mnist.py", "utils.py"):
+        ours = ["unittests.py", *(f"tests/{file.name}" for file in PROJECT.glob("tests/train_*.py"))]
+        for name in (*ours, "mnist.py", "utils.py"):
             if not [*folder.glob(name), *folder.glob(f"{name[:-3]}/*.py")]:  # handed out, and missing here
                 shutil.copyfile(PROJECT / name, folder / name)
         text += run(["unittests.py", "--report", str(report)], folder, limit)
@@ -122,8 +123,8 @@ def main(args):
         try:
             row, text = mark(student)
         except OSError as error:
-            raise UserError(f"{student.name!r} is not marked: {tempfile.tempdir or 'temporary folder'}: "
-                            f"{error.strerror}; free space there, or set TMPDIR to another folder") from None
+            raise UserError(f"{student.name!r} is not marked: {error.strerror}: {tempfile.tempdir}; free space there, "
+                            "or set TMPDIR to another folder") from None
         write_atomically(results / f"{os.fsdecode(os.fsencode(student.name)[:240])}.txt", text)
         row = name, verdict, mistakes, unchecked, remark = [
             text if text.isprintable() else repr(text)[1:-1] for text in (student.name, *row)]
@@ -134,8 +135,8 @@ def main(args):
 
 def cli(argv=None):
     parser = OneLineParser("python -m tests.mark", "Mark a class; docs/CHECK.md explains the result.")
-    parser.add_argument("folders", nargs=2, metavar=("SUBMISSIONS", "RESULTS"), help="the folder that has one for each "
-                        "student, and the folder for marks.csv and each one's output")
+    parser.add_argument("folders", nargs=2, metavar=("SUBMISSIONS", "RESULTS"),
+                        help="the folder that has one for each student, and that for marks.csv and each one's output")
     return run_program("python -m tests.mark", main, parser.parse_args, argv, "end other programs")
 
 

@@ -55,7 +55,8 @@ def run(names):
         try:
             result = json.loads(report.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            words = f"its process has ended with status {done.returncode}:\n{done.stdout.decode(errors='replace')[-3000:]}"
+            output = done.stdout.decode(errors="replace")[-3000:]
+            words = f"its process has ended with status {done.returncode}:\n{output}"
             result = {"ran": 0, "failures": [[" ".join(names), words]], "skipped": []}
     return names, result, time.monotonic() - start
 

@@ -1,11 +1,14 @@
 """Tests of the students' tests, on right solutions in many styles and with planted mistakes.
 
-This runs some of each; `python -m benchmarks.student_tests` runs all, with other seeds.
+The groups run some of each. All right solutions, with many seeds:  python -m tests.student_tests --seeds 50
+and all planted mistakes:  python -m tests.student_tests --mistakes
 """
 
+import argparse
 import contextlib
 import importlib
 import io
+import os
 import re
 import signal
 import sys
@@ -16,8 +19,10 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
+import torch
+
 import unittests
-from tests import train_main, train_step
+from tests import model_layers, train_epoch, train_main, train_step
 from tests.solutions.mistakes import MISTAKES
 from tests.solutions.styles import FURTHER, STYLES
 from unittests import HERE, Group, StudentGroup
@@ -25,7 +30,7 @@ from unittests import HERE, Group, StudentGroup
 __unittest = True
 
 GROUPS = {"models": (unittests.Networks, unittests.Model, unittests.AutoencoderLoss, unittests.DiscriminatorLoss,
-                     unittests.Sampling),
+                     unittests.Sampling, model_layers.Layers, model_layers.Placement),
           "train_aae": (train_step.TrainStep,), "main": (train_main.TrainMain, train_main.Pictures),
           "other files": (train_main.DataAndLogger,)}
 SOLUTIONS = HERE / "tests" / "solutions"
@@ -60,8 +65,8 @@ def solution(style="plain", old="", new=""):
     files = {"models": (SOLUTIONS / "plain.py").read_text()}
     if style == "template":
         own = {name: (SOLUTIONS / f"{name}.py").read_text() for name in ("template", "mnist", "utils")}
-        files = {"models": files["models"].partition("\n\ndef save(")[0], "train": own["template"], "mnist": own["mnist"],
-                 "utils": own["utils"]}
+        own["train"], own["models"] = own.pop("template"), files["models"].partition("\n\ndef save(")[0]
+        files = own
     else:
         files["models"] = files["train"] = restyled(files["models"], {**STYLES, **FURTHER}[style])
     places = [name for name, text in files.items() if text.count(old) == 1] if old else []
@@ -161,19 +166,58 @@ class TimeLimit(Group):
     """Code that does not end is stopped, and later tests fail at once."""
 
     def setUp(self):
-        self.addCleanup(setattr, train_step.Overrun, "first", None)
+        self.addCleanup(setattr, train_epoch.Overrun, "first", None)
 
     def test_an_infinite_loop_is_stopped_even_if_it_catches_exceptions(self):
-        with self.assertRaisesRegex(train_step.Overrun, "one: a hint"), train_step.limit("one: a hint", 0.2):
+        with self.assertRaisesRegex(train_epoch.Overrun, "one: a hint"), train_epoch.limit("one: a hint", 0.2):
             while True:
                 with contextlib.suppress(Exception):
                     time.sleep(0.01)
-        with self.assertRaisesRegex(AssertionError, "not run, because one$"), train_step.limit("two", 0.2):
+        with self.assertRaisesRegex(AssertionError, "not run, because one$"), train_epoch.limit("two", 0.2):
             self.fail()
         self.assertIn("not run, because one", "".join(judge(solution(), ("train_aae",))[0]))
 
     def test_an_import_that_does_not_end_is_named(self):
         files = solution("plain", "import os\n", f"{AT_IMPORT}while True: pass\n")
-        with mock.patch.object(train_step, "LIMIT", 0.2):
+        with mock.patch.object(train_epoch, "LIMIT", 0.2):
             failures, _ = judge(files, ("train_aae",))
         self.assertIn("importing train did not end within 0.2 s: does it train", "".join(failures))
+
+
+def right_solutions():
+    """Yield the name and the files of this project's networks, and of the right solutions in tests/solutions/."""
+    models = (HERE / "models.py").read_text()
+    yield "ours", {"models": models}
+    yield "ours, base networks", {"models": models.replace('networks="residual"', 'networks="base"')}
+    for style in ("template", *STYLES, *FURTHER):
+        yield style, solution(style)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--only", default="", help="solutions whose name contains this")
+    parser.add_argument("--mistakes", action="store_true", help="planted mistakes instead of right solutions")
+    args, wrong, count = parser.parse_args(), 0, 0
+    if args.mistakes:
+        cases = [(f"mistake {number} in {style}", solution(style, old, new), part_of(number), f"Mistake {number}:")
+                 for number, style, old, new in MISTAKES]
+    else:
+        cases = [(name, files, tuple(GROUPS), None) for name, files in right_solutions()]
+    for seed in range(args.first, args.first + args.seeds):
+        Group.seed = seed
+        for name, files, parts, words in cases:
+            if args.only in name:
+                failures, skipped = judge(files, parts)
+                right = len(failures) == 1 and words in failures[0] if words else not failures and not skipped
+                count, wrong = count + 1, wrong + (not right)
+                if not right:
+                    print(f"{name}, seed {seed}: {failures} {skipped}", flush=True)
+    print(f"{count - wrong} passed, {wrong} failed")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    sys.exit(main())

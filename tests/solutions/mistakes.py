@@ -99,24 +99,23 @@ MISTAKES = (
     (29, "batchnorm", f"logger_ae.add_values(ae_dict){N}", f"logger_disc.add_values(ae_dict){N}"),
     (29, "main_evaluates", "add_values(ae_dict)", f"add_values(old if 'old' in locals() else ae_dict){N}old = ae_dict"),
     (30, "plain", "        disc_loss.backward()", "        (-disc_loss).backward()"),
-    (30, "lazy", "torch.optim.SGD(model.discriminator.parameters(),", "torch.optim.SGD(model.discriminator.parameters(), "
-     "maximize=True,"),
+    (30, "lazy", "lr=args.d_lr)", "lr=args.d_lr, maximize=True)"),
     (31, "plain", "get_loss_discriminator(z.detach())", "get_loss_discriminator(torch.randn_like(z))"),
-    (31, "batchnorm", "recon_x, z = model(x)", "recon_x, z = model(x)[0], model.encoder(x)\n        recon_x = model.decoder("
-     "torch.randn_like(z))"),
+    (31, "batchnorm", "recon_x, z = model(x)",
+     "z = model.encoder(x)\n        recon_x = model.decoder(torch.randn_like(z))"),
     (32, "plain", "real, fake = self.discriminator(z_real), self.discriminator(z_fake)",
      "real, fake = self.discriminator(z_real), self.discriminator(z_fake).detach()"),
-    (32, "main_evaluates", "real, fake = self.discriminator(z_real)", "real, fake = torch.no_grad()(self.discriminator)("
-     "z_real)"),
+    (32, "main_evaluates", "real, fake = self.discriminator(z_real)",
+     "real, fake = torch.no_grad()(self.discriminator)(z_real)"),
     (33, "plain", f"{N}train_aae(epoch", f"{N}optimizer_ae = torch.optim.Adam(optimizer_ae.param_groups[0]['params'], "
      f"args.ae_lr){N}train_aae(epoch"),
     (33, "template", f"{N}train_aae(epoch", f"{N}optimizer_ae.state.clear(){N}train_aae(epoch"),
-    (34, "plain", ENCODER_END, "nn.Flatten())\n        self.last = [nn.Linear(32 * 7 * 7, z_dim)]\n\n    def forward(self, x)"
-     ":\n        return self.last[0](self.layers(x))"),
+    (34, "plain", ENCODER_END, "nn.Flatten())\n        self.last = [nn.Linear(32 * 7 * 7, z_dim)]\n\n"
+     "    def forward(self, x):\n        return self.last[0](self.layers(x))"),
     (34, "discriminator_first", ENCODER_END, "nn.Flatten())\n        self.z_dim = z_dim\n\n    def forward(self, x):\n"
      "        return nn.Linear(32 * 7 * 7, self.z_dim)(self.layers(x))"),
-    (35, "plain", ENCODER_END, "nn.Flatten())\n        self.last = nn.Linear(32 * 7 * 7, z_dim)\n\n    def forward(self, x)"
-     ":\n        x = self.layers(x)\n        return self.last(x.T.reshape(x.shape))"),
+    (35, "plain", ENCODER_END, "nn.Flatten())\n        self.last = nn.Linear(32 * 7 * 7, z_dim)\n\n"
+     "    def forward(self, x):\n        x = self.layers(x)\n        return self.last(x.T.reshape(x.shape))"),
     (35, "both_backward_first", "self.l1(x.flatten(1))", "self.l1(x.flatten(1).T.reshape(len(x), 784))"),
     (36, "template", "(z_fake.shape[0], self.z_dim, device=self.device)", "(z_fake.shape[0], self.z_dim)"),
     (36, "template", "(batch_size, self.z_dim, device=self.device)", "(batch_size, self.z_dim)"),
@@ -128,7 +127,8 @@ MISTAKES = (
     (38, "template", "            self.values.setdefault(key, []).append(float(value))\n        self.global_step += 1",
      "            self.values.setdefault(key, []).append(float(value))\n            self.global_step += 1"),
     (39, "template", "ae_loss.item()", "ae_loss"),
-    (39, "plain", "logger_ae.add_values(ae_dict)", f"logger_ae.add_values(ae_dict){N}total = locals().get('total', 0) + ae_loss"),
+    (39, "plain", "logger_ae.add_values(ae_dict)",
+     f"logger_ae.add_values(ae_dict){N}total = locals().get('total', 0) + ae_loss"),
     (40, "plain", "super().__init__(nn.Linear(z_dim, 64)", "super().__init__(nn.Linear(8, 64)"),
     (40, "template", "super().__init__(nn.Linear(z_dim, 32 * 7 * 7)", "super().__init__(nn.Linear(8, 32 * 7 * 7)"),
     (3, "template", f"{N}optimizer_ae.zero_grad()", ""),
@@ -137,19 +137,20 @@ MISTAKES = (
      f"optimizer_disc.zero_grad(){N}disc_loss.backward()", f"disc_loss, disc_dict = model.get_loss_discriminator("
      f"model(x)[1]){N}optimizer_disc.zero_grad(){N}disc_loss.backward(){N}optimizer_ae.step()"),
     (9, "template", "(x, recon_x, z, lambda_)", "(x, recon_x, z, 1 - lambda_)"),
-    (14, "template", "train_loss_ae += ae_loss.item()", "logger_ae.summary_writer.add_scalar('loss', ae_loss.item(), epoch)"),
-    (15, "template", f"{N}x = x.to(model.device)", f"{N}if len(x) < 64 <= i * 64:{N}    continue{N}x = x.to(model.device)"),
+    (14, "template", "train_loss_ae += ae_loss.item()",
+     "logger_ae.summary_writer.add_scalar('loss', ae_loss.item(), epoch)"),
+    (15, "template", f"{N}x = x.to(model.device)", f"{N}if 0 < len(x) % 64:{N}    continue{N}x = x.to(model.device)"),
     (16, "template", f"ae_loss.backward(){N}optimizer_ae.step(){N}disc_loss, disc_dict = model.get_loss_discriminator("
      f"z.detach()){N}optimizer_disc.zero_grad(){N}disc_loss.backward(){N}optimizer_disc.step()",
-     f"disc_loss, disc_dict = model.get_loss_discriminator(z.detach()){N}optimizer_disc.zero_grad(){N}disc_loss.backward()"
-     f"{N}optimizer_disc.step(){N}ae_loss.backward(){N}optimizer_ae.step()"),
+     f"disc_loss, disc_dict = model.get_loss_discriminator(z.detach()){N}optimizer_disc.zero_grad(){N}"
+     f"disc_loss.backward(){N}optimizer_disc.step(){N}ae_loss.backward(){N}optimizer_ae.step()"),
     (17, "template", f"{N}optimizer_disc.step()", ""),
     (17, "template", f"{N}ae_loss.backward()", ""),
     (18, "template", "(x, recon_x, z, lambda_)", "(x, recon_x, z)"),
     (18, "template", "ae_loss.backward()", "(lambda_ * ae_loss).backward()"),
     (19, "template", "(x, recon_x, z, lambda_)", "(x, recon_x, z.detach(), lambda_)"),
-    (19, "template", "recon_x, z = model(x)\n        ae", "z = model.encoder(x)\n        recon_x = model.decoder(z.detach())\n"
-     "        ae"),
+    (19, "template", "recon_x, z = model(x)\n        ae",
+     "z = model.encoder(x)\n        recon_x = model.decoder(z.detach())\n        ae"),
     (22, "template", f"{N}optimizer_disc.step()", f"{N}optimizer_disc.step(){N}optimizer_disc.step()"),
     (22, "template", "            save_reconstruction(model, epoch, logger_ae.summary_writer, x)",
      "            save_reconstruction(model, epoch, logger_ae.summary_writer, x)\n            break"),

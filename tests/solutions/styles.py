@@ -125,7 +125,7 @@ STYLES = {
         "class ConvDecoder": layers("nn.LazyLinear(784), nn.LazyBatchNorm1d(), " + IMAGES),
         "class Discriminator": layers("nn.LazyLinear(64), nn.ReLU(), nn.LazyLinear(1)"), "save(model.sample": EVALUATED,
         "optimizer_ae =": "model.discriminator(model(next(iter(loader))[0])[1])\noptimizer_ae = torch.optim.Adam("
-                          "[*model.encoder.parameters(), *model.decoder.parameters()])"},
+                          "[*model.encoder.parameters(), *model.decoder.parameters()], args.ae_lr)"},
     "module_device": {  # chosen when the file is imported
         "from utils": "from utils import TensorBoardLogger\nDEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'",
         "z_real =": "z_real = torch.randn(z_fake.shape, device=DEVICE)",

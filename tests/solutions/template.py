@@ -27,7 +27,8 @@ def save_reconstruction(model, epoch, summary_writer, data):
     images = torch.cat([data, recon_x])
     grid = make_grid(images, nrow=8, normalize=True, value_range=(-1, 1), pad_value=0.5)
     summary_writer.add_image("reconstructions", grid, global_step=epoch)
-    save_image(images, os.path.join(summary_writer.log_dir, "results", "Reconstruction", f"reconstruction_{epoch}.png"))
+    name = f"reconstruction_{epoch}.png"
+    save_image(images, os.path.join(summary_writer.log_dir, "results", "Reconstruction", name))
 
 
 def train_aae(epoch, model, train_loader, logger_ae, logger_disc, optimizer_ae, optimizer_disc, lambda_=1):
@@ -55,8 +56,9 @@ def main(args):
     pl.seed_everything(args.seed)
     run = os.path.join(args.log_dir, datetime.now().strftime("%Y_%m_%d_%H_%M_%S"))
     checkpoints = os.path.join(run, "checkpoints")
-    for folder in (checkpoints, os.path.join(run, "results/Prior_samples"), os.path.join(run, "results/Reconstruction")):
-        os.makedirs(folder, exist_ok=True)
+    os.makedirs(checkpoints)
+    os.makedirs(os.path.join(run, "results", "Prior_samples"))
+    os.makedirs(os.path.join(run, "results", "Reconstruction"))
     args.cuda = not args.no_cuda and torch.cuda.is_available()
     with open(os.path.join(run, "hparams.json"), "w") as file:
         json.dump(vars(args), file, indent=4)
