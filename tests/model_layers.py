@@ -26,6 +26,12 @@ class Layers(ModelGroup):
                  lambda count: torch.randn(count, 8, dtype=self.code_type)) for part in PARTS]
 
 
+    def test_decoder_stays_in_range(self):
+        _, (_, decoder, codes), _ = self.networks()
+        largest = decoder(50 * codes(5)).detach().abs().max()
+        self.check(largest <= 1, f"the decoder's pixels reach {largest:.3g}: end it in tanh, and change nothing after "
+                                 "it, so that they stay in [-1, 1]")
+
     def check_reach(self, which, value, words):
         """Check that over weights and inputs of several sizes, outputs get below -value and above value."""
         low = high = 0.0
@@ -72,7 +78,8 @@ class Layers(ModelGroup):
                 network(torch.cat([given, -given]))
                 bare = [torch.equal(one.flatten(), other.flatten()) and one.min() < -0.1 and one.max() > 0.1  # no ReLU
                         for (_, _, one), (_, other, _) in itertools.pairwise(calls)]
-                self.check(not bare or not enough(bare), f"Mistake 10: the {part.lower()} has no activation between "
+                several = len([layer for layer, *_ in calls if not isinstance(layer, nn.BatchNorm2d)]) > 1
+                self.check(not several or not enough(bare), f"Mistake 10: the {part.lower()} has no activation between "
                                                          f"two {layers} in a row: put one there")
 
     def test_35_images_of_a_batch_stay_apart(self):
