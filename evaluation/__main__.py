@@ -72,9 +72,7 @@ def format_table(figures):
         row("codes against the prior", "test codes", "training codes", "prior samples"),
         *(row(title, *(f"{min(codes[key]):.2f} to {max(codes[key]):.2f}" for codes in code_sets))
           for title, key in (("  mean per dimension", "mean"), ("  standard deviation", "std"))),
-        row("  squared Frechet distance", *(f"{codes['frechet']:.4f}" for codes in code_sets)),
         row("  Kolmogorov-Smirnov distance", *(f"{codes['ks']:.4f}" for codes in code_sets)),
-        row("  classifier two-sample accuracy", *(f"{codes['two_sample_accuracy']:.3f}" for codes in code_sets)),
         "",
         row("", "", "reconstructed"),
         row("digit classifier's features", "samples", "training images", "training images", "test images"),

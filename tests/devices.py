@@ -89,7 +89,7 @@ def refuse_mixtures(operation, args, tensors):
 class Devices(TrainGroup):
     """No operation mixes devices, and the CPU reads nothing from the device between two reads of the losses."""
 
-    needs = (*TrainGroup.needs, "evaluation.measures", "evaluation.metrics", "evaluation.pictures")
+    needs = (*TrainGroup.needs, "evaluation.measures", "evaluation.pictures")
 
     @contextlib.contextmanager
     def cuda(self):
@@ -140,8 +140,7 @@ class Devices(TrainGroup):
     def test_evaluation(self):
         images, labels = self.mnist.load_digits(train=False)
         weights = torch.load(HERE / "assets" / "autoencoder.pt", weights_only=True)
-        with self.cuda(), mock.patch.object(self.measures, "SAMPLES", 300), \
-                mock.patch.object(self.metrics, "STEPS", 10):
+        with self.cuda(), mock.patch.object(self.measures, "SAMPLES", 300):
             model, flat = self.models.AdversarialAE(), self.models.AdversarialAE(z_dim=2)
             model.load_state_dict(weights, strict=False)
             self.measures.evaluate(model.to(CUDA), images, images, labels)

@@ -24,7 +24,6 @@ class Evaluation(TrainGroup):
     def setUp(self):
         super().setUp()
         self.enterContext(mock.patch.object(self.measures, "SAMPLES", 300))
-        self.enterContext(mock.patch.object(self.metrics, "STEPS", 60))
 
     def a_run(self, **settings):
         """Return a run's folder with the weights of a new model, and the path of the weights."""
@@ -70,8 +69,6 @@ class Evaluation(TrainGroup):
         assert_close(match["ks"], self.monitoring.ks_distance(codes))
         assert_close([*match["std"], *seen_match["mean"]], [*codes.std(0).tolist(), *seen_codes.mean(0).tolist()])
         self.check_close(prior_match["ks"], 0.8687 / math.sqrt(299), "this is no sample of the prior", 0.03)
-        for codes_match, low, high in ((match, 0.8, 1), (seen_match, 0.8, 1), (prior_match, 0.4, 0.6)):
-            self.assertTrue(low <= codes_match["two_sample_accuracy"] <= high, codes_match)
         likelihood = metrics["log_likelihood"]["training_images"]
         self.assertTrue(0.06 < likelihood["sigma"] < 0.15, likelihood)  # twice as much for images in [-1, 1]
         distances = self.metrics.squared_distances((seen + 1) / 2, (images + 1) / 2)
@@ -82,7 +79,7 @@ class Evaluation(TrainGroup):
         quality = self.measures.classifier_quality({"test_images": images, "seen": seen_recon_x})["seen"]
         assert_close(metrics["digit_classifier"]["training_reconstructions"], quality)
         sizes = {"samples.png": (484, 484), "nearest.png": (484, 124), "manifold.png": (1204, 1204),
-                 "reconstructions.png": (604, 484), "interpolations.png": (724, 604), "codes.png": (910, 800)}
+                 "reconstructions.png": (604, 484), "interpolations.png": (724, 604)}
         pictures = {file.name: read_png(file) for file in run.glob("evaluation/*.png")}
         self.assertEqual({name: picture.shape[::-1] for name, picture in pictures.items()}, sizes)
         column = pictures["reconstructions.png"][4:120:2, 4 + 3 * 60:60 * 4:2]  # enlarged by a factor of two
