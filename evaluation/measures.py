@@ -52,10 +52,9 @@ def split_training_images(images):
 
 
 def draw_samples(model, count, seed):
-    """Return `count` samples of a model; equal seeds give equal ones. The random states are restored."""
-    with evaluation_mode(model):
-        torch.manual_seed(seed)
-        return torch.cat([model.sample(min(BATCH, count - done)) for done in range(0, count, BATCH)])
+    """Return `count` samples of a model; equal seeds give equal ones. Call it within `evaluation_mode`."""
+    torch.manual_seed(seed)
+    return torch.cat([model.sample(min(BATCH, count - done)) for done in range(0, count, BATCH)])
 
 
 def reconstruction_errors(reconstructions, images, labels):

@@ -14,17 +14,13 @@ def frechet(features_a, features_b):
     """Return the squared Frechet distance between Gaussians fitted to features [N, d] and [M, d]."""
     # |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017, arXiv:1706.08500, equation 6). The last trace is
     # the sum of the singular values of S1^(1/2) S2^(1/2), which is exact for singular covariances too.
-    (mean_a, covariance_a), (mean_b, covariance_b) = moments(features_a), moments(features_b)
+    a, b = features_a.double(), features_b.double()
+    covariances = a.T.cov(), b.T.cov()
     roots = [vectors * values.clamp(min=0).sqrt() @ vectors.T  # eigenvalues are below 0 by rounding alone
-             for values, vectors in map(torch.linalg.eigh, (covariance_a, covariance_b))]
+             for values, vectors in map(torch.linalg.eigh, covariances)]
     overlap = torch.linalg.svdvals(roots[0] @ roots[1]).sum()
-    return ((mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * overlap).item()
-
-
-def moments(values):
-    """Return the mean [d] and the unbiased covariance [d, d] of values [N, d], in float64; N is at least 2."""
-    values = values.double()
-    return values.mean(0), torch.atleast_2d(values.T.cov())  # cov returns a number for one dimension
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    return (means + covariances[0].trace() + covariances[1].trace() - 2 * overlap).item()
 
 
 def choose_sigma(samples, images, low=0.01, high=10.0):

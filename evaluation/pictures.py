@@ -14,13 +14,14 @@ from training.model import evaluation_mode
 def draw_pictures(model, train_images, test_images, test_labels, seed=0):
     """Return the pictures of a model as a dict of file names to PIL images."""
     with evaluation_mode(model):
-        torch.manual_seed(seed)
         samples = draw_samples(model, 64, seed)
-        shown = test_images[first_of_each_label(test_labels)].to(model.device)
+        torch.manual_seed(seed)
+        first = torch.stack([(test_labels == label).nonzero()[:4, 0] for label in range(10)], 1)
+        shown = test_images[first].to(model.device)  # [4, 10, 1, 28, 28]: four of each label
         reconstructed = torch.cat([images for row in shown for images in (row, model(row)[0])])
         pictures = {"samples.png": grid(samples, 8),
                     "nearest.png": grid(torch.cat([samples[:8], nearest(samples[:8], train_images)]), 8),
-                    "reconstructions.png": grid(reconstructed, shown.shape[1]),
+                    "reconstructions.png": grid(reconstructed, 10),
                     "interpolations.png": draw_interpolations(model, shown[0])}
         if model.z_dim == 2:
             pictures["manifold.png"] = draw_manifold(model)
@@ -36,12 +37,6 @@ def nearest(samples, train_images):
     """Return for each sample the training image with the smallest squared distance."""
     distances = torch.cat(list(squared_distances(samples, train_images)))
     return train_images[distances.argmin(0).to(train_images.device)].to(samples)
-
-
-def first_of_each_label(labels, count=4):
-    """Return the indices [count, L] of the first images of each of L labels; if there are too few, repeat the last."""
-    indices = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
-    return torch.stack([found[torch.arange(count).clamp(max=len(found) - 1)] for found in indices], 1)
 
 
 def draw_interpolations(model, images, steps=10):

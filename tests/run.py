@@ -47,7 +47,7 @@ class WholeRun(TrainGroup):
         expected |= dict.fromkeys(("reconstructions", "test/recon_loss", "test/ks_distance"), [0, 1, 5])
         expected |= {"samples": [*range(6)], "final/test_recon_loss": [5], "final/test_ks_distance": [5]}
         self.assertEqual({tag: steps[tag] for tag in expected}, expected)
-        histograms = [(event.step, event.histogram_value.num) for event in events.Histograms("codes/1")]
+        histograms = [(event.step, event.histogram_value.num) for event in events.Histograms("test_codes/1")]
         self.assertEqual(histograms, [(1, 299), (5, 299)])
         content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
         logged = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams

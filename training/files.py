@@ -95,12 +95,17 @@ def serialize(value):
     return content.getvalue()
 
 
-def load_checked(path, advice="name another file"):
-    """Return what torch.save wrote into a file, on the CPU; raise CheckpointError if it is missing or damaged."""
+def load_checked(path, advice="name another file", content=None):
+    """Return what torch.save wrote into a file, on the CPU; raise CheckpointError if it is missing or damaged.
+
+    `content` has the file's bytes if they have been read already.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:  # the format of torch.save; torch.load ignores checksums
+        stream = io.BytesIO(Path(path).read_bytes() if content is None else content)
+        with zipfile.ZipFile(stream) as archive:  # the format of torch.save; torch.load ignores checksums
             if not archive.testzip():
-                return torch.load(path, map_location="cpu", weights_only=True)
+                stream.seek(0)
+                return torch.load(stream, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; {advice}") from None
     except Exception as error:  # both readers raise many kinds of errors for invalid files
