@@ -29,7 +29,7 @@ from utils import TensorBoardLogger
 
 SAMPLE_SEED = 0
 MAX_GRAD_NORM = 1.0  # gradient clipping of the discriminator; see docs/EXPERIMENTS.md
-BASE = ["--networks", "base", "--drop_after", "0", "--d_momentum", "0", "--averaging", "0"]  # --base
+BASE = {"networks": "base", "drop_after": 0, "d_momentum": 0.0, "averaging": 0.0}  # --base
 EXAMPLES = """examples:
   python train.py --epochs 5                      short run
   python train.py --base --epochs 20              the networks and training that the assignment suggests
@@ -52,8 +52,9 @@ def make_parser():
         help="encoder and decoder; base: as the assignment suggests them")
 
     add = parser.add_argument_group("training").add_argument
-    add("--base", action="store_true", help=f"preset of the assignment's suggestions, short for {' '.join(BASE)}; "
-                                            "flags given explicitly take precedence")
+    preset = " ".join(f"--{name} {value}" for name, value in BASE.items())
+    add("--base", action="store_true",
+        help=f"preset of the assignment's suggestions, short for {preset}; flags given explicitly take precedence")
     add("--epochs", type=number(int, 1), default=100, metavar="N", help="passes over the training set")
     add("--batch_size", type=number(int, 1), default=64, metavar="N", help="images per training step")
     add("--lambda_", type=number(float, 0, 1), default=0.995, metavar="X",
@@ -94,32 +95,13 @@ def make_parser():
     return parser
 
 
+DEFAULTS = vars(make_parser().parse_args([]))
+
+
 def parse_args(argv=None):
-    """Return the flags as a Namespace; its `defaulted` has the values of those not given. --base is spelled out.
-
-    For an invalid flag, print one sentence and exit with status 2.
-    """
-    parser, argv = make_parser(), list(sys.argv[1:] if argv is None else argv)
-    if "--base" in argv:  # a flag's value never starts with --
-        argv = [*BASE, *argv]  # of a flag given twice, the later value counts
-    defaults = vars(parser.parse_args([]))
-    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))  # None: not given
-    del defaults["base"], given["base"]
-    defaulted = {name: value for name, value in defaults.items() if given[name] is None}
-    return argparse.Namespace(**{**given, **defaulted}, defaulted=defaulted)
-
-
-def with_defaults(args):
-    """Return a Namespace of all flags: those missing from `args` get their defaults; `defaulted` has these alone.
-
-    What differs from what parse_args has filled in was given.
-    """
-    before = getattr(args, "defaulted", {})
-    given = {name: value for name, value in vars(args).items()
-             if name not in ("base", "defaulted") and not (name in before and value == before[name])}
-    flags = vars(parse_args(["--base"] if getattr(args, "base", False) else []))
-    flags["defaulted"] = {name: value for name, value in flags["defaulted"].items() if name not in given}
-    return argparse.Namespace(**{**flags, **given})
+    """Return a Namespace of the flags that are given alone; for an invalid flag, print one sentence and exit."""
+    flags = make_parser().parse_args(argv, argparse.Namespace(**dict.fromkeys(DEFAULTS)))
+    return argparse.Namespace(**{name: value for name, value in vars(flags).items() if value is not None})
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
@@ -238,7 +220,7 @@ def main(args):
 
     Raises UserError or mnist.DataError for errors that the user can fix. KeyboardInterrupt says how to resume the run.
     """
-    args, saved = resolve(with_defaults(args))  # a new run, or with --resume the flags and the state of a stopped one
+    args, saved = resolve(args, DEFAULTS, BASE)  # with --resume, the flags and the state of a stopped run
     torch.manual_seed(args.seed)
     device = setup_device(args.no_cuda, args.precision, args.deterministic)
     data = load_data(args, device, saved["settings"] if saved else None)

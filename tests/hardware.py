@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+from argparse import Namespace
 from unittest import mock
 
 import torch
@@ -120,7 +121,7 @@ class Cuda(TrainGroup):
 
     def steps(self, *flags, before=lambda *optimizers: None):
         """Return the losses of 40 steps with two batch sizes and the weights after them, and how many were recorded."""
-        args, values = self.train.parse_args(flags), []
+        args, values = Namespace(**self.train.DEFAULTS), []
         model, *optimizers = self.parts("--deterministic", *flags)
         torch.manual_seed(0)
         before(*optimizers)

@@ -37,7 +37,7 @@ class ResumeGroup(TrainGroup):
 
     def resume(self, run, *flags):
         with self.few_digits:
-            return self.run_cli("--resume", run, *flags)
+            return self.run_cli("--resume", run, *self.no_cuda, *flags)
 
     def assert_resumed(self, run, *flags):
         """Resume a run to its end; return standard output and error."""
@@ -91,7 +91,7 @@ class Resume(ResumeGroup):
             with mock.patch.object(self.train, "train_aae", train_aae):
                 run, err = self.interrupted_run(steps, "--checkpoint_every", every, *flags)
                 self.assertEqual(err, f"\ninterrupted; epoch {saved} is saved; resume the run with: python "
-                                      f"{os.path.relpath(HERE / 'train.py')} --resume {run}\n")
+                                      f"{os.path.relpath(HERE / 'train.py')} --resume {run} --no-cuda\n")
                 self.assert_resumed(run)
             self.assert_same_contents(run, self.finished_run(*flags))
         self.assert_resumed(run)  # with nothing left to do

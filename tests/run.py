@@ -20,7 +20,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from tests.common import TrainGroup, read_events, read_png
 from training import files
-from training.run import resumed_args
+from training import run as runs
 from unittests import HERE
 
 __unittest = True
@@ -169,7 +169,7 @@ class Shell(TrainGroup):
         run, = (home / "\u00dc").iterdir()
         self.assertEqual(lines[2], f"run:    {home}/\\xdc/{run.name}\n")
         self.assertRegex(err, r"\A\ninterrupted; epoch \d+ is saved; resume the run with: python .*train\.py --resume "
-                              rf"'.*/\\xdc/{run.name}'\n\Z")
+                              rf"'.*/\\xdc/{run.name}' --no-cuda\n\Z")
         self.assertEqual(json.loads((run / "hparams.json").read_text())["data_dir"], str(home / "data"))
 
     def test_missing_streams(self):  # as after 2>&- and >&-
@@ -184,7 +184,7 @@ class Flags(TrainGroup):
     def test_defaults_and_help(self):
         expected = {"z_dim": 8, "batch_size": 64, "lambda_": 0.995, "ae_lr": 1e-3, "d_lr": 5e-3, "data_dir": "../data/",
                     "epochs": 100, "seed": 42, "log_dir": "AAE_logs/", "no_cuda": False, "num_workers": 0}
-        self.assertLessEqual(expected.items(), vars(self.train.parse_args([])).items())
+        self.assertLessEqual(expected.items(), self.train.DEFAULTS.items())
         status, out, _ = self.run_cli("--help")
         self.assertEqual(status, 0)
         for action in self.train.make_parser()._actions:
@@ -200,31 +200,27 @@ class Flags(TrainGroup):
                 self.assert_refused(self.run_cli(*flags.split()), 2, "train.py: error: ")
                 self.assertFalse(main.called)
 
-    def test_base_is_short_for_its_four_flags(self):
-        parse, names = self.train.parse_args, ("networks", "drop_after", "d_momentum", "averaging")
-        base, default = vars(parse(["--base"])), vars(parse([]))
-        self.assertEqual(base, vars(parse(self.train.BASE)))
-        self.assertEqual(default.keys() - {"defaulted"} - base["defaulted"].keys(), set(names))
-        later = parse(["--d_momentum", "0.9"])
-        later.base = True
-        for args in (parse(["--base", "--d_momentum", "0.9"]), parse(["--d_momentum", "0.9", "--base"]),
-                     *map(self.train.with_defaults, (later, Namespace(base=True, d_momentum=0.9)))):
-            self.assertEqual([getattr(args, name) for name in names], ["base", 0, 0.9, 0])
-            self.assertNotIn("base", args)
-
-    def test_what_differs_from_what_was_parsed_was_given(self):
-        parse, settings = self.train.parse_args, {"epochs": 4, "lambda_": 1.0, "networks": "residual"}
-        parsed = parse(["--lambda_", "1"])
-        parsed.epochs = 6
-        for args, expected in ((parsed, 6), (Namespace(epochs=100), 100), (parse([]), 4), (parse(["--epochs", "3"]),
-                               "epochs 3 is less than the run's 4"), (parse(["--base"]), "networks base contradicts"),
-                               (Namespace(lambda_=0.995), "lambda_ 0.995 contradicts the run")):  # a default, but given
+    def test_given_flags_come_before_base_before_the_run_before_defaults(self):
+        of_run = {"epochs": 4, "lambda_": 1.0, "networks": "residual", "data_dir": "/there", "no_cuda": True}
+        self.enterContext(mock.patch.multiple(runs, find_run=mock.DEFAULT, load_state=lambda _: {"settings": of_run}))
+        base, default = self.train.BASE, self.train.DEFAULTS
+        for given, expected in (
+                (["--base", "--d_momentum", "0.9"], {**base, "d_momentum": 0.9}),
+                (Namespace(d_momentum=0.9, base=True), {**base, "d_momentum": 0.9}),
+                (["--resume", "x"], {**default, "epochs": 4, "lambda_": 1.0, "resume": "x"}),
+                (["--resume", "x", "--epochs", "5", "--lambda_", "1"], {"epochs": 5, "lambda_": 1.0}),
+                (["--resume", "x", "--epochs", "3"], "epochs 3 is less than the run's 4"),
+                (["--resume", "x", "--base"], "networks base contradicts the run, which has residual"),
+                (["--resume", "x", "--lambda_", "0.995"], "lambda_ 0.995 contradicts the run"),  # given, if a default
+                (Namespace(resume="x", lambda_=0.5), "lambda_ 0.5 contradicts the run")):
+            args = given if isinstance(given, Namespace) else self.train.parse_args(given)
             try:
-                epochs = resumed_args(self.train.with_defaults(args), settings).epochs
+                flags = vars(runs.resolve(args, default, base)[0])
             except self.cli.FlagError as error:
                 self.assertIn(expected, str(error))
             else:
-                self.assertEqual(epochs, expected)
+                expected = {**default, **vars(args), **expected, "data_dir": os.path.abspath("../data/")}
+                self.assertEqual(flags, expected)
 
 
 class BadInput(TrainGroup):

@@ -24,20 +24,26 @@ from training.threads import QUOTA
 
 FORMAT = "adversarial autoencoder, training state 4"
 STATE = "training_state.pt"
-RESUME_OVERRIDES = {"data_dir", "log_dir", "num_workers", "no_cuda", "no_graph", "checkpoint_every", "epochs"}
+OF_THE_MACHINE = {"data_dir", "log_dir", "num_workers", "no_cuda", "no_graph"}  # flags that no run passes on
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
 # What --resume names, and the flags that follow from it --------------------------------------------------------------
 
-def resolve(args):
-    """Return a run's flags and, with --resume, its state, in which "folder" is the run's folder; else None."""
-    saved = None
-    if args.resume is not None:
-        log_dir = os.path.expanduser(args.log_dir)
-        folder = latest_run(log_dir) if args.resume == "latest" else run_folder(os.path.expanduser(args.resume))
+def resolve(args, defaults, base):
+    """Return a run's flags as a Namespace and, with --resume, its state, in which "folder" is its folder; else None.
+
+    The flags given in `args` come before the preset --base, this before a resumed run, and that before the defaults.
+    """
+    given, saved, of_run = vars(args), None, {}
+    if given.get("base"):
+        given = {**base, **given}
+    if given.get("resume") is not None:
+        folder = find_run(given["resume"], given.get("log_dir", defaults["log_dir"]))
         saved = {**load_state(folder), "folder": folder}
-        args = resumed_args(args, saved["settings"])
+        of_run = {name: saved["settings"][name] for name in saved["settings"].keys() & defaults.keys() - OF_THE_MACHINE}
+        refuse_contradictions(given, of_run)
+    args = Namespace(**{**defaults, **of_run, **given})
     args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir))  # hparams.json is read in other folders, too
     args.log_dir = os.path.expanduser(args.log_dir)
     try:
@@ -46,6 +52,13 @@ def resolve(args):
         raise UserError(f"{args.log_dir} has a name that is not UTF-8, which TensorBoard needs; choose another folder "
                         f"with --log_dir") from None
     return args, saved
+
+
+def find_run(resume, log_dir):
+    """Return the folder of the run that --resume names: by its folder or its training state, or as the latest."""
+    if resume == "latest":
+        return latest_run(os.path.expanduser(log_dir))
+    return run_folder(os.path.expanduser(resume))
 
 
 def run_folder(resume):
@@ -76,21 +89,15 @@ def load_state(folder):
     return state
 
 
-def resumed_args(args, settings):
-    """Return a stopped run's flags, those in RESUME_OVERRIDES as given now; raise FlagError if others contradict it.
-
-    Flags that the run's settings lack, because they are newer, are as given or have their defaults.
-    """
-    given = settings.keys() & vars(args).keys() - args.defaulted.keys()
-    for name in sorted(given - RESUME_OVERRIDES):
-        if getattr(args, name) != settings[name]:
-            raise FlagError(f"--{name} {getattr(args, name)} contradicts the run, which has {settings[name]}; omit "
-                            f"the flag, or start a new run")
-    if "epochs" in given and args.epochs < settings["epochs"]:
-        raise FlagError(f"--epochs {args.epochs} is less than the run's {settings['epochs']}; give a larger "
-                        f"number, or omit the flag")
-    kept = vars(args).keys() & settings.keys() - given
-    return Namespace(**{**vars(args), **{name: settings[name] for name in kept}})
+def refuse_contradictions(given, of_run):
+    """Raise FlagError if a flag that is given contradicts a stopped run's; --epochs may be raised."""
+    for name in sorted(given.keys() & of_run.keys() - {"epochs"}):
+        if given[name] != of_run[name]:
+            raise FlagError(f"--{name} {given[name]} contradicts the run, which has {of_run[name]}; omit the flag, or "
+                            f"start a new run")
+    if given.get("epochs", of_run["epochs"]) < of_run["epochs"]:
+        raise FlagError(f"--epochs {given['epochs']} is less than the run's {of_run['epochs']}; give a larger number, "
+                        f"or omit the flag")
 
 
 # The run --------------------------------------------------------------------------------------------------------------
@@ -104,7 +111,7 @@ def open_run(args, saved, data, device, **parts):
     settings = {**vars(args), "trained_on": data.name, "fallback": data.warning, "device": device.type,
                 "device_name": device_name(device), "torch": torch.__version__}
     settings = {name: value for name, value in json.loads(json.dumps(settings, default=str)).items()
-                if name not in ("defaulted", "resume")}
+                if name not in ("base", "resume")}
     folder = saved["folder"] if saved else files.create_run_folder(args.log_dir)
     with files.writing(folder), files.locked(folder):
         if saved and load_state(folder)["run"]["seconds"] != saved["run"]["seconds"]:
@@ -217,7 +224,10 @@ class Run:
         train = TRAIN
         with contextlib.suppress(ValueError, OSError):  # on another drive of Windows; in a folder that was removed
             train = os.path.relpath(TRAIN)
-        command = shell_command("python", str(train), "--resume", str(self.folder))
+        of_the_machine = [f"--{name.replace('_', '-')}" for name in ("no_cuda", "no_graph") if self.settings[name]]
+        if self.settings["trained_on"] == "mnist":
+            of_the_machine += ["--data_dir", self.settings["data_dir"]]
+        command = shell_command("python", str(train), "--resume", str(self.folder), *of_the_machine)
         return f"epoch {self._saved_epoch} is saved; resume the run with: {command}"
 
     def _loggers(self):
