@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.functional import to_pil_image
 
 from evaluation.monitoring import save_measurements, save_summary
@@ -82,7 +81,6 @@ def make_parser():
 
     add = parser.add_argument_group("output").add_argument
     add("--log_dir", default="AAE_logs/", metavar="DIR", help="each run creates its own folder in this one")
-    add("--checkpoint_every", type=number(int, 1), default=1, metavar="N", help="epochs between two checkpoints")
     add("--resume", metavar="RUN",
         help="resume a run: its folder, or `latest` for the one saved last in --log_dir; --epochs may be raised")
 
@@ -234,22 +232,22 @@ def main(args):
                                     betas=(0.5, 0.999), fused=fused, capturable=device.type == "cuda")
     optimizer_disc = torch.optim.SGD(model.discriminator.parameters(), lr=args.d_lr, momentum=args.d_momentum,
                                      fused=fused)
-    with (open_run(args, saved, data, device, model=model, ema=ema, optimizer_ae=optimizer_ae,
-                   optimizer_disc=optimizer_disc, random=RandomState(device)) as run,
-          SummaryWriter(run.folder) as writer):
-        logger_ae = TensorBoardLogger(writer, name="generator")
-        logger_disc = TensorBoardLogger(writer, name="discriminator")
+    with open_run(args, saved, data, device) as run:
+        logger_ae = TensorBoardLogger(run.writer, name="generator")
+        logger_disc = TensorBoardLogger(run.writer, name="discriminator")
+        run.restore(model=model, ema=ema, optimizer_ae=optimizer_ae, optimizer_disc=optimizer_disc,
+                    logger_ae=logger_ae, logger_disc=logger_disc, loader=data.train_loader, random=RandomState(device))
         batches = Batches(data.train_loader, ema, run)
-        for epoch in run.epochs(logger_ae=logger_ae, logger_disc=logger_disc):  # from 0, which is before training
+        for epoch in run.epochs():  # from 0, which is before training
             if epoch > 0:
                 set_learning_rate(optimizer_ae, epoch, args)
                 train_aae(epoch, model, batches, logger_ae, logger_disc, optimizer_ae, optimizer_disc, args.lambda_)
-            generate_and_save(ema.model, epoch, writer)
+            generate_and_save(ema.model, epoch, run.writer)
             if epoch == 1 or epoch % 5 == 0:
-                save_reconstruction(ema.model, epoch, writer, data.fixed_images, count=len(data.fixed_images))
-                save_measurements(ema.model, epoch, writer, data.test_images)
+                save_reconstruction(ema.model, epoch, run.writer, data.fixed_images, count=len(data.fixed_images))
+                save_measurements(ema.model, epoch, run.writer, data.test_images)
             run.end_epoch(epoch)  # prints the losses, saves everything
-        save_summary(ema.model, args.epochs, writer, data, run.settings, run.means)
+        save_summary(ema.model, args.epochs, run.writer, data, run.settings, run.means)
     return run.folder
 
 

@@ -85,26 +85,23 @@ class Resume(ResumeGroup):
 
         base = "--epochs", "2", "--networks", "base", "--posterior", "gaussian", "--precision", "bf16"
         universal = "--epochs", "2", "--posterior", "universal"
-        for steps, every, saved, train_aae, flags in (
-                (1, 1, 0, ours, self.FLAGS), (5, 1, 2, students, self.FLAGS), (6, 2, 2, ours, self.FLAGS),
-                (3, 1, 1, ours, base), (4, 1, 1, ours, universal)):
+        for steps, saved, train_aae, flags in (
+                (1, 0, ours, self.FLAGS), (5, 2, students, self.FLAGS), (3, 1, ours, base), (4, 1, ours, universal)):
             with mock.patch.object(self.train, "train_aae", train_aae):
-                run, err = self.interrupted_run(steps, "--checkpoint_every", every, *flags)
+                run, err = self.interrupted_run(steps, *flags)
                 self.assertEqual(err, f"\ninterrupted; epoch {saved} is saved; resume the run with: python "
-                                      f"{os.path.relpath(HERE / 'train.py')} --resume {run} --no-cuda\n")
+                                      f"{HERE / 'train.py'} --resume {run} --no-cuda\n")
                 self.assert_resumed(run)
             self.assert_same_contents(run, self.finished_run(*flags))
         self.assert_resumed(run)  # with nothing left to do
         self.assert_same_contents(run, self.finished_run(*flags))
 
-    def test_an_interrupt_before_anything_is_saved_or_in_a_folder_that_is_gone(self):
-        gone = FileNotFoundError(2, "No such file or directory")
+    def test_an_interrupt_before_anything_is_saved(self):
         for place, words in (("training.data.one_of_each_label", "\ninterrupted\n"),
-                             ("train.generate_and_save", "\ninterrupted; nothing is saved yet, so start a new run\n"),
-                             ("train.train_aae", f"epoch 0 is saved; resume the run with: python {runs.TRAIN} --res")):
-            with mock.patch(place, side_effect=KeyboardInterrupt), mock.patch("os.path.relpath", side_effect=gone):
+                             ("train.generate_and_save", "\ninterrupted; nothing is saved yet, so start a new run\n")):
+            with mock.patch(place, side_effect=KeyboardInterrupt):
                 status, _, err = self.run_digits("--log_dir", self.folder())
-            self.assertEqual((status, words in err), (130, True), err)
+            self.assertEqual((status, err), (130, words))
 
     def test_the_average_is_shown_measured_and_saved_and_training_uses_the_others(self):
         names = "generate_and_save", "save_reconstruction", "save_measurements", "save_summary"
@@ -183,7 +180,6 @@ class Checkpoint(ResumeGroup):
         for place, stand_in, words in (
                 ("builtins.open", mock.Mock(side_effect=denied), "Permission denied"),  # a run of somebody else
                 ("training.model.AdversarialAE", base, "does not fit models.py"),
-                ("torch.optim.Adam", lambda weights, lr, **_: torch.optim.RMSprop(weights, lr), "RMSprop"),
                 ("torch.optim.Adam.load_state_dict", mock.Mock(side_effect=full), "the GPU does not have enough")):
             with mock.patch(place, stand_in):
                 self.assert_refused(self.resume(run), 1, words)

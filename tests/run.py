@@ -239,7 +239,7 @@ class BadInput(TrainGroup):
 
     def test_log_dir_that_cannot_be_used(self):
         link = self.folder() / "link"
-        cases = [(__file__, "it is a file"), (f"{__file__}/below", "Not a directory"), ("\udcff", "not UTF-8")]
+        cases = [(__file__, "it is a file"), (f"{__file__}/below", "Not a directory")]
         with contextlib.suppress(OSError):  # Windows may not allow links
             link.symlink_to(link.parent / "nowhere" / "below")
             cases.append((link, "a link to nowhere"))

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import io
 import os
-import re
 import time
 import zipfile
 from datetime import datetime
@@ -22,7 +21,7 @@ except ImportError:  # Windows: runs are not locked there
 
 ADVICE = "free disk space, check the permissions, or choose another folder"
 FULL = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EIO", "EROFS", "EFBIG") if hasattr(errno, name)}
-EVENT_FILE = re.compile(r"events\.out\.tfevents\.\d+\..+\.\d+\.\d+")  # of SummaryWriter: time, host, process, number
+OUR_EVENTS = ".aae"  # how the names of a run's event files end; nobody else's are changed
 WEIGHTS = "model_checkpoint.pt"  # a run's weights, for other uses
 
 
@@ -161,13 +160,11 @@ def rewind(folder, events):
             os.truncate(folder / name, size)
 
 
-def event_files(folder):
-    return {file.name for file in folder.glob("events.out.tfevents.*") if EVENT_FILE.fullmatch(file.name)}
-
-
-def sync_event_files(folder, foreign):
-    """Force a run's event files to disk, and return their sizes in bytes by name, without those of `foreign` names."""
-    for name in (names := event_files(folder) - foreign):
-        with open(folder / name, "ab") as file:
+def sync_event_files(folder):
+    """Force a run's event files to disk, and return their sizes in bytes by name."""
+    sizes = {}
+    for path in folder.glob(f"events.out.tfevents.*{OUR_EVENTS}"):
+        with open(path, "ab") as file:
             os.fsync(file.fileno())
-    return {name: os.path.getsize(folder / name) for name in names}
+        sizes[path.name] = os.path.getsize(path)
+    return sizes
