@@ -216,7 +216,7 @@ class Batches:
 def main(args):
     """Train as the flags specify and return the run's folder. Flags missing from `args` get their defaults.
 
-    Raises UserError or mnist.DataError for errors that the user can fix. KeyboardInterrupt says how to resume the run.
+    Raises UserError or mnist.DataError for errors that the user can fix; other errors note how to resume the run.
     """
     args, saved = resolve(args, DEFAULTS, BASE)  # with --resume, the flags and the state of a stopped run
     torch.manual_seed(args.seed)
@@ -253,7 +253,7 @@ def main(args):
 
 def cli(argv=None):
     """Run `main` from the command line and return the exit status; report user errors in one sentence."""
-    return run_program("train.py", main, parse_args, argv, "end other programs, try a smaller --batch_size or --z_dim")
+    return run_program("train.py", main, parse_args, argv)
 
 
 if __name__ == "__main__":

@@ -113,4 +113,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("python -m benchmarks.ablation", main, parse_args, None, "end other programs"))
+    sys.exit(run_program("python -m benchmarks.ablation", main, parse_args, None))

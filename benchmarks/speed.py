@@ -180,4 +180,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("python -m benchmarks.speed", main, parse_args, None, "end other programs"))
+    sys.exit(run_program("python -m benchmarks.speed", main, parse_args, None))

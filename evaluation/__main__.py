@@ -51,9 +51,8 @@ def main(args):
             write_atomically(folder / name, png_bytes(picture))
         write_atomically(folder / "metrics.json", (json.dumps(figures, indent=2) + "\n").encode())
     except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}; choose another folder with --output") from None
-    except UserError as error:
-        raise UserError(f"{error} with --output") from None
+        raise UserError(f"{error.filename} cannot be written: {error.strerror}; choose another folder with "
+                        f"--output") from None
     print_line(f"see: {folder}")
 
 
@@ -111,4 +110,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("python -m evaluation", main, parse_args, None, "end other programs"))
+    sys.exit(run_program("python -m evaluation", main, parse_args, None))

@@ -31,7 +31,7 @@ def load_classifier(device="cpu"):
     classifier = digit_classifier()
     try:
         classifier.load_state_dict(load_checked(CLASSIFIER))
-    except (RuntimeError, TypeError):
+    except (OSError, RuntimeError, TypeError):
         fault = "is damaged, or from another version" if CLASSIFIER.is_file() else "is missing"
         raise UserError(f"{CLASSIFIER} {fault}; restore it: git checkout -- assets/{CLASSIFIER.name}") from None
     return classifier.to(device).eval()

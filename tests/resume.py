@@ -125,7 +125,7 @@ class Resume(ResumeGroup):
 
         with mock.patch("os.fsync", full):
             result = self.run_digits("--log_dir", log_dir, "--epochs", 2, "--drop_after", 1)
-        self.assert_refused(result, 1, "training_state.pt", "No space left")
+        self.assert_refused(result, 1, "training_state.pt: No space left", "epoch 1 is saved; resume the run with:")
         run, = log_dir.iterdir()
         (run / "checkpoints" / "training_state.pt.tmp").write_bytes(b"half")  # as if it had been killed
         self.assertEqual(runs.load_state(run)["run"]["epoch"], 1)
@@ -180,7 +180,7 @@ class Checkpoint(ResumeGroup):
         for place, stand_in, words in (
                 ("builtins.open", mock.Mock(side_effect=denied), "Permission denied"),  # a run of somebody else
                 ("training.model.AdversarialAE", base, "does not fit models.py"),
-                ("torch.optim.Adam.load_state_dict", mock.Mock(side_effect=full), "the GPU does not have enough")):
+                ("torch.optim.Adam.load_state_dict", mock.Mock(side_effect=full), "lacks memory: CUDA out of memory.")):
             with mock.patch(place, stand_in):
                 self.assert_refused(self.resume(run), 1, words)
         self.assert_same_contents(run, self.finished_run("--epochs", "1"))

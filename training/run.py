@@ -18,9 +18,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from training import files
-from training.cli import FlagError, UserError, memory_problem, print_line, shell_command, warn
+from training.cli import FlagError, UserError, print_line, shell_command, warn
 from training.device import device_name, unused_gpu_warning
-from training.files import CheckpointError, write_atomically
+from training.files import write_atomically
 from training.threads import QUOTA
 
 FORMAT = "adversarial autoencoder, training state 5"
@@ -62,25 +62,25 @@ def run_folder(resume):
     path = Path(resume)
     folder = Path(os.path.abspath(path)).parents[1] if path.name == STATE and os.path.isfile(path) else path
     if not os.path.exists(folder / "checkpoints" / STATE):
-        raise CheckpointError(f"{path} cannot be resumed: it has no checkpoints/{STATE}; name a run's folder, or start "
+        raise UserError(f"{path} cannot be resumed: it has no checkpoints/{STATE}; name a run's folder, or start "
                               f"a new run")
     return folder
 
 
 def latest_run(log_dir):
-    """Return the folder of the run in `log_dir` that was saved last; raise CheckpointError if there is none."""
+    """Return the folder of the run in `log_dir` that was saved last; raise UserError if there is none."""
     states = list(Path(log_dir).glob(f"*/checkpoints/{STATE}"))
     if not states:
-        raise CheckpointError(f"{log_dir} has no run to resume; name the run's folder, or set --log_dir")
+        raise UserError(f"{log_dir} has no run to resume; name the run's folder, or set --log_dir")
     return max(states, key=lambda state: state.stat().st_mtime).parents[1]
 
 
 def load_state(folder):
-    """Return the training state of a run; raise CheckpointError if it is damaged or of another version."""
+    """Return the training state of a run; raise UserError if it is damaged or of another version."""
     path = Path(folder) / "checkpoints" / STATE
     state = files.load_checked(path, "start a new run")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a training state of this version of the program; finish the run with the "
+        raise UserError(f"{path} is not a training state of this version of the program; finish the run with the "
                               f"commit that made it, or start a new run")
     return state
 
@@ -106,16 +106,18 @@ def open_run(args, saved, data, device):
     settings = {name: value for name, value in json.loads(json.dumps(settings, default=str)).items()
                 if name not in ("base", "resume")}
     folder = saved["folder"] if saved else files.create_run_folder(args.log_dir)
-    with files.writing(folder), files.locked(folder):
+    with files.locked(folder):
         if saved and load_state(folder)["run"]["seconds"] != saved["run"]["seconds"]:
-            raise CheckpointError(f"{folder} was trained further by another process; start the command again")
+            raise UserError(f"{folder} was trained further by another process; start the command again")
         with SummaryWriter(folder, filename_suffix=files.OUR_EVENTS) as writer:
             run = Run(folder, settings, saved, writer)
             run.print_start(len(data.train_loader.dataset))
             try:
                 yield run
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt(f"interrupted; {run.resume_hint()}") from None
+            except (KeyboardInterrupt, Exception) as error:
+                if not isinstance(error, UserError):  # whose sentence says what to do
+                    error.add_note(run.resume_hint())
+                raise
         run.print_end()
 
 
@@ -151,15 +153,15 @@ class Run:
             self._save()  # settings may be new, and the weights file older than the state
 
     def _load(self):
-        """Load the saved state of all parts; raise CheckpointError if it does not fit."""
+        """Load the saved state of all parts; raise UserError if it does not fit."""
         try:
             for name, part in self._parts.items():
                 load = load_optimizer if isinstance(part, torch.optim.Optimizer) else type(part).load_state_dict
                 load(part, self._saved[name])
         except (RuntimeError, ValueError, KeyError) as error:
-            if memory_problem(error):
+            if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise CheckpointError(
+            raise UserError(
                 f"{self.folder} cannot be resumed: the checkpoint does not fit models.py or train.py, which may have "
                 f"changed since: {' '.join(str(error).split())[:200]}") from None
         for name in ("device", "device_name", "torch"):
