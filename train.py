@@ -22,7 +22,7 @@ from training.cuda_graph import captured
 from training.data import load_data
 from training.device import RandomState, default_torch_state, setup_device
 from training.files import image_grid, png_bytes, write_atomically
-from training.model import EMA, build_model, compute_in_bf16, evaluation_mode
+from training.model import EMA, build_model, evaluation_mode
 from training.run import open_run, resolve
 from utils import TensorBoardLogger
 
@@ -87,8 +87,8 @@ def make_parser():
     add = parser.add_argument_group("hardware").add_argument
     add("--no-cuda", action="store_true", help="do not use CUDA, even if it is available")
     add("--no-graph", action="store_true", help="on CUDA, run each step eagerly instead of replaying a CUDA graph")
-    add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
-        help="arithmetic precision; tf32 and bf16 are less exact, and rejected on hardware without units for them")
+    add("--precision", choices=("fp32", "bf16"), default="fp32",
+        help="arithmetic precision; bf16 is less exact, and rejected on hardware without units for it")
     add("--deterministic", action="store_true", help="use only deterministic kernels on CUDA")
     return parser
 
@@ -224,8 +224,6 @@ def main(args):
     data = load_data(args, device, saved["settings"] if saved else None)
     model = build_model(args, device)
     ema = EMA(model, args.averaging)  # the averaged weights are shown, evaluated and saved
-    if args.precision == "bf16":  # after the copy in EMA, which stays in float32
-        compute_in_bf16(model)
 
     fused = device.type in ("cpu", "cuda")  # one call for all weights; untested on other devices
     optimizer_ae = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()], lr=args.ae_lr,
@@ -241,7 +239,8 @@ def main(args):
         for epoch in run.epochs():  # from 0, which is before training
             if epoch > 0:
                 set_learning_rate(optimizer_ae, epoch, args)
-                train_aae(epoch, model, batches, logger_ae, logger_disc, optimizer_ae, optimizer_disc, args.lambda_)
+                with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16", cache_enabled=False):
+                    train_aae(epoch, model, batches, logger_ae, logger_disc, optimizer_ae, optimizer_disc, args.lambda_)
             generate_and_save(ema.model, epoch, run.writer)
             if epoch == 1 or epoch % 5 == 0:
                 save_reconstruction(ema.model, epoch, run.writer, data.fixed_images, count=len(data.fixed_images))

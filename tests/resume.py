@@ -59,7 +59,7 @@ class Resume(ResumeGroup):
     def setUp(self):  # means of 3 steps are logged, so that windows cross the ends of epochs
         super().setUp()
         self.enterContext(mock.patch.object(self.train.TensorBoardLogger.__init__, "__defaults__", (3, None)))
-        self.enterContext(mock.patch("training.device.set_precision"))  # bf16 on every CPU
+        self.enterContext(mock.patch("training.device.check_bf16"))  # rejects it on most CPUs
 
     def interrupted_run(self, steps, *flags):
         """Train until Ctrl-C is pressed after a number of steps; return the run's folder and standard error."""
