@@ -107,10 +107,10 @@ def parse_args(argv=None):
     parser = OneLineParser("python -m benchmarks.ablation", "Measure the effect of each change to the base.")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
                         help=f"variants: {'; '.join(VARIANTS)}")
-    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="bf16", help="see train.py")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="see train.py")
     parser.add_argument("--data_dir", default=str(PROJECT.parent / "data"), help="MNIST's folder")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("python -m benchmarks.ablation", main, parse_args, None, "end other programs"))
+    sys.exit(run_program("python -m benchmarks.ablation", main, parse_args, None))

@@ -19,8 +19,8 @@ from benchmarks import pictures, report
 from benchmarks.report import FIGURES, PROJECT
 from benchmarks.tables import BASE, SEEDS, STAGES, figures_of, read_figures
 from evaluation.model_files import load_images, load_run
-from training.cli import OneLineParser, run_program
-from training.files import WEIGHTS, CheckpointError, load_checked, serialize, write_atomically
+from training.cli import OneLineParser, UserError, run_program
+from training.files import WEIGHTS, load_checked, serialize, write_atomically
 from training.run import load_state
 
 RUNS = {  # name: flags of train.py
@@ -64,17 +64,17 @@ def last_run(folder):
 
 
 def check_code(folder, name):
-    """Note the commit and the flags in a run's folder; raise CheckpointError if others have begun it."""
+    """Note the commit and the flags in a run's folder; raise UserError if others have begun it."""
     git = functools.partial(subprocess.run, cwd=PROJECT, stdout=subprocess.PIPE, text=True, check=True)
     if git(["git", "status", "--porcelain", "--", *CODE]).stdout:
-        raise CheckpointError(f"{PROJECT} has changes; commit them, so that results.json can name the runs' code")
+        raise UserError(f"{PROJECT} has changes; commit them, so that results.json can name the runs' code")
     commit = git(["git", "log", "-1", "--format=%H", "--", *CODE]).stdout.strip()
     file, begun = folder / "code.json", {"commit": commit, "flags": " ".join(RUNS[name])}
     if not folder.exists():
         folder.mkdir(parents=True)
         write_atomically(file, json.dumps(begun).encode())
     elif json.loads(file.read_text()) != begun:
-        raise CheckpointError(f"the run in {folder} was begun by {file.read_text()}; check that commit out, or name "
+        raise UserError(f"the run in {folder} was begun by {file.read_text()}; check that commit out, or name "
                               f"another folder with --runs")
 
 
@@ -158,4 +158,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("python -m benchmarks.results", main, parse_args, None, "end other programs"))
+    sys.exit(run_program("python -m benchmarks.results", main, parse_args, None))

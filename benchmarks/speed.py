@@ -27,12 +27,12 @@ import torch
 from benchmarks import tables
 from mnist import mnist
 from training.cli import OneLineParser, UserError, number, print_line, run_program
-from training.device import device_name, set_precision
+from training.device import device_name
 from training.threads import usable_cpus
 
 PROJECT = Path(__file__).resolve().parent.parent
 WAYS = ("default", "--precision bf16", "--base")  # train.py with these flags
-CUDA_WAYS = ("--precision tf32", "--no-graph", "--deterministic")
+CUDA_WAYS = ("--no-graph", "--deterministic")
 UNSUPPORTED = 2  # status of a process where the hardware has no units for the precision
 
 
@@ -85,7 +85,6 @@ def plain_loop(args, take_turns):
     from models import AdversarialAE
 
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
-    set_precision("fp32", device)  # torch's default for convolutions on a GPU is tf32
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
     images = torch.utils.data.Subset(datasets.MNIST(args.data_dir, transform=transform), range(args.steps * 64))
     workers = int(re.search(r"\d+", args.way)[0])
@@ -180,4 +179,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("python -m benchmarks.speed", main, parse_args, None, "end other programs"))
+    sys.exit(run_program("python -m benchmarks.speed", main, parse_args, None))

@@ -4,7 +4,6 @@ import training.threads  # noqa: F401 (before torch, which reads the variables t
 
 # isort: split
 
-import contextlib
 import json
 import sys
 import time
@@ -40,8 +39,7 @@ def main(args):
     print_line(format_table(figures))  # first, as the folder may not be writable
     pictures = draw_pictures(model, *data, args.seed)
     folder = Path(args.output or folder / "evaluation")
-    with contextlib.suppress(OSError):  # write_atomically says what is wrong
-        folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
         write_atomically(folder / name, png_bytes(picture))
     write_atomically(folder / "metrics.json", (json.dumps(figures, indent=2) + "\n").encode())
@@ -103,4 +101,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("python -m evaluation", main, parse_args, None, "end other programs"))
+    sys.exit(run_program("python -m evaluation", main, parse_args, None))

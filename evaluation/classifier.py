@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from torchvision.ops import Conv2dNormActivation as Convolution  # 3x3, with batch normalisation and ReLU
 
+from training.cli import UserError
 from training.files import load_checked
 
 CLASSIFIER = Path(__file__).resolve().parent.parent / "assets" / "digit_classifier.pt"
@@ -28,7 +29,11 @@ def digit_classifier():
 def load_classifier(device="cpu"):
     """Return the trained classifier in evaluation mode; raise UserError if its file is missing or damaged."""
     classifier = digit_classifier()
-    classifier.load_state_dict(load_checked(CLASSIFIER, f"restore it: git checkout -- assets/{CLASSIFIER.name}"))
+    try:
+        classifier.load_state_dict(load_checked(CLASSIFIER))
+    except (OSError, RuntimeError, TypeError):
+        raise UserError(f"{CLASSIFIER} is missing, damaged or from another version; restore it: "
+                        f"git checkout -- assets/{CLASSIFIER.name}") from None
     return classifier.to(device).eval()
 
 

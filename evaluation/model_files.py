@@ -30,10 +30,7 @@ def load_run(path):
 
 def load_model(file):
     """Return the model that has the weights in a file, and its settings: those that the weights fit, and MNIST."""
-    try:
-        content = file.read_bytes()  # once, as a run may save others at any time
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}; name a run's folder, or a {WEIGHTS}") from None
+    content = file.read_bytes()  # once, as a run may save others at any time
     saved = load_checked(file, content=content)
     # Without the prefixes of names that DataParallel and compile add:
     weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): tensor for name, tensor in

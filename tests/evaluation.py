@@ -36,8 +36,7 @@ class Evaluation(TrainGroup):
         return run, weights
 
     def evaluate_cli(self, *flags):
-        program = functools.partial(self.cli.run_program, "evaluation", self.__main__.main, self.__main__.parse_args,
-                                    memory_advice="")
+        program = functools.partial(self.cli.run_program, "evaluation", self.__main__.main, self.__main__.parse_args)
         with mock.patch.object(self.train, "cli", program):
             return self.run_cli(*flags, "--no-cuda")
 

@@ -113,7 +113,7 @@ def cuda_on_the_cpu(group, failing=None):
     mocks = {name: mock.MagicMock() for name in ("Stream", "stream", "current_stream", "set_stream")}
     with mock.patch.object(group.models.AdversarialAE, "device", torch.device("cuda")), \
             mock.patch("torch.version.hip", None), mock.patch.multiple(group.train, **pictures), \
-            mock.patch("training.device.set_precision"), \
+            mock.patch("training.device.check_bf16"), \
             mock.patch("torch.tensor", lambda *args, device=None, **options: tensor(*args, **options)), \
             mock.patch.multiple("torch.cuda", **mocks, CUDAGraph=RecordedGraph, graph=capture,
                                 default_generators={None: generator},  # of the CPU's index

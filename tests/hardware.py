@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+from argparse import Namespace
 from unittest import mock
 
 import torch
@@ -37,26 +38,18 @@ class Hardware(TrainGroup):
         result = self.run_cli("--dataset", "digits", "--epochs", 1, "--log_dir", self.folder(), *flags)
         self.assert_refused(result, status, words)
 
-    def test_precisions_are_set_or_rejected(self):
-        self.assert_run_refused(2, "needs an NVIDIA GPU", "--no-cuda", "--precision", "tf32")
+    def test_bf16_is_rejected_on_cpus_without_units_for_it(self):
         for text, supported in (("flags\t\t: fpu avx2 avx512f avx512_bf16x\n", False), ("nothing\n", False),
                                 ("flags\t\t: fpu amx_bf16\n", True), ("flags\t\t: fpu avx512_bf16\n", True)):
             self.processor(text)
             if supported:
-                self.device.set_precision("bf16", torch.device("cpu"))
+                self.device.check_bf16(torch.device("cpu"))
             else:
                 self.assert_run_refused(2, "AVX512-BF16; train with --precision fp32 here, or resume the run where",
                                         "--no-cuda", "--precision", "bf16")
+        self.device.check_bf16(torch.device("cuda"))
         self.processor("model name\t: Old\n")
         self.assertEqual(self.device.device_name(torch.device("cpu")), f"Old, {torch.get_num_threads()} threads")
-        with mock.patch("torch.cuda.get_device_capability", return_value=(7, 5)):
-            for precision in ("tf32", "bf16"):
-                self.assertRaises(self.cli.FlagError, self.device.set_precision, precision, torch.device("cuda"))
-        exact = "highest", False
-        for precision, expected in (("tf32", ("high", True)), ("bf16", exact), ("fp32", exact)):
-            with mock.patch("torch.cuda.get_device_capability", return_value=(8, 0)):
-                self.device.set_precision(precision, torch.device("cuda"))
-            self.assertEqual(self.device.read_precision(), expected)
 
     def test_a_gpu_without_kernels_is_explained(self):
         with mock.patch.multiple("torch.cuda", is_available=lambda: True, get_device_capability=lambda *_: (6, 1),
@@ -120,7 +113,7 @@ class Cuda(TrainGroup):
 
     def steps(self, *flags, before=lambda *optimizers: None):
         """Return the losses of 40 steps with two batch sizes and the weights after them, and how many were recorded."""
-        args, values = self.train.parse_args(flags), []
+        args, values = Namespace(**self.train.DEFAULTS), []
         model, *optimizers = self.parts("--deterministic", *flags)
         torch.manual_seed(0)
         before(*optimizers)
@@ -134,8 +127,7 @@ class Cuda(TrainGroup):
         return [values, model.state_dict()], recorded.call_count
 
     def test_every_precision_is_resumed_to_the_bit_with_deterministic_kernels(self):
-        ampere = torch.cuda.get_device_capability() >= (8, 0)
-        for precision in ("fp32", "tf32", "bf16") if ampere else ("fp32",):
+        for precision in ("fp32", "bf16"):
             flags = "--deterministic", "--batch_size", "8", "--precision", precision, "--epochs"
             (run, weights), (stopped, _) = self.train_quietly(*flags, "2"), self.train_quietly(*flags, "1")
             _, resumed = self.train_quietly("--resume", str(stopped), "--epochs", "2")
@@ -145,7 +137,7 @@ class Cuda(TrainGroup):
                                 (torch.float32, torch.int64) for tensor in weights.values()))
 
     def test_evaluation_agrees_with_the_cpu_and_pictures_keep_the_random_state(self):
-        self.device.set_precision("fp32", torch.device("cuda"))
+        self.enterContext(torch.backends.cudnn.flags(allow_tf32=False))
         model, (images, labels), results = self.models.AdversarialAE(), self.mnist.load_digits(train=False), []
         for device in ("cpu", "cuda"):
             with mock.patch.object(self.measures, "SAMPLES", 300):

@@ -111,7 +111,7 @@ def cli(argv=None):
     parser = OneLineParser("python -m tests.mark", "Mark a class; docs/CHECK.md explains the result.")
     parser.add_argument("submissions", metavar="SUBMISSIONS", help="the folder that has one for each student")
     parser.add_argument("results", metavar="RESULTS", help="the folder for marks.csv and each one's output")
-    return run_program("python -m tests.mark", main, parser.parse_args, argv, "end other programs")
+    return run_program("python -m tests.mark", main, parser.parse_args, argv)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import unittest
 from argparse import Namespace
 from unittest import mock
@@ -20,7 +19,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from tests.common import TrainGroup, read_events, read_png
 from training import files
-from training.run import resumed_args
+from training import run as runs
 from unittests import HERE
 
 __unittest = True
@@ -99,28 +98,22 @@ class WholeRun(TrainGroup):
         [final], [last] = events.Scalars("final/recon_loss"), events.Scalars("generator/recon_loss")
         self.check_close(final.value, last.value, "final/recon_loss is not the mean over the epoch")
 
-    def test_a_run_sets_torchs_global_state_and_restores_it(self):  # that of a notebook's earlier cells
+    def test_a_run_has_torchs_default_state_and_restores_what_was_set(self):  # in a notebook's earlier cell
         seen = []
 
         def state():
-            return [torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(),
-                    torch.get_deterministic_debug_mode(), torch.is_autocast_enabled("cpu"),
-                    self.device.read_precision()]
+            return torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
 
         def in_a_run(*flags):
             with mock.patch.object(self.train, "generate_and_save", lambda *_: seen.append(state())):
                 model, *_ = self.parts(*flags)
             return seen.pop(), model.encoder.net[0].weight[0].tolist()
 
-        self.enterContext(self.device.default_torch_state())  # restores what this test changes
         expected = in_a_run()
-        deterministic, weights = in_a_run("--deterministic")
-        self.assertEqual((deterministic[3], weights), (2, expected[1]))
         self.assertNotEqual(in_a_run("--seed", "4")[1], expected[1])
+        self.addCleanup(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float64)
-        torch.set_float32_matmul_precision("medium")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        with torch.device("meta"), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.device("meta"), torch.no_grad():
             before = state(), torch.get_rng_state().tolist()
             self.assertEqual(in_a_run(), expected)
             self.assertEqual((state(), torch.get_rng_state().tolist()), before)
@@ -147,29 +140,30 @@ class Shell(TrainGroup):
     """Signals, streams, folders and modules as a user's shell may have them."""
 
     @unittest.skipIf(os.name == "nt", "Windows has no SIGINT to send, and another variable for the home folder")
-    def test_a_run_in_ascii_whose_output_is_closed_is_interrupted(self):
+    def test_a_run_in_ascii_whose_output_is_closed_is_resumed_and_interrupted(self):
         home = self.folder()
         (home / "tensorflow").mkdir()  # an empty package, which TensorBoard would take for TensorFlow
         environment = {**os.environ, "HOME": str(home), "PYTHONPATH": str(home), "PYTHONIOENCODING": "ascii"}
-        command = [sys.executable, HERE / "train.py", "--dataset", "digits", "--batch_size", "600", "--no-cuda",
-                   "--log_dir", "~/\u00dc", "--data_dir", "~/data"]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        with subprocess.Popen(command, env=environment, **pipes) as process:
-            try:
-                lines = [next(process.stdout) for _ in range(4)]  # the last one on epoch 1
-                process.stdout.close()  # as by `| head -4`
-                while process.poll() is None and not any(home.rglob("samples_epoch_3.png")):  # after more lines
-                    time.sleep(0.1)
+        command = [sys.executable, HERE / "train.py", "--no-cuda", "--log_dir", "~/\u00dc", "--data_dir", "~/data"]
+        for flags, status, words in (
+                (["--dataset", "digits", "--batch_size", "600"], 1, "train.py: error: Broken pipe; free space, .*; "),
+                (["--resume", "latest"], 130, "\ninterrupted; ")):
+            process = self.enterContext(subprocess.Popen([*command, *flags], env=environment, text=True,
+                                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+            self.addCleanup(process.kill)
+            lines = [next(process.stdout) for _ in range(3)]
+            if status == 1:
+                process.stdout.close()  # as by `| head -3`
+            else:
+                next(process.stdout)  # on an epoch
                 process.send_signal(signal.SIGINT)
-                process.wait(timeout=60)
-            finally:
-                process.kill()
+            process.wait(timeout=60)
             err = process.stderr.read()
-        self.assertEqual(process.returncode, 130, err)
-        run, = (home / "\u00dc").iterdir()
-        self.assertEqual(lines[2], f"run:    {home}/\\xdc/{run.name}\n")
-        self.assertRegex(err, r"\A\ninterrupted; epoch \d+ is saved; resume the run with: python .*train\.py --resume "
-                              rf"'.*/\\xdc/{run.name}'\n\Z")
+            self.assertEqual(process.returncode, status, err)
+            run, = (home / "\u00dc").iterdir()
+            self.assertEqual(lines[2], f"run:    {home}/\\xdc/{run.name}\n")
+            self.assertRegex(err, rf"\A{words}epoch \d+ is saved; resume the run with: python .*train\.py --resume "
+                                  rf"'.*/\\xdc/{run.name}' --no-cuda\n\Z")
         self.assertEqual(json.loads((run / "hparams.json").read_text())["data_dir"], str(home / "data"))
 
     def test_missing_streams(self):  # as after 2>&- and >&-
@@ -184,7 +178,7 @@ class Flags(TrainGroup):
     def test_defaults_and_help(self):
         expected = {"z_dim": 8, "batch_size": 64, "lambda_": 0.995, "ae_lr": 1e-3, "d_lr": 5e-3, "data_dir": "../data/",
                     "epochs": 100, "seed": 42, "log_dir": "AAE_logs/", "no_cuda": False, "num_workers": 0}
-        self.assertLessEqual(expected.items(), vars(self.train.parse_args([])).items())
+        self.assertLessEqual(expected.items(), self.train.DEFAULTS.items())
         status, out, _ = self.run_cli("--help")
         self.assertEqual(status, 0)
         for action in self.train.make_parser()._actions:
@@ -200,31 +194,27 @@ class Flags(TrainGroup):
                 self.assert_refused(self.run_cli(*flags.split()), 2, "train.py: error: ")
                 self.assertFalse(main.called)
 
-    def test_base_is_short_for_its_four_flags(self):
-        parse, names = self.train.parse_args, ("networks", "drop_after", "d_momentum", "averaging")
-        base, default = vars(parse(["--base"])), vars(parse([]))
-        self.assertEqual(base, vars(parse(self.train.BASE)))
-        self.assertEqual(default.keys() - {"defaulted"} - base["defaulted"].keys(), set(names))
-        later = parse(["--d_momentum", "0.9"])
-        later.base = True
-        for args in (parse(["--base", "--d_momentum", "0.9"]), parse(["--d_momentum", "0.9", "--base"]),
-                     *map(self.train.with_defaults, (later, Namespace(base=True, d_momentum=0.9)))):
-            self.assertEqual([getattr(args, name) for name in names], ["base", 0, 0.9, 0])
-            self.assertNotIn("base", args)
-
-    def test_what_differs_from_what_was_parsed_was_given(self):
-        parse, settings = self.train.parse_args, {"epochs": 4, "lambda_": 1.0, "networks": "residual"}
-        parsed = parse(["--lambda_", "1"])
-        parsed.epochs = 6
-        for args, expected in ((parsed, 6), (Namespace(epochs=100), 100), (parse([]), 4), (parse(["--epochs", "3"]),
-                               "epochs 3 is less than the run's 4"), (parse(["--base"]), "networks base contradicts"),
-                               (Namespace(lambda_=0.995), "lambda_ 0.995 contradicts the run")):  # a default, but given
+    def test_given_flags_come_before_base_before_the_run_before_defaults(self):
+        of_run = {"epochs": 4, "lambda_": 1.0, "networks": "residual", "data_dir": "/there", "no_cuda": True}
+        self.enterContext(mock.patch.multiple(runs, find_run=mock.DEFAULT, load_state=lambda _: {"settings": of_run}))
+        base, default = self.train.BASE, self.train.DEFAULTS
+        for given, expected in (
+                (["--base", "--d_momentum", "0.9"], {**base, "d_momentum": 0.9}),
+                (Namespace(d_momentum=0.9, base=True), {**base, "d_momentum": 0.9}),
+                (["--resume", "x"], {**default, "epochs": 4, "lambda_": 1.0, "resume": "x"}),
+                (["--resume", "x", "--epochs", "5", "--lambda_", "1"], {"epochs": 5, "lambda_": 1.0}),
+                (["--resume", "x", "--epochs", "3"], "epochs 3 is less than the run's 4"),
+                (["--resume", "x", "--base"], "networks base contradicts the run, which has residual"),
+                (["--resume", "x", "--lambda_", "0.995"], "lambda_ 0.995 contradicts the run"),  # given, if a default
+                (Namespace(resume="x", lambda_=0.5), "lambda_ 0.5 contradicts the run")):
+            args = given if isinstance(given, Namespace) else self.train.parse_args(given)
             try:
-                epochs = resumed_args(self.train.with_defaults(args), settings).epochs
+                flags = vars(runs.resolve(args, default, base)[0])
             except self.cli.FlagError as error:
                 self.assertIn(expected, str(error))
             else:
-                self.assertEqual(epochs, expected)
+                expected = {**default, **vars(args), **expected, "data_dir": os.path.abspath("../data/")}
+                self.assertEqual(flags, expected)
 
 
 class BadInput(TrainGroup):
@@ -243,58 +233,57 @@ class BadInput(TrainGroup):
 
     def test_log_dir_that_cannot_be_used(self):
         link = self.folder() / "link"
-        cases = [(__file__, "it is a file"), (f"{__file__}/below", "Not a directory"), ("\udcff", "not UTF-8")]
+        cases = [(__file__, "File exists"), (f"{__file__}/below", "Not a directory")]
         with contextlib.suppress(OSError):  # Windows may not allow links
             link.symlink_to(link.parent / "nowhere" / "below")
-            cases.append((link, "a link to nowhere"))
+            cases.append((link, "File exists"))
         for log_dir, words in cases:
-            self.assert_refused(self.run_digits("--log_dir", log_dir), 1, log_dir, words, "--log_dir")
+            self.assert_refused(self.run_digits("--log_dir", log_dir), 1, log_dir, words, "choose another folder")
 
     def test_full_disk_or_removed_folder(self):
         def remove_run(epoch, model, batches, *_):
             shutil.rmtree(next(log_dir.iterdir()))
 
         full, writer = OSError(28, "No space left on device"), "tensorboard.summary.writer.record_writer.RecordWriter"
-        for place, effect, words in (("os.fsync", full, "hparams.json"), (f"{writer}.write", full, "No space left"),
-                                     ("train.generate_and_save", full, "No space left"),
+        for place, effect, words in (("os.fsync", full, "hparams.json: No space left"),
+                                     (f"{writer}.write", full, "No space left on device; free space"),
+                                     ("train.generate_and_save", full, "nothing is saved yet, so start a new run"),
                                      ("train.train_aae", remove_run, "No such file")):
             log_dir = self.folder()
             with self.subTest(place), mock.patch(place, side_effect=effect):
-                self.assert_refused(self.run_digits("--log_dir", log_dir, "--epochs", 1), 1, log_dir, words)
+                self.assert_refused(self.run_digits("--log_dir", log_dir, "--epochs", 1), 1, words)
         self.assertEqual(list(log_dir.iterdir()), [], "the removed folder comes back")
 
     def test_writing_is_all_or_nothing(self):
-        path, full = self.folder() / "new" / "file", OSError(28, "No space left on device")
-        with mock.patch("os.fsync", side_effect=[None, OSError(22, "Invalid argument")]) as fsync:
+        path, refusal = self.folder() / "new" / "file", PermissionError(13, "Access is denied")
+        with mock.patch("os.fsync", side_effect=OSError(22, "Invalid argument")):  # as on FUSE and CIFS
             files.write_atomically(path, b"first")
-        self.assertEqual(fsync.call_count, 1 if os.name == "nt" else 2)  # some shared folders cannot be synced
-        refusal = PermissionError(13, "Access is denied")  # on Windows, while another program reads the file
-        with mock.patch("os.replace", side_effect=[refusal, mock.DEFAULT], wraps=os.replace):
+        with mock.patch("os.replace", side_effect=[refusal, mock.DEFAULT], wraps=os.replace):  # Windows: it is read
             files.write_atomically(path, b"second")
-        for place, error in (("os.fsync", full), ("os.replace", refusal)):
+        for place, error in (("os.fsync", OSError(5, "Input/output error")), ("os.replace", refusal)):
             with mock.patch(place, side_effect=error), mock.patch("time.monotonic", side_effect=range(100)), \
-                    self.assertRaisesRegex(self.cli.UserError, f"file cannot be written: {error.strerror}; free disk"):
+                    self.assertRaises(OSError) as caught:
                 files.write_atomically(path, b"third")
+            self.assertEqual(caught.exception.filename, str(path))
         self.assertEqual({file.name: file.read_bytes() for file in path.parent.iterdir()}, {"file": b"second"})
 
     def test_not_enough_memory_or_a_busy_gpu(self):
         log_dir = self.folder()
-        self.assert_refused(self.run_digits("--log_dir", log_dir, "--z_dim", 2**31 - 1), 1, "not enough memory")
+        self.assert_refused(self.run_digits("--log_dir", log_dir, "--z_dim", 2**31 - 1), 1, "lacks memory", "allocate")
         self.assertEqual(list(log_dir.iterdir()), [], "a run that never trained leaves files behind")
-        full = ("the GPU does not have enough free memory, or another program has exclusive use of it; end other "
-                "programs, try a smaller --batch_size or --z_dim, or use --no-cuda")
-        for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total ..."),
+        for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), MemoryError(),
                       RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
                       RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"),
-                      RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-                      RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED")):
+                      RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")):
             with mock.patch.object(self.train, "main", side_effect=error):
-                self.assertEqual(self.run_cli(), (1, "", f"train.py: error: {full}\n"))
+                first = str(error or repr(error)).partition("\n")[0] or "MemoryError()"
+                self.assert_refused(self.run_cli(), 1, f"lacks memory: {first}; end other programs")
 
-    def test_errors_of_a_students_code_keep_their_traceback(self):
-        for error in (RuntimeError("a bug"), FileNotFoundError(2, "No such file or directory", "weights.txt")):
-            with mock.patch("train.train_aae", side_effect=error), self.assertRaises(type(error)):
-                self.run_digits("--log_dir", self.folder())
+    def test_errors_of_a_students_code_keep_their_traceback_and_note_how_to_resume(self):
+        with mock.patch("train.train_aae", side_effect=RuntimeError("a bug")), \
+                self.assertRaisesRegex(RuntimeError, "a bug") as caught:
+            self.run_digits("--log_dir", self.folder())
+        self.assertRegex(caught.exception.__notes__[0], r"^epoch 0 is saved; resume the run with: python .*\.py --")
 
     def test_divergence(self):
         for window, most in ((50, 10), (3, 3)):  # at the end of an epoch, and of a window

@@ -7,7 +7,7 @@ from collections.abc import Hashable
 
 import torch
 
-from training.cli import memory_problem, warn
+from training.cli import warn
 
 WARM_UP = 3  # eager steps of a batch size before it is recorded, in which libraries choose kernels and allocate memory
 FEW, MOST = 20, 8  # after so few steps at a learning rate a recording was in vain; so often in a row, it is the last
@@ -93,7 +93,7 @@ class StepRecordings:
             torch.cuda.set_stream(stream)
             generator.graphsafe_set_state(random)
             first = error.__context__ or error  # ending a failed capture raises a second error
-            if memory_problem(first):
+            if isinstance(first, torch.OutOfMemoryError):
                 raise first from None
             # No reference to the error is kept, whose traceback holds the memory of the failed step.
             cause = (str(first) or repr(first)).partition("\n")[0]

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import types
 
 import torch
 from torch import nn
@@ -24,17 +23,6 @@ def build_model(args, device):
     model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
     model.capturable = getattr(model, "capturable", False) and not args.no_graph
     return model
-
-
-def compute_in_bf16(model):
-    """Let a model compute encoder and decoder in bf16; its outputs and losses stay in float32."""
-    model.forward = types.MethodType(forward_in_bf16, model)  # a method, so that a copy of the model has its own
-
-
-def forward_in_bf16(model, x):
-    with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):  # each weight is used once
-        outputs = type(model).forward(model, x)
-    return tuple(output.float() for output in outputs)
 
 
 class EMA:
