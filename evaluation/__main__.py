@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from evaluation.classifier import load_classifier
 from evaluation.measures import CONFIDENCE, evaluate
@@ -19,6 +18,8 @@ from evaluation.pictures import draw_pictures
 from training.cli import OneLineParser, number, print_line, run_program
 from training.device import default_torch_state, device_name, setup_device
 from training.files import WEIGHTS, png_bytes, write_atomically
+
+INFERRED = ("weights", "weights_md5", "trained_on", "z_dim", "posterior", "networks")  # settings kept in metrics.json
 
 
 @default_torch_state()
@@ -29,18 +30,15 @@ def main(args):
     load_classifier()  # first, because a missing file should be reported before a minute of computing
     data = load_images(settings, args.data_dir)
     device = setup_device(args.no_cuda, mps=False)
-    model.to(device)
-    with tqdm(bar_format="{elapsed} {desc}", disable=None, leave=False) as line:
-        measures = evaluate(model, *data, args.seed, line.set_description_str)
-    kind = ("weights", "weights_md5", "trained_on", "z_dim", "posterior", "networks")
-    figures = {**{name: settings[name] for name in kind}, **measures,
+    print_line("{weights}: z_dim {z_dim}, {posterior} encoder, {networks} networks, ".format(**settings) +
+               f"{len(data[1]):,} test images of {settings['trained_on']}, on {device}\n")
+    figures = {**{name: settings[name] for name in INFERRED}, **evaluate(model.to(device), *data, args.seed),
                "seed": args.seed, "device": device.type, "device_name": device_name(device), "torch": torch.__version__,
                "seconds": round(time.monotonic() - started, 1)}
     print_line(format_table(figures))  # first, as the folder may not be writable
-    pictures = draw_pictures(model, *data, args.seed)
     folder = Path(args.output or folder / "evaluation")
     folder.mkdir(parents=True, exist_ok=True)
-    for name, picture in pictures.items():
+    for name, picture in draw_pictures(model, *data, args.seed).items():
         write_atomically(folder / name, png_bytes(picture))
     write_atomically(folder / "metrics.json", (json.dumps(figures, indent=2) + "\n").encode())
     print_line(f"see: {folder}")
@@ -52,45 +50,36 @@ def format_table(figures):
     codes = [match[name] for name in ("codes", "training_codes", "prior_draws")]
     images = [quality[name] for name in ("samples", "training_reconstructions", "training_images", "test_images")]
     windows = [likelihood, likelihood["training_reconstructions"], likelihood["training_images"]]
-    errors, data = figures["reconstruction"], "MNIST" if figures["trained_on"] == "mnist" else "the bundled digits"
+    errors = figures["reconstruction"]["mse"], *figures["reconstruction"]["mse_per_label"].values()
     return "\n".join([
-        "{weights}: z_dim {z_dim}, {posterior} encoder, {networks} networks, {test_images:,} test images of {data}, "
-        "{seconds:.0f} s on {device}".format(data=data, **figures),
-        "",
         row("codes against the prior", "test codes", "training codes", "prior samples"),
         row("  mean per dimension", *(f"{min(part['mean']):.2f} to {max(part['mean']):.2f}" for part in codes)),
         row("  standard deviation", *(f"{min(part['std']):.2f} to {max(part['std']):.2f}" for part in codes)),
-        row("  Kolmogorov-Smirnov distance", *cells(codes, "ks", ".4f")),
+        row("  Kolmogorov-Smirnov distance", *(f"{part['ks']:.4f}" for part in codes)),
         "",
         row("", "", "reconstructed"),
         row("digit classifier's features", "samples", "training images", "training images", "test images"),
-        row("  squared Frechet distance", *cells(images[:3], "frechet_to_test_images", ".2f"), 0),
-        row(f"  confidence of at least {CONFIDENCE}", *cells(images, "sure", ".1%")),
+        row("  squared Frechet distance", *(f"{part['frechet_to_test_images']:.2f}" for part in images[:3]), 0),
+        row(f"  confidence of at least {CONFIDENCE}", *(f"{part['sure']:.1%}" for part in images)),
         "",
         row("label", "all", *range(10), width=8),
-        row("  reconstruction error", *(f"{error:.4f}" for error in (errors["mse"], *errors["mse_per_label"].values())),
-            width=8),
+        row("  reconstruction error", *(f"{error:.4f}" for error in errors), width=8),
         row("  share of samples", "", *(f"{share:.1%}" for share in images[0]["labels"].values()), width=8),
         row("  share of test images", "", *(f"{share:.1%}" for share in images[3]["labels"].values()), width=8),
         "",
         row("Parzen log-likelihood of", "", "reconstructed"),
         row("the test images, windows around", "samples", "training images", "training images"),
         row("  nats", *(f"{part['mean']:.1f} +- {part['standard_error']:.1f}" for part in windows)),
-        row("  sigma", *cells(windows, "sigma", ".3f")),
-        row("  number of windows", *cells(windows, "samples", ","))])
+        row("  sigma", *(f"{part['sigma']:.3f}" for part in windows)),
+        row("  number of windows", *(f"{part['samples']:,}" for part in windows))])
 
 
 def row(title, *texts, width=17):
     return f"{title:{32 if width == 17 else 25}}" + "".join(f"{text:>{width}}" for text in texts)
 
 
-def cells(parts, key, form):
-    return [f"{part[key]:{form}}" for part in parts]
-
-
 def parse_args(argv=None):
-    parser = OneLineParser("python -m evaluation", "Evaluate a trained model on test images.\n\n"
-                           "Prints a table, and writes metrics.json and pictures.")
+    parser = OneLineParser("python -m evaluation", "Measure a trained model; write a table, metrics.json and pictures.")
     parser.add_argument("run", metavar="RUN", help=f"folder of a run of train.py, or a {WEIGHTS}")
     parser.add_argument("--output", metavar="DIR", help="folder for the files (default: the run's evaluation/)")
     parser.add_argument("--data_dir", metavar="DIR", help="MNIST's folder; the files are downloaded if missing "

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import re
 from pathlib import Path
 
@@ -19,13 +18,13 @@ def load_run(path):
 
     `path` is the run's folder or a file of weights, also outside a run. Raises UserError if there is no such model.
     """
-    path = Path(os.path.expanduser(path))
-    is_run = os.path.isdir(path)  # Path.is_dir and is_file raise PermissionError in a folder of somebody else
-    model, settings = load_model(path / "checkpoints" / WEIGHTS if is_run else path)
-    folder = path if is_run else path.absolute().parent
-    if folder.name == "checkpoints" and os.path.isfile(folder.parent / "hparams.json"):
-        is_run, folder = True, folder.parent
-    return model, read_settings(folder / "hparams.json", settings) if is_run else settings, folder
+    path = Path(path).expanduser()
+    file = path / "checkpoints" / WEIGHTS if path.is_dir() else path
+    model, settings = load_model(file)
+    folder = file.absolute().parent
+    if folder.name != "checkpoints":
+        return model, settings, folder
+    return model, read_settings(folder.parent / "hparams.json", settings), folder.parent
 
 
 def load_model(file):
@@ -45,8 +44,6 @@ def load_model(file):
     else:
         raise UserError(f"{file} does not have weights of models.AdversarialAE, or models.py has changed since; name a "
                         f"{WEIGHTS} of train.py")
-    if not all(tensor.isfinite().all() for tensor in weights.values()):
-        raise UserError(f"{file} has weights that are NaN or infinite: its training has diverged; evaluate another run")
     model.load_state_dict(weights, strict=False)
     return model, {"weights": str(file), "weights_md5": hashlib.md5(content, usedforsecurity=False).hexdigest(),
                    "trained_on": "mnist", "data_dir": "../data/",

@@ -11,7 +11,6 @@ from training.model import evaluation_mode
 
 HYPERPARAMETERS = ("z_dim", "lambda_", "posterior", "networks", "epochs", "seed", "ae_lr", "drop_after", "d_lr",
                    "d_momentum", "averaging", "batch_size", "precision", "trained_on")  # by which runs are compared
-SHOWN = 5  # of these, the first ones: so many columns does TensorBoard show before the user chooses others
 
 
 def ks_distance(codes, projections=200, seed=0):
@@ -74,8 +73,8 @@ def save_summary(model, epoch, summary_writer, data, settings, means):
     experiment, *session = hparams({name: settings[name] for name in HYPERPARAMETERS}, results)
     plugin = experiment.value[0].metadata.plugin_data
     content = HParamsPluginData.FromString(plugin.content)
-    for info in content.experiment.hparam_infos[:SHOWN]:
-        info.differs = True  # by which TensorBoard sorts
+    for info in content.experiment.hparam_infos[:5]:  # TensorBoard shows five columns at first, those that differ
+        info.differs = True
     plugin.content = content.SerializeToString()
     for summary in (experiment, *session):
         summary_writer.file_writer.add_summary(summary)  # SummaryWriter.add_hparams would create a second run
