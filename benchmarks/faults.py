@@ -15,9 +15,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from benchmarks.report import PROJECT
 from tests.common import run_contents
 
-PROJECT = Path(__file__).resolve().parent.parent
 FLAGS = ["--dataset", "digits", "--no-cuda", "--epochs", "12", "--drop_after", "6"]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 RUNS, STRIKES = 10, 10  # and signals in each run

@@ -44,8 +44,6 @@ def save(figure, file):
     plt.close(figure)
 
 
-# Curves --------------------------------------------------------------------------------------------------------------
-
 def quality(figures):
     """Distance of samples and reconstructions over epochs, base against default."""
     figure, panel = plt.subplots(figsize=(9.2, 4.6))
@@ -96,8 +94,6 @@ def use_round_log_ticks(axis):
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-# Bars ----------------------------------------------------------------------------------------------------------------
-
 def speed(figures):
     """Seconds per epoch of each way, median of the rounds, with the quartiles."""
     seconds = {way: quantiles(values, n=4, method="inclusive")
@@ -109,12 +105,11 @@ def speed(figures):
 
 def ablation(figures):
     """The samples' distance of each variant, sorted, with the range of the default's seeds as a band."""
-    (epochs, precision), variants = next(iter(by_variant(figures["ablation"]).items()))
+    variants = by_variant(figures["ablation"])
     distances = {name: [run["frechet_samples"] for run in runs] for name, runs in variants.items()}
     distances = dict(sorted(distances.items(), key=lambda item: mean(item[1])))
     colors = [{"final": BLUE, "base": VERMILLION}.get(name, SKY) for name in distances]
-    figure, panel = draw_bars(distances, mean, colors, f"squared Fréchet distance of samples after {epochs} "
-                                                       f"({precision}), mean and range")
+    figure, panel = draw_bars(distances, mean, colors, "squared Fréchet distance of samples, mean and range")
     panel.axvspan(min(distances["final"]), max(distances["final"]), color="black", alpha=0.16, linewidth=0)
     return figure
 

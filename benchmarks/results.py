@@ -19,6 +19,7 @@ from benchmarks import pictures, report
 from benchmarks.report import FIGURES, PROJECT
 from benchmarks.tables import BASE, SEEDS, STAGES, figures_of, read_figures
 from evaluation.model_files import load_images, load_run
+from tests.common import read_events
 from training.cli import OneLineParser, UserError, run_program
 from training.files import WEIGHTS, load_checked, serialize, write_atomically
 from training.run import load_state
@@ -75,7 +76,7 @@ def check_code(folder, name):
         write_atomically(file, json.dumps(begun).encode())
     elif json.loads(file.read_text()) != begun:
         raise UserError(f"the run in {folder} was begun by {file.read_text()}; check that commit out, or name "
-                              f"another folder with --runs")
+                        f"another folder with --runs")
 
 
 def call(program, args, *flags):
@@ -120,10 +121,7 @@ def measure_codes(run, data_dir, count=2000):
 
 def curve(run, tag):
     """Return at most 100 means of a TensorBoard curve, each over as many points."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload().Scalars(tag)
-    values = torch.tensor([event.value for event in events])
+    values = torch.tensor([event.value for event in read_events(run).Scalars(tag)])
     return [round(part.mean().item(), 5) for part in values.tensor_split(min(100, len(values)))]
 
 

@@ -35,8 +35,6 @@ MATCH = ("KS", "Fréchet, samples", "Fréchet, reconstructed training images", "
 ALL = ("epochs", "test MSE", *MATCH, "samples, confidence ≥ 0.95", "Parzen, nats")
 
 
-# Figures -------------------------------------------------------------------------------------------------------------
-
 def read_figures(folder):
     """Return the contents of the three files in a folder, by their names without .json."""
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in ("results", "speed", "ablation")}
@@ -70,19 +68,12 @@ def epoch_seconds(speed):
 
 
 def by_variant(ablation):
-    """Return the runs in ablation.json as {(epochs, precision): {variant: [figures of each seed]}}.
-
-    Variants that lack seeds which others have are left out.
-    """
-    groups = {}
+    """Return the runs in ablation.json as {variant: [figures of each seed]}."""
+    variants = {}
     for key, run in ablation.items():
-        name, epochs, _, precision = key.split("; ")
-        groups.setdefault((epochs, precision), {}).setdefault(name, []).append(run)
-    return {key: {name: runs for name, runs in variants.items() if len(runs) == max(map(len, variants.values()))}
-            for key, variants in groups.items()}
+        variants.setdefault(key.partition("; ")[0], []).append(run)
+    return variants
 
-
-# Markdown ------------------------------------------------------------------------------------------------------------
 
 def markdown(heads, rows):
     """Return a table in Markdown without its empty columns."""
@@ -113,8 +104,6 @@ def cells(columns, stages):
     return texts
 
 
-# Tables --------------------------------------------------------------------------------------------------------------
-
 def base_and_default(figures, stages, columns):
     """Return a table of the base and the default after some epochs."""
     found = [(epochs, name, after(figures, runs, epochs)) for epochs in stages
@@ -127,8 +116,7 @@ def all_runs(figures):
     """Return a table of all runs at their last epochs."""
     runs = [{"run": name, **run, "flags": f"`{run['flags'] or 'none'}`"} for name, run in figures["results"].items()]
     columns = ("run", "flags", "epochs", "reconstruction loss", "test MSE", "KS of training codes", *ALL[2:])
-    return (f"{table(columns, runs)}\n\nKS is not comparable between numbers of dimensions "
-            f"([why](#how-to-read-the-evaluation)).")
+    return table(columns, runs)
 
 
 def provenance(figures):
@@ -172,17 +160,15 @@ def with_quartiles(values):
 
 
 def ablation(figures):
-    """Return tables of all variants; bold where the range of the seeds does not overlap with the default's."""
+    """Return a table of all variants; bold where the range of the seeds does not overlap with the default's."""
     columns = ("held-out MSE", *MATCH, "Parzen, nats", "discriminator accuracy")
-    tables = []
-    for (epochs, precision), variants in by_variant(figures["ablation"]).items():
-        rows = []
-        for name, runs in variants.items():
-            apart = [differ(runs, variants.get("final", runs), COLUMNS[column][0]) for column in columns]
-            rows.append([name, *(f"**{text}**" if bold else text
-                                 for text, bold in zip(cells(columns, runs), apart, strict=True))])
-        tables.append(markdown([f"{epochs}, {precision}", *columns], rows))
-    return "\n\n".join(tables)
+    variants, rows = by_variant(figures["ablation"]), []
+    for name, runs in variants.items():
+        apart = [differ(runs, variants["final"], COLUMNS[column][0]) for column in columns]
+        rows.append([name, *(f"**{text}**" if bold else text
+                             for text, bold in zip(cells(columns, runs), apart, strict=True))])
+    _, epochs, _, precision = next(iter(figures["ablation"])).split("; ")
+    return markdown([f"{epochs}, {precision}", *columns], rows)
 
 
 def differ(runs, others, key):
