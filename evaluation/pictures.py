@@ -8,8 +8,8 @@ from torchvision.transforms.functional import to_pil_image
 from evaluation.measures import draw_samples
 from evaluation.metrics import squared_distances
 from evaluation.monitoring import reconstruct
-from training.files import image_grid
 from training.model import evaluation_mode
+from utils import image_grid
 
 COLORS = ("#1f5fbf", "#f28e1c", "#2f9e44", "#d62f2f", "#8250c4", "#8a5a3c", "#e873b8", "#7a7a7a", "#b5b31a", "#17b0c4")
 
