@@ -241,8 +241,8 @@ def main(args):
                 with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16", cache_enabled=False):
                     train_aae(epoch, model, batches, logger_ae, logger_disc, optimizer_ae, optimizer_disc, args.lambda_)
             generate_and_save(ema.model, epoch, run.writer)
+            save_reconstruction(ema.model, epoch, run.writer, data.fixed_images, count=len(data.fixed_images))
             if epoch == 1 or epoch % 5 == 0:
-                save_reconstruction(ema.model, epoch, run.writer, data.fixed_images, count=len(data.fixed_images))
                 save_measurements(ema.model, epoch, run.writer, data.test_images)
             run.end_epoch(epoch)  # prints the losses, saves everything
         save_summary(ema.model, args.epochs, run.writer, data, run.settings, run.means)

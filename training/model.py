@@ -50,9 +50,9 @@ class EMA:
         torch._foreach_lerp_(self._averaged, self._current, 1 - decay)  # one call for all, as in torch.optim.swa_utils
 
     def state_dict(self):
-        """Return the number of steps and the averaged weights; counters of steps, which are no floats, are current."""
-        current = self._original.state_dict()
-        weights = {name: (tensor if tensor.is_floating_point() else current[name]).cpu()
+        """Return the number of steps and the averaged weights, contiguous, as other programs need them."""
+        current = self._original.state_dict()  # has the counters of steps, which are no floats
+        weights = {name: (tensor if tensor.is_floating_point() else current[name]).cpu().contiguous()
                    for name, tensor in self.model.state_dict().items()}
         return {"updates": self.updates, "weights": weights}
 
