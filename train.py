@@ -21,10 +21,10 @@ from training.cli import OneLineParser, number, run_program
 from training.cuda_graph import captured
 from training.data import load_data
 from training.device import RandomState, default_torch_state, setup_device
-from training.files import image_grid, png_bytes, write_atomically
+from training.files import png_bytes, write_atomically
 from training.model import EMA, build_model, evaluation_mode
 from training.run import open_run, resolve
-from utils import TensorBoardLogger
+from utils import TensorBoardLogger, log_images
 
 SAMPLE_SEED = 0
 MAX_GRAD_NORM = 1.0  # gradient clipping of the discriminator; see docs/EXPERIMENTS.md
@@ -129,8 +129,7 @@ def save_reconstruction(model, epoch, summary_writer, data, count=8):
 
 def save_grid(images, columns, tag, epoch, summary_writer, name):
     """Save images in [-1, 1] as one grid, to TensorBoard at step `epoch` and as <run>/results/<name>."""
-    grid = image_grid(images, columns)
-    summary_writer.add_image(tag, grid, epoch)
+    grid = log_images(summary_writer, tag, images, epoch, columns)
     results = Path(summary_writer.log_dir) / "results"
     results.mkdir(exist_ok=True)
     write_atomically(results / name, png_bytes(to_pil_image(grid)))
@@ -242,8 +241,8 @@ def main(args):
                 with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16", cache_enabled=False):
                     train_aae(epoch, model, batches, logger_ae, logger_disc, optimizer_ae, optimizer_disc, args.lambda_)
             generate_and_save(ema.model, epoch, run.writer)
+            save_reconstruction(ema.model, epoch, run.writer, data.fixed_images, count=len(data.fixed_images))
             if epoch == 1 or epoch % 5 == 0:
-                save_reconstruction(ema.model, epoch, run.writer, data.fixed_images, count=len(data.fixed_images))
                 save_measurements(ema.model, epoch, run.writer, data.test_images)
             run.end_epoch(epoch)  # prints the losses, saves everything
         save_summary(ema.model, args.epochs, run.writer, data, run.settings, run.means)

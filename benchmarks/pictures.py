@@ -7,8 +7,8 @@ from PIL import Image
 from benchmarks.plots import ORANGE, plt, save
 from evaluation.model_files import load_images, load_run
 from evaluation.monitoring import reconstruct
-from training.files import image_grid
 from training.model import evaluation_mode
+from utils import image_grid
 
 SAMPLES = "results/Prior_samples/samples_epoch_{}.png"
 SHOWN = (0, 20, 50, 100)  # epochs of a run's picture

@@ -7,8 +7,8 @@ from torchvision.transforms.functional import to_pil_image
 
 from evaluation.measures import draw_samples
 from evaluation.metrics import squared_distances
-from training.files import image_grid
 from training.model import evaluation_mode
+from utils import image_grid
 
 
 def draw_pictures(model, train_images, test_images, test_labels, seed=0):

@@ -69,6 +69,13 @@ def print_line(text, stream=None):
         print(text, file=stream, flush=True)
 
 
+def has_width(stream):
+    """Whether a stream is a terminal that says how wide it is, so that a progress bar fits; some say 0 columns."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: it is no file, or closed
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    return False
+
+
 def warn(text):
     print_line(f"WARNING: {text}", sys.stderr)
 

@@ -10,7 +10,6 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
-from torchvision.utils import make_grid
 
 from training.cli import NO_MEMORY, UserError, warn
 
@@ -97,12 +96,6 @@ def png_bytes(picture):
     content = io.BytesIO()
     picture.save(content, "png")
     return content.getvalue()
-
-
-def image_grid(images, columns):
-    """Return images [N, 1, 28, 28] in [-1, 1] as one picture with `columns` per row, uint8 [3, H, W], on the CPU."""
-    grid = make_grid(images.float().cpu(), nrow=columns, normalize=True, value_range=(-1, 1))
-    return (255 * grid).round().byte()
 
 
 # A run's folder ------------------------------------------------------------------------------------------------------

@@ -38,23 +38,22 @@ class EMA:
         self.model = copy.deepcopy(model).requires_grad_(False)
         self.decay = decay
         self.updates = 0
-        averaged, current = ([tensor.detach() for tensor in (*network.parameters(), *network.buffers())]
-                             for network in (self.model, model))
-        pairs = list(zip(averaged, current, strict=True))  # shared tensors appear once
-        self._averaged, self._current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
-        counters = [pair for pair in pairs if not pair[0].is_floating_point()]
-        self._counters, self._current_counters = zip(*counters, strict=True) if counters else ((), ())
+        self._original = model
+        averaged, current = ([tensor.detach() for tensor in (*network.parameters(), *network.buffers())
+                              if tensor.is_floating_point()] for network in (self.model, model))
+        self._averaged, self._current = averaged, current  # shared tensors appear once
 
     def update(self):
         """Update the average with the current weights."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self._averaged, self._current, 1 - decay)  # one call for all, as in torch.optim.swa_utils
-        if self._counters:  # the base networks have none, and the call rejects empty lists
-            torch._foreach_copy_(self._counters, self._current_counters)
 
     def state_dict(self):
-        weights = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
+        """Return the number of steps and the averaged weights, contiguous, as other programs need them."""
+        current = self._original.state_dict()  # has the counters of steps, which are no floats
+        weights = {name: (tensor if tensor.is_floating_point() else current[name]).cpu().contiguous()
+                   for name, tensor in self.model.state_dict().items()}
         return {"updates": self.updates, "weights": weights}
 
     def load_state_dict(self, state):

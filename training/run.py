@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from training import files
-from training.cli import FlagError, UserError, print_line, shell_command, warn
+from training.cli import FlagError, UserError, has_width, print_line, shell_command, warn
 from training.device import device_name, unused_gpu_warning
 from training.files import write_atomically
 from training.threads import QUOTA
@@ -136,7 +136,7 @@ class Run:
         self._epoch_started = time.monotonic()
         self._started = self._epoch_started - progress["seconds"]
         self._parts, self._loggers, self._steps = {}, (), 0  # steps of an epoch
-        self._bar = self._shown = None  # the progress bar, and the means of the loggers' last windows next to it
+        self._bar, self._shown = None, [{}, {}]  # the progress bar, and the means of the last windows next to it
 
     def restore(self, **parts):
         """Take the parts of the run by name, all that has a state, and give them that of a stopped run, if it is one.
@@ -173,7 +173,7 @@ class Run:
     def epochs(self):
         """Yield the numbers of the epochs to come: from 0, before training, or from the one after the saved epoch."""
         last, first = self.settings["epochs"], 0 if self._epoch is None else self._epoch + 1
-        with tqdm(total=last * self._steps, initial=max(0, first - 1) * self._steps, disable=None,
+        with tqdm(total=last * self._steps, initial=max(0, first - 1) * self._steps, disable=not has_width(sys.stderr),
                   bar_format="{desc}|{bar}|{remaining} left{postfix}", dynamic_ncols=True) as self._bar:
             for epoch in range(first, last + 1):
                 self._bar.set_description(f"epoch {epoch}/{last}")
@@ -195,9 +195,8 @@ class Run:
         if epoch:
             self.means = merged(logger.end_epoch() for logger in self._loggers)
             self._show(self.means)
-            if self._bar.disable or not sys.stdout.isatty():
-                print_line(f"epoch {epoch}/{self.settings['epochs']}: {format_means(self.means)}, "
-                           f"{time.monotonic() - self._epoch_started:.1f} s")
+            print_line(f"epoch {epoch}/{self.settings['epochs']}: {format_means(self.means)}, "
+                       f"{time.monotonic() - self._epoch_started:.1f} s")
         self._epoch = epoch
         self._save()
 
