@@ -16,12 +16,13 @@ def draw_pictures(model, train_images, test_images, test_labels, seed=0):
     with evaluation_mode(model):
         samples = draw_samples(model, 64, seed)
         torch.manual_seed(seed)
-        first = torch.stack([(test_labels == label).nonzero()[:4, 0] for label in range(10)], 1)
-        shown = test_images[first].to(model.device)  # [4, 10, 1, 28, 28]: four of each label
+        found = [(test_labels == label).nonzero()[:4, 0] for label in test_labels.unique()]
+        first = torch.stack([indices[:min(map(len, found))] for indices in found], 1)  # four of each label, [4, 10]
+        shown = test_images[first].to(model.device)
         reconstructed = torch.cat([images for row in shown for images in (row, model(row)[0])])
         pictures = {"samples.png": grid(samples, 8),
                     "nearest.png": grid(torch.cat([samples[:8], nearest(samples[:8], train_images)]), 8),
-                    "reconstructions.png": grid(reconstructed, 10),
+                    "reconstructions.png": grid(reconstructed, shown.shape[1]),
                     "interpolations.png": draw_interpolations(model, shown[0])}
         if model.z_dim == 2:
             pictures["manifold.png"] = draw_manifold(model)
