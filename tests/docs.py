@@ -14,7 +14,7 @@ import torch
 
 from evaluation.pictures import grid
 from tests.common import TrainGroup, read_png
-from unittests import HERE, Group
+from unittests import HERE, Group, listen
 
 __unittest = True
 
@@ -110,14 +110,16 @@ class DocsPictures(TrainGroup):
         last = [layer for layer in model.encoder.modules() if isinstance(layer, torch.nn.Linear)][-1]
         for far in (False, True):
             last.weight.mul_(1e4 if far else 1)
-            codes, corner = model.encoder(images), model.decoder(torch.tensor([[-3.8, 3.8]]))
+            codes, decoded = model.encoder(images), listen(model.decoder)
             panel, plane = self.pictures.draw_codes(model, images, labels).axes[:2]
             cloud, names = panel.collections[0], panel.child_axes[0].texts if far else panel.texts
             np.testing.assert_allclose(cloud.get_offsets(), codes, rtol=1e-5)
             np.testing.assert_array_equal([*map(self.colors.rgb2hex, cloud.get_facecolors())], colors[labels])
             medians = {str(label): np.quantile(codes[labels == label], 0.5, 0, method="lower") for label in range(10)}
             np.testing.assert_equal({name.get_text(): np.float32(name.get_position()) for name in names}, medians)
-            np.testing.assert_allclose(plane.images[0].get_array()[2:30, 2:30], (corner[0, 0] + 1) * 127.5, atol=1)
+            np.testing.assert_allclose(decoded[-1][0][[0, 1, 20]], [[-3.8, 3.8], [-3.4, 3.8], [-3.8, 3.4]], rtol=1e-5)
+            self.assertEqual(plane.images[0].get_array().shape, (602, 602))
+            self.assertEqual(plane.images[0].get_extent(), [-4, 4, -4, 4])
 
     def test_plots_show_the_figures(self):
         figures = self.tables.read_figures(self.report.FIGURES)
