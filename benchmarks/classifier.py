@@ -14,10 +14,8 @@ from mnist import load_digits, load_mnist, mnist
 from training.device import setup_device
 from training.files import serialize, write_atomically
 
-EPOCHS = 12
 
-
-def train_classifier(loader, epochs, seed=0, device="cpu"):
+def train_classifier(loader, epochs=12, seed=0, device="cpu"):
     """Return a classifier trained on slightly distorted batches of a loader such as mnist.mnist's.
 
     Uses Adam with a one-cycle learning rate of at most 3e-3 (Smith and Topin, arXiv:1708.07120).
@@ -54,7 +52,7 @@ def main(args):
     """Train on MNIST's training set, print the classifier's accuracy, and write its weights."""
     device = setup_device(mps=False)
     torch.manual_seed(0)  # of the batches' order, too
-    classifier = train_classifier(mnist(args.data_dir, 128), EPOCHS, device=device)
+    classifier = train_classifier(mnist(args.data_dir, 128), device=device)
     classifier.half().float()  # rounds the weights to the stored precision
     print(f"accuracy on MNIST's test images: {accuracy(classifier, *load_mnist(args.data_dir, train=False)):.2%}")
     bundled = [torch.cat(parts) for parts in zip(load_digits(train=True), load_digits(train=False), strict=True)]

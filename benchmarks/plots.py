@@ -1,7 +1,7 @@
 """The plots of docs/results/ that are made from measured figures; report.py writes them.
 
-They need matplotlib: pip install -r benchmarks/requirements.txt. Their colours can be told apart by colour-blind
-readers (Okabe and Ito, jfly.uni-koeln.de/color); their letters can be read at half the picture's size.
+They need matplotlib (requirements.txt). Colour-blind readers can tell their colours apart (Okabe and Ito,
+jfly.uni-koeln.de/color); their letters can be read at half the picture's size.
 """
 
 from statistics import mean, median, quantiles
@@ -123,7 +123,6 @@ def draw_bars(groups, average, colors, label):
         panel.annotate(f"{middle:.3g}", (max(values), name), (8, 0), textcoords="offset points", va="center")
     panel.invert_yaxis()  # the first bar is the topmost
     panel.grid(False, axis="y")
-    panel.tick_params(axis="y", length=0)
     panel.margins(x=0.08, y=0.02)
     figure.supxlabel(label, fontsize="medium")
     return figure, panel

@@ -1,8 +1,8 @@
 """Train and measure every run of the assignment's questions, and show them:  python -m benchmarks.results
 
-Each is trained by train.py and measured by python -m evaluation, in processes of their own. A run that has begun is
-resumed, a finished one only measured again. The figures go into docs/results/results.json, the pictures beside it, and
-the weights of z8 into assets/; report.py then writes the tables and plots of README.md and docs/.
+Each is trained by train.py and measured by python -m evaluation. A run that has begun is resumed, a finished one only
+measured again. The figures go into docs/results/results.json, the pictures beside it, the weights of z8 into assets/;
+report.py then writes the tables and plots of README.md and docs/.
 """
 
 import functools

@@ -1,7 +1,6 @@
 """The tables of README.md and docs/, made from the figures that the other programs here measured.
 
-`figures` is what `read_figures` returns: results.json of results.py, speed.json of speed.py, and ablation.json of
-ablation.py. Runs, stages and columns that were not measured are left out.
+`figures` is what `read_figures` returns. Runs, stages and columns that were not measured are left out.
 """
 
 import json
@@ -119,13 +118,6 @@ def all_runs(figures):
     return table(columns, runs)
 
 
-def provenance(figures):
-    """Return the commits, versions and devices that made the runs, in a sentence."""
-    makers = {f"commit `{run['commit'][:7]}` with torch {run['torch'].partition('+')[0]} on "
-              f"{run['device_name'].replace(', 1 threads', ', 1 thread')}" for run in figures["results"].values()}
-    return f"The runs were made by {'; '.join(sorted(makers))}."
-
-
 def gradients(figures):
     """Return a table of the gradients of both losses at a code, and their ratio with the weights λ and 1 − λ."""
     rows = []
@@ -181,7 +173,6 @@ TABLES = {
     "summary": lambda figures: base_and_default(figures, (20, 100), ("reconstruction loss", "test MSE", *MATCH)),
     "stages": lambda figures: base_and_default(figures, STAGES, ("test MSE", *MATCH, "Parzen, nats")),
     "runs": all_runs,
-    "provenance": provenance,
     "question-2.4": lambda figures: table(("λ", *ALL, "standard deviation of codes"),
                                           after(figures, ("z8-lambda1", "z8"))),
     "question-2.5": lambda figures: table(("epochs", "reconstruction loss", *ALL[1:]),
