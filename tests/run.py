@@ -233,7 +233,7 @@ class Flags(TrainGroup):
                 (Namespace(d_momentum=0.9, base=True), {**base, "d_momentum": 0.9}),
                 (["--resume", "x"], {"epochs": 4, "lambda_": 1.0}),
                 (["--resume", "x", "--epochs", "5", "--lambda_", "1"], {"epochs": 5, "lambda_": 1.0}),
-                (["--resume", "x", "--epochs", "3"], "epochs 3 is less than the run's 4"),
+                (["--resume", "x", "--epochs", "3"], "epochs 3 contradicts the run, which has 4"),
                 (["--resume", "x", "--base"], "networks base contradicts the run, which has residual"),
                 (["--resume", "x", "--lambda_", "0.995"], "lambda_ 0.995 contradicts the run"),  # given, if a default
                 (Namespace(resume="x", lambda_=0.5), "lambda_ 0.5 contradicts the run")):
