@@ -68,11 +68,9 @@ class Recordings:
         return self._record(eager, key, x)
 
     def _record(self, eager, key, x):
-        """Record the step on x and replay it once; if that fails, nothing has run, and steps are eager from now on.
-
-        If ending the capture fails, the side stream stays current and, in torch 2.7, the random generator in capture
-        mode; both are repaired here. The gradients of a failed capture, never written, are dropped by the next step.
-        """
+        """Record the step on x and replay it once; if that fails, nothing has run, and steps are eager from now on."""
+        # If ending the capture fails, the side stream stays current and, in torch 2.7, the random generator in capture
+        # mode; both are repaired. The gradients of a failed capture, never written, are dropped by the next step.
         stream, generator = torch.cuda.current_stream(), torch.cuda.default_generators[x.device.index]
         random, graph, batch = generator.clone_state(), torch.cuda.CUDAGraph(), x.clone()
         try:

@@ -47,7 +47,8 @@ def resolve(args, defaults, base):
             if given[name] != of_run[name] and not (name == "epochs" and given[name] > of_run[name]):
                 raise FlagError(f"--{name} {given[name]} contradicts the run, which has {of_run[name]}; omit the flag, "
                                 f"or start a new run")
-    args = Namespace(**{**defaults, **of_run, **given})
+    args = Namespace(**{name: value for name, value in {**defaults, **of_run, **given}.items()
+                        if name not in ("base", "resume")})
     args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir))  # hparams.json is read in other folders, too
     args.log_dir = os.path.expanduser(args.log_dir)
     return args, saved
@@ -84,8 +85,7 @@ def open_run(args, saved, data, device):
     """Yield a locked Run: a new one or, given a saved state, that one."""
     settings = {**vars(args), "trained_on": data.name, "fallback": data.warning, "device": device.type,
                 "device_name": device_name(device), "torch": torch.__version__}
-    settings = {name: value for name, value in json.loads(json.dumps(settings, default=str)).items()
-                if name not in ("base", "resume")}
+    settings = json.loads(json.dumps(settings, default=str))  # as in hparams.json
     folder = saved["folder"] if saved else files.create_run_folder(args.log_dir)
     with files.locked(folder):
         if saved and load_state(folder)["run"]["seconds"] != saved["run"]["seconds"]:
@@ -165,7 +165,8 @@ class Run:
     def step_done(self):
         """Move the progress bar; raise UserError if the autoencoder's loss was not finite in the last logged window."""
         self._bar.update()
-        self._show(merged(logger.latest for logger in self._loggers))
+        if latest := merged(logger.latest for logger in self._loggers):
+            self._show(latest)
 
     def end_epoch(self, epoch):
         """Print the epoch's losses, and save everything; raise UserError if training has diverged."""
