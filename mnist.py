@@ -127,9 +127,9 @@ def download_mnist(raw, damaged):
     failures, before = [], socket.getdefaulttimeout()
     for mirror in MNIST.mirrors:
         print(f"downloading MNIST from {mirror}, waiting at most {TIMEOUT} s for data", file=sys.stderr)
+        socket.setdefaulttimeout(TIMEOUT)
         try:
             raw.mkdir(parents=True, exist_ok=True)
-            socket.setdefaulttimeout(TIMEOUT)
             with tempfile.TemporaryDirectory(dir=raw, ignore_cleanup_errors=True) as folder:
                 type("MNIST", (MNIST,), {"mirrors": [mirror]})(folder, download=True)
                 for name in MNIST_MD5:

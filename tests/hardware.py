@@ -23,38 +23,32 @@ class Hardware(TrainGroup):
 
     needs = (*TrainGroup.needs, "training.device")
 
-    def setUp(self):
-        super().setUp()
-        self.enterContext(self.train.default_torch_state())  # restores what is set here
-
-    def processor(self, text):
-        """Replace /proc/cpuinfo by this text."""
-        file = self.folder() / "cpuinfo"
-        file.write_text(text)
-        self.enterContext(mock.patch.object(self.device, "CPUINFO", file))
-
     def assert_run_refused(self, status, words, *flags):
         """Check that a run with these flags is rejected in one sentence."""
         result = self.run_cli("--dataset", "digits", "--epochs", 1, "--log_dir", self.folder(), *flags)
         self.assert_refused(result, status, words)
 
     def test_bf16_is_rejected_on_cpus_without_units_for_it(self):
+        file = self.folder() / "cpuinfo"
+        self.enterContext(mock.patch.object(self.device, "CPUINFO", file))
         for text, supported in (("flags\t\t: fpu avx2 avx512f avx512_bf16x\n", False), ("nothing\n", False),
                                 ("flags\t\t: fpu amx_bf16\n", True), ("flags\t\t: fpu avx512_bf16\n", True)):
-            self.processor(text)
+            file.write_text(text)
             if supported:
                 self.device.check_bf16(torch.device("cpu"))
             else:
                 self.assert_run_refused(2, "AVX512-BF16; train with --precision fp32 here, or resume the run where",
                                         "--no-cuda", "--precision", "bf16")
         self.device.check_bf16(torch.device("cuda"))
-        self.processor("model name\t: Old\n")
+        file.write_text("model name\t: Old\n")
         self.assertEqual(self.device.device_name(torch.device("cpu")), f"Old, {torch.get_num_threads()} threads")
 
     def test_a_gpu_without_kernels_is_explained(self):
+        self.addCleanup(torch.use_deterministic_algorithms, False)
         with mock.patch.multiple("torch.cuda", is_available=lambda: True, get_device_capability=lambda *_: (6, 1),
                                  get_device_name=lambda *_: "NVIDIA Something"):
-            self.assertEqual(self.device.setup_device(no_cuda=True), torch.device("cpu"))
+            self.assertEqual(self.device.setup_device(no_cuda=True, deterministic=True), torch.device("cpu"))
+            self.assertTrue(torch.are_deterministic_algorithms_enabled())
             with mock.patch("torch.ones", side_effect=RuntimeError("CUDA error: no kernel image is available")):
                 self.assert_run_refused(1, "no kernels for NVIDIA Something (compute capability 6.1); install a ver")
             with mock.patch("torch.ones", side_effect=RuntimeError("a bug")):
@@ -102,7 +96,7 @@ class Threads(FolderGroup):
 class Cuda(TrainGroup):
     """Training, evaluation and pictures on an NVIDIA GPU, compared with the CPU."""
 
-    needs = (*TrainGroup.needs, "training.device", "evaluation.measures", "evaluation.pictures")
+    needs = (*TrainGroup.needs, "evaluation.measures", "evaluation.pictures")
     no_cuda = ()
 
     def setUp(self):  # asks here: at import, CUDA would start in every process
@@ -130,7 +124,7 @@ class Cuda(TrainGroup):
         for precision in ("fp32", "bf16"):
             flags = "--deterministic", "--batch_size", "8", "--precision", precision, "--epochs"
             (run, weights), (stopped, _) = self.train_quietly(*flags, "2"), self.train_quietly(*flags, "1")
-            _, resumed = self.train_quietly("--resume", str(stopped), "--epochs", "2")
+            _, resumed = self.train_quietly("--batch_size", "8", "--resume", str(stopped), "--epochs", "2")
             self.check(same(weights, resumed), f"a resumed {precision} run has other weights")
             self.assertEqual(load_state(run)["settings"]["device"], "cuda")
             self.assertTrue(all(tensor.isfinite().all() and tensor.device.type == "cpu" and tensor.dtype in

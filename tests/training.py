@@ -1,5 +1,6 @@
 """The training step, the moving average of the weights, pictures, the logger, and the model beyond its interface."""
 
+import copy
 import io
 import itertools
 import math
@@ -19,17 +20,13 @@ __unittest = True
 
 
 class Training(TrainGroup):
-    """train_aae; the requirements for every train.py are in Mistakes in unittests.py."""
+    """train_aae beyond what tests/train_step.py asks of every train.py, and what it trains."""
 
     def test_each_player_follows_its_own_gradient_even_with_a_careless_model(self):
-        batches = [(images_like_mnist(count), None) for count in (6, 6, 2)]
-        model, expected, modes = TinyAAE().eval(), TinyAAE(), []
-        for part in model.modules():
-            part.register_forward_pre_hook(lambda module, args: modes.append(module.training))
+        batches, model, expected = [(images_like_mnist(count), None) for count in (6, 2)], TinyAAE(), TinyAAE()
         optimizers = (torch.optim.SGD([model.encoder.weight, model.decoder.weight], 0.5),
                       torch.optim.SGD([model.discriminator.weight], 2.0))
         self.train.train_aae(1, model, batches, mock.Mock(), mock.Mock(), *optimizers, 0.4)
-        self.check(modes and all(modes), "train_aae does not train in training mode: call model.train() first")
         encoder, decoder, discriminator = expected.parameters()
         for x, _ in batches:
             recon_x, z = expected(x)
@@ -64,20 +61,18 @@ class Training(TrainGroup):
         x, losses, train_aae = images_like_mnist(16), [], self.train.train_aae
 
         def one_step(epoch, model, batches, *others):
-            self.assertEqual(torch.is_autocast_enabled("cpu"), precision == "bf16")
             torch.manual_seed(1)
             train_aae(epoch, model, [(x, None)], *others)
             losses.append({name: mean for logger in others[:2] for name, mean in logger.end_epoch().items()})
             self.assertEqual({weight.dtype for weight in model.parameters()}, {torch.float32})
             raise SystemExit
 
-        for precision in ("fp32", "bf16"):
+        for precision in ("fp32", "bf16"):  # check_bf16 rejects it on most CPUs
             with mock.patch("training.device.check_bf16"), mock.patch.object(self.train, "train_aae", one_step), \
-                    self.assertRaises(SystemExit):  # check_bf16 rejects CPUs without units for it
+                    self.assertRaises(SystemExit):
                 self.train_quietly("--precision", precision)
-        exact, rounded = losses
-        torch.testing.assert_close(rounded, exact, rtol=0, atol=0.02)
-        self.assertNotEqual(rounded["ae_loss"], exact["ae_loss"])
+        torch.testing.assert_close(*losses, rtol=0, atol=0.02)
+        self.assertNotEqual(*(values["ae_loss"] for values in losses))
 
     def test_a_model_with_lazy_layers_is_trained(self):
         lazy = self.models.AdversarialAE(networks="base")
@@ -95,14 +90,10 @@ class Training(TrainGroup):
         before = nn.utils.parameters_to_vector(model.discriminator.parameters()).clone()
         self.train.train_step(model, *optimizers, 0.995, images_like_mnist(16))
         moved = (nn.utils.parameters_to_vector(model.discriminator.parameters()) - before).norm()
-        self.check_close(moved, 5e-3 * self.train.MAX_GRAD_NORM,
-                         "a large gradient of the discriminator is not clipped", 1e-4)
-
-    def test_rate_drops_after_the_epochs_of_the_flag(self):
-        optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))])
-        for drop_after, epoch, expected in ((10, 1, 1e-3), (10, 10, 1e-3), (10, 11, 1e-4), (0, 1000, 1e-3)):
-            self.train.set_learning_rate(optimizer, epoch, Namespace(ae_lr=1e-3, drop_after=drop_after))
-            self.assertEqual(optimizer.param_groups[0]["lr"], expected, (epoch, drop_after))
+        self.check_close(moved, 5e-3 * self.train.MAX_GRAD_NORM, "a large gradient is not clipped", 1e-4)
+        for drop_after, epoch, expected in ((10, 10, 1e-3), (10, 11, 1e-4), (0, 1000, 1e-3)):
+            self.train.set_learning_rate(optimizers[0], epoch, Namespace(ae_lr=1e-3, drop_after=drop_after))
+            self.assertEqual(optimizers[0].param_groups[0]["lr"], expected, (epoch, drop_after))
 
 
 class Pictures(TrainGroup):
@@ -193,7 +184,7 @@ class Promises(ModelGroup):
         self.check_close(model.sample(16).mean(), -0.74, "from a start brighter than MNIST's mean pixel, the first "
                          "steps drive the decoder's tanh to -1 everywhere, with every fourth seed", 0.1)
 
-    def test_every_posterior_keeps_the_interface(self):
+    def test_every_posterior_keeps_the_interface_in_every_number_type(self):
         x = images_like_mnist(5)
         for posterior, networks in itertools.product(self.models.ENCODERS, self.models.NETWORKS):
             torch.manual_seed(0)
@@ -204,6 +195,20 @@ class Promises(ModelGroup):
             self.assertTrue(all(weight.grad.abs().sum() > 0 for weight in model.encoder.parameters()), posterior)
             for codes, again in ((z, model.encoder(x)), [model.eval().encoder(x) for _ in range(2)]):
                 self.assertEqual(torch.equal(codes, again), posterior == "deterministic", posterior)
+            for dtype in (torch.float64, torch.bfloat16):
+                other = copy.deepcopy(model).to(dtype)
+                self.assertEqual({part.dtype for part in (*other(x.to(dtype)), other.sample(2))}, {dtype}, posterior)
+
+    def test_encoders_are_exported_for_every_batch_size(self):
+        for posterior in self.models.ENCODERS:
+            encoder, x = self.models.ENCODERS[posterior](3, "base").eval(), images_like_mnist(5)
+            batch = {0: torch.export.Dim("batch")}
+            exported = torch.export.export(encoder, (x[:2],), dynamic_shapes=(batch,)).module()
+            codes = []
+            for network in (encoder, exported):
+                torch.manual_seed(1)
+                codes.append(network(x))
+            torch.testing.assert_close(*codes, msg=posterior)
 
     def test_gaussian_codes_have_the_networks_mean_and_variance(self):
         encoder = self.models.ENCODERS["gaussian"](2)

@@ -4,12 +4,12 @@ import sys
 from types import ModuleType
 
 
-def report_exception(kind, error, traceback):
+def report_exception(kind, *others):
     """Replace sys.excepthook: Ctrl-C while a program still imports torch needs no traceback."""
-    if issubclass(kind, KeyboardInterrupt):
+    if kind is KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
     else:
-        sys.__excepthook__(kind, error, traceback)
+        sys.__excepthook__(kind, *others)
 
 
 if hasattr(sys.modules["__main__"], "__file__"):  # not in a notebook or at a prompt

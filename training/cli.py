@@ -128,9 +128,4 @@ def explain(error):
 def end(error, words, status):
     """Print how a program ends, with what the run has noted on the error, and return the status."""
     print_line("; ".join([words, *getattr(error, "__notes__", ())]), sys.stderr)
-    try:
-        sys.stdout.flush()
-    except OSError:  # it is closed or full: nothing is left to say, but Python would try to when it exits
-        with contextlib.suppress(OSError):
-            sys.stdout.close()
     return status

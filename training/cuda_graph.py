@@ -16,11 +16,10 @@ MOST = 8     # recordings of a run; options that change more often are trained e
 def captured(step):
     """Decorate `step(model, optimizer_ae, optimizer_disc, lambda_, x)`: on CUDA, record a CUDA graph and replay it.
 
-    Models that are not `capturable` are trained eagerly, and so is everything on AMD GPUs, where graphs are untested.
     Each shape of x, lambda_ and set of options of the optimizers, such as learning rates, has a recording of its own,
     which lives at most as long as optimizer_ae. It runs nothing; the WARM_UP steps before it are training steps. Each
-    step has new random numbers, and overwrites the values that the previous one returned. For whoever edits a step:
-    docs/DEVELOPING.md.
+    step has new random numbers, and overwrites the values that the previous one returned. Eager are models that are not
+    `capturable`, and everything on AMD GPUs, where graphs are untested. For whoever edits a step: docs/DEVELOPING.md.
     """
     recordings = weakref.WeakKeyDictionary()  # optimizer_ae -> Recordings
 
@@ -69,11 +68,9 @@ class Recordings:
         return self._record(eager, key, x)
 
     def _record(self, eager, key, x):
-        """Record the step on x and replay it once; if that fails, nothing has run, and steps are eager from now on.
-
-        If ending the capture fails, the side stream stays current and, in torch 2.7, the random generator in capture
-        mode; both are repaired here. The gradients of a failed capture, never written, are dropped by the next step.
-        """
+        """Record the step on x and replay it once; if that fails, nothing has run, and steps are eager from now on."""
+        # If ending the capture fails, the side stream stays current and, in torch 2.7, the random generator in capture
+        # mode; both are repaired. The gradients of a failed capture, never written, are dropped by the next step.
         stream, generator = torch.cuda.current_stream(), torch.cuda.default_generators[x.device.index]
         random, graph, batch = generator.clone_state(), torch.cuda.CUDAGraph(), x.clone()
         try:

@@ -18,7 +18,7 @@ try:
 except ImportError:  # Windows: runs are not locked there
     fcntl = None
 
-REFUSED = {getattr(errno, name) for name in ("EINVAL", "ENOSYS", "ENOTSUP", "EOPNOTSUPP") if hasattr(errno, name)}
+REFUSED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # what file systems without fsync answer
 OUR_EVENTS = ".aae"  # how the names of a run's event files end; nobody else's are changed
 WEIGHTS = "model_checkpoint.pt"  # a run's weights, for other uses
 
@@ -47,7 +47,7 @@ def write_atomically(path, content):
 
 
 def sync(file):
-    """Force a file to disk, unless its file system, such as FUSE or CIFS, refuses to."""
+    """Force a file to disk, unless its file system refuses to, such as FUSE or CIFS."""
     try:
         os.fsync(file.fileno())
     except OSError as error:
@@ -125,9 +125,9 @@ def locked(folder):
         yield
 
 
-def rewind(folder, events):
-    """Cut a run's event files to the sizes in `events`, by name: what was logged since then is logged again."""
-    for name, size in events.items():
+def rewind(folder, sizes):
+    """Cut a run's event files to their sizes, by name: what was logged since then is logged again."""
+    for name, size in sizes.items():
         if os.path.isfile(folder / name) and os.path.getsize(folder / name) > size:
             os.truncate(folder / name, size)
 

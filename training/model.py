@@ -36,12 +36,10 @@ class EMA:
 
     def __init__(self, model, decay):
         self.model = copy.deepcopy(model).requires_grad_(False)
-        self.decay = decay
-        self.updates = 0
-        self._original = model
-        averaged, current = ([tensor.detach() for tensor in (*network.parameters(), *network.buffers())
-                              if tensor.is_floating_point()] for network in (self.model, model))
-        self._averaged, self._current = averaged, current  # shared tensors appear once
+        self.decay, self.updates, self._original = decay, 0, model
+        self._averaged, self._current = (
+            [tensor.detach() for tensor in (*network.parameters(), *network.buffers()) if tensor.is_floating_point()]
+            for network in (self.model, model))  # a shared tensor appears once
 
     def update(self):
         """Update the average with the current weights."""

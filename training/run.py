@@ -43,36 +43,29 @@ def resolve(args, defaults, base):
         folder = find_run(given["resume"], given.get("log_dir", defaults["log_dir"]))
         saved = {**load_state(folder), "folder": folder}
         of_run = {name: saved["settings"][name] for name in saved["settings"].keys() & defaults.keys() - OF_THE_MACHINE}
-        refuse_contradictions(given, of_run)
-    args = Namespace(**{**defaults, **of_run, **given})
+        for name in sorted(given.keys() & of_run.keys()):
+            if given[name] != of_run[name] and not (name == "epochs" and given[name] > of_run[name]):
+                raise FlagError(f"--{name} {given[name]} contradicts the run, which has {of_run[name]}; omit the flag, "
+                                f"or start a new run")
+    args = Namespace(**{name: value for name, value in {**defaults, **of_run, **given}.items()
+                        if name not in ("base", "resume")})
     args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir))  # hparams.json is read in other folders, too
     args.log_dir = os.path.expanduser(args.log_dir)
     return args, saved
 
 
 def find_run(resume, log_dir):
-    """Return the folder of the run that --resume names: by its folder or its training state, or as the latest."""
+    """Return the folder of the run that --resume names: its folder or training state, or "latest" in `log_dir`."""
+    place = Path(os.path.abspath(os.path.expanduser(log_dir if resume == "latest" else resume)))
     if resume == "latest":
-        return latest_run(os.path.expanduser(log_dir))
-    return run_folder(os.path.expanduser(resume))
-
-
-def run_folder(resume):
-    """Return the folder of a run, given it or its training state."""
-    path = Path(resume)
-    folder = Path(os.path.abspath(path)).parents[1] if path.name == STATE and os.path.isfile(path) else path
+        states = sorted(place.glob(f"*/checkpoints/{STATE}"), key=os.path.getmtime)
+        folder = states[-1].parents[1] if states else place
+    else:
+        folder = place.parents[1] if place.name == STATE else place
     if not os.path.exists(folder / "checkpoints" / STATE):
-        raise UserError(f"{path} cannot be resumed: it has no checkpoints/{STATE}; name a run's folder, or start "
-                              f"a new run")
+        raise UserError(f"{place} cannot be resumed: it has no checkpoints/{STATE}; name a run's folder, or start a "
+                        f"new run")
     return folder
-
-
-def latest_run(log_dir):
-    """Return the folder of the run in `log_dir` that was saved last; raise UserError if there is none."""
-    states = list(Path(log_dir).glob(f"*/checkpoints/{STATE}"))
-    if not states:
-        raise UserError(f"{log_dir} has no run to resume; name the run's folder, or set --log_dir")
-    return max(states, key=lambda state: state.stat().st_mtime).parents[1]
 
 
 def load_state(folder):
@@ -81,19 +74,8 @@ def load_state(folder):
     state = files.load_checked(path, "start a new run")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is not a training state of this version of the program; finish the run with the "
-                              f"commit that made it, or start a new run")
+                        f"commit that made it, or start a new run")
     return state
-
-
-def refuse_contradictions(given, of_run):
-    """Raise FlagError if a flag that is given contradicts a stopped run's; --epochs may be raised."""
-    for name in sorted(given.keys() & of_run.keys() - {"epochs"}):
-        if given[name] != of_run[name]:
-            raise FlagError(f"--{name} {given[name]} contradicts the run, which has {of_run[name]}; omit the flag, or "
-                            f"start a new run")
-    if given.get("epochs", of_run["epochs"]) < of_run["epochs"]:
-        raise FlagError(f"--epochs {given['epochs']} is less than the run's {of_run['epochs']}; give a larger number, "
-                        f"or omit the flag")
 
 
 # The run --------------------------------------------------------------------------------------------------------------
@@ -103,8 +85,7 @@ def open_run(args, saved, data, device):
     """Yield a locked Run: a new one or, given a saved state, that one."""
     settings = {**vars(args), "trained_on": data.name, "fallback": data.warning, "device": device.type,
                 "device_name": device_name(device), "torch": torch.__version__}
-    settings = {name: value for name, value in json.loads(json.dumps(settings, default=str)).items()
-                if name not in ("base", "resume")}
+    settings = json.loads(json.dumps(settings, default=str))  # as in hparams.json
     folder = saved["folder"] if saved else files.create_run_folder(args.log_dir)
     with files.locked(folder):
         if saved and load_state(folder)["run"]["seconds"] != saved["run"]["seconds"]:
@@ -131,12 +112,11 @@ class Run:
     def __init__(self, folder, settings, saved, writer):
         self.folder, self.settings, self.writer, self._saved = folder, settings, writer, saved
         progress = saved["run"] if saved else {"epoch": None, "means": {}, "seconds": 0}
-        self._epoch = self._saved_epoch = progress["epoch"]  # the last complete one; 0 is before training
+        self._epoch = progress["epoch"]  # the last one that is saved; 0 is before training
         self.means = progress["means"]
         self._epoch_started = time.monotonic()
         self._started = self._epoch_started - progress["seconds"]
-        self._parts, self._loggers, self._steps = {}, (), 0  # steps of an epoch
-        self._bar, self._shown = None, [{}, {}]  # the progress bar, and the means of the last windows next to it
+        self._parts, self._loggers, self._steps, self._bar = {}, (), 0, None  # steps of an epoch
 
     def restore(self, **parts):
         """Take the parts of the run by name, all that has a state, and give them that of a stopped run, if it is one.
@@ -150,7 +130,7 @@ class Run:
             files.rewind(self.folder, self._saved["events"])
         write_atomically(self.folder / "hparams.json", (json.dumps(self.settings, indent=2) + "\n").encode())
         if self._saved:
-            self._save()  # settings may be new, and the weights file older than the state
+            self._save(self._epoch)  # settings may be new, and the weights file older than the state
 
     def _load(self):
         """Load the saved state of all parts; raise UserError if it does not fit."""
@@ -173,8 +153,8 @@ class Run:
     def epochs(self):
         """Yield the numbers of the epochs to come: from 0, before training, or from the one after the saved epoch."""
         last, first = self.settings["epochs"], 0 if self._epoch is None else self._epoch + 1
-        with tqdm(total=last * self._steps, initial=max(0, first - 1) * self._steps, disable=not has_width(sys.stderr),
-                  bar_format="{desc}|{bar}|{remaining} left{postfix}", dynamic_ncols=True) as self._bar:
+        with tqdm(total=last * self._steps, initial=max(0, first - 1) * self._steps, dynamic_ncols=True,
+                  bar_format="{desc}|{bar}|{remaining} left{postfix}", disable=not has_width(sys.stderr)) as self._bar:
             for epoch in range(first, last + 1):
                 self._bar.set_description(f"epoch {epoch}/{last}")
                 self._epoch_started = time.monotonic()
@@ -185,10 +165,8 @@ class Run:
     def step_done(self):
         """Move the progress bar; raise UserError if the autoencoder's loss was not finite in the last logged window."""
         self._bar.update()
-        latest = [logger.latest for logger in self._loggers]
-        if latest != self._shown:
-            self._shown = latest
-            self._show(merged(latest))
+        if latest := merged(logger.latest for logger in self._loggers):
+            self._show(latest)
 
     def end_epoch(self, epoch):
         """Print the epoch's losses, and save everything; raise UserError if training has diverged."""
@@ -197,37 +175,7 @@ class Run:
             self._show(self.means)
             print_line(f"epoch {epoch}/{self.settings['epochs']}: {format_means(self.means)}, "
                        f"{time.monotonic() - self._epoch_started:.1f} s")
-        self._epoch = epoch
-        self._save()
-
-    def print_start(self, images):
-        """Print the device, the data and the folder."""
-        settings, quota = self.settings, f", quota of {QUOTA:g} CPUs" if QUOTA else ""
-        print_line(f"device: {settings['device']} ({settings['device_name']}{quota}), torch {settings['torch']}")
-        name = "MNIST" if settings["trained_on"] == "mnist" else "the bundled digits"
-        print_line(f"data:   {images:,} images of {name}")
-        print_line(f"run:    {self.folder}")
-
-    def print_end(self):
-        """Print how the run ended and where its results are."""
-        epochs, seconds = self.settings["epochs"], time.monotonic() - self._started
-        print_line(f"done:   {epochs} epoch{'s' * (epochs > 1)} in {tqdm.format_interval(seconds)}; last epoch: "
-                   f"{format_means(self.means)}")
-        print_line(f"see:    pictures in {self.folder / 'results'}, curves with: "
-                   f"{shell_command('tensorboard', '--logdir', str(self.folder))}")
-        for warning in (self.settings["fallback"], unused_gpu_warning(self.settings["no_cuda"])):
-            if warning:  # repeated for those who read only the end
-                warn(warning)
-
-    def resume_hint(self):
-        """Return a clause on what is saved, and how to resume the run."""
-        if self._saved_epoch is None:
-            return "nothing is saved yet, so start a new run"
-        of_the_machine = [f"--{name.replace('_', '-')}" for name in ("no_cuda", "no_graph") if self.settings[name]]
-        if self.settings["trained_on"] == "mnist":
-            of_the_machine += ["--data_dir", self.settings["data_dir"]]
-        command = shell_command("python", str(TRAIN), "--resume", str(self.folder), *of_the_machine)
-        return f"epoch {self._saved_epoch} is saved; resume the run with: {command}"
+        self._save(epoch)
 
     def _show(self, means):
         """Show the means of the losses next to the progress bar; raise UserError if training has diverged."""
@@ -236,15 +184,42 @@ class Run:
             raise UserError(f"the autoencoder's loss became {means['ae_loss']} in epoch {self._epoch + 1}: training "
                             f"has diverged; try smaller learning rates (--ae_lr, --d_lr)")
 
-    def _save(self):
-        """Save the state of all parts, and the averaged weights alone."""
+    def _save(self, epoch):
+        """Save the state of all parts after an epoch, and the averaged weights alone."""
         self.writer.flush()  # events logged so far belong to this state, later ones do not
-        progress = {"epoch": self._epoch, "means": self.means, "seconds": time.monotonic() - self._started}
+        progress = {"epoch": epoch, "means": self.means, "seconds": time.monotonic() - self._started}
         state = {"format": FORMAT, "settings": self.settings, "events": files.sync_event_files(self.folder),
                  "run": progress, **{name: part.state_dict() for name, part in self._parts.items()}}
         write_atomically(self.folder / "checkpoints" / STATE, files.serialize(state))
-        self._saved_epoch = self._epoch
+        self._epoch = epoch
         write_atomically(self.folder / "checkpoints" / files.WEIGHTS, files.serialize(state["ema"]["weights"]))
+
+    def print_start(self, images):
+        """Print the device, the data and the folder."""
+        settings, quota = self.settings, f", quota of {QUOTA:g} CPUs" if QUOTA else ""
+        name = "MNIST" if settings["trained_on"] == "mnist" else "the bundled digits"
+        print_line(f"device: {settings['device']} ({settings['device_name']}{quota}), torch {settings['torch']}\n"
+                   f"data:   {images:,} images of {name}\nrun:    {self.folder}")
+
+    def print_end(self):
+        """Print how the run ended and where its results are, and for those who read only the end its warnings."""
+        epochs, seconds = self.settings["epochs"], time.monotonic() - self._started
+        command = shell_command("tensorboard", "--logdir", str(self.folder))
+        print_line(f"done:   {epochs} epoch{'s' * (epochs > 1)} in {tqdm.format_interval(seconds)}; last epoch: "
+                   f"{format_means(self.means)}\n"
+                   f"see:    pictures in {self.folder / 'results'}, curves with: {command}")
+        for warning in filter(None, (self.settings["fallback"], unused_gpu_warning(self.settings["no_cuda"]))):
+            warn(warning)
+
+    def resume_hint(self):
+        """Return a clause on what is saved, and how to resume the run on this machine."""
+        if self._epoch is None:
+            return "nothing is saved yet, so start a new run"
+        flags = [f"--{name.replace('_', '-')}" for name in ("no_cuda", "no_graph") if self.settings[name]]
+        if self.settings["trained_on"] == "mnist":
+            flags += ["--data_dir", self.settings["data_dir"]]
+        command = shell_command("python", str(TRAIN), "--resume", str(self.folder), *flags)
+        return f"epoch {self._epoch} is saved; resume the run with: {command}"
 
 
 def load_optimizer(optimizer, state):
