@@ -16,7 +16,7 @@ from training.files import WEIGHTS, load_checked
 def load_run(path):
     """Return the trained model of a run, its settings, and the folder for evaluation/.
 
-    `path` is the run's folder or a file of weights, also outside a run. Raises UserError if there is no such model.
+    `path` is the run's folder or a file of weights, also outside a run. Raises UserError for weights of another model.
     """
     path = Path(path).expanduser()
     file = path / "checkpoints" / WEIGHTS if path.is_dir() else path
