@@ -9,10 +9,10 @@ import errno
 import gzip
 import hashlib
 import os
+import socket
 import sys
 import tempfile
 import zlib
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
              "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
              "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}
 DIGITS_FILE = Path(__file__).resolve().parent / "assets" / "digits.csv.gz"
-TIMEOUT = 20  # seconds without data after which the next of torchvision's two mirrors is tried
+TIMEOUT = 20  # seconds without data after which another address of a mirror, then the next mirror is tried
 
 
 class DataError(RuntimeError):
@@ -122,21 +122,16 @@ def read_idx(raw, name, download):
 
 def download_mnist(raw, damaged):
     """Download MNIST and move its files to `raw` where they are missing or damaged; return what failed, if it did."""
-    # A thread downloads: a socket's time limit would hold for each of a host's addresses, and not for the name service.
     from torchvision.datasets import MNIST  # imported here because it takes a second and is rarely needed
 
-    failures = []
+    failures, before = [], socket.getdefaulttimeout()
     for mirror in MNIST.mirrors:
         print(f"downloading MNIST from {mirror}, waiting at most {TIMEOUT} s for data", file=sys.stderr)
+        socket.setdefaulttimeout(TIMEOUT)
         try:
             raw.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=raw, ignore_cleanup_errors=True) as folder, ThreadPool(1) as pool:
-                one_mirror = type("MNIST", (MNIST,), {"mirrors": [mirror]})
-                result, before, size = pool.apply_async(one_mirror, (folder,), {"download": True}), -1, 0
-                while not result.ready() and before < size:
-                    result.wait(TIMEOUT)
-                    before, size = size, sum(file.stat().st_size for file in Path(folder).rglob("*.gz"))
-                result.get(timeout=0)
+            with tempfile.TemporaryDirectory(dir=raw, ignore_cleanup_errors=True) as folder:
+                type("MNIST", (MNIST,), {"mirrors": [mirror]})(folder, download=True)
                 for name in MNIST_MD5:
                     if raw / name in damaged or not (raw / name).exists():
                         os.replace(Path(folder, "MNIST", "raw", name), raw / name)
@@ -144,6 +139,8 @@ def download_mnist(raw, damaged):
         except Exception as error:  # of any kind: an answer may be anything
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise DataError(f"the disk of {raw} is full; free space, or choose another --data_dir") from None
-            reason = str(error).strip().rpartition("\n")[2] or f"no data for {TIMEOUT} s"
+            _, _, reason = (str(error).strip() or repr(error)).rpartition("\n")
             failures.append(f"{mirror}: {reason}")
+        finally:
+            socket.setdefaulttimeout(before)
     return failures

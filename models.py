@@ -119,7 +119,7 @@ class GaussianEncoder(ConvEncoder):
         super().__init__(2 * z_dim, networks)
 
     def forward(self, x):
-        mean, log_variance = self.net(x).float().chunk(2, dim=1)
+        mean, log_variance = self.net(x).chunk(2, dim=1)
         return mean + (log_variance / 2).exp() * torch.randn_like(mean)
 
 
@@ -140,7 +140,7 @@ class UniversalEncoder(ConvEncoder):
 
     def forward(self, x):
         features = F.relu(self.net(x))
-        noise = torch.randn(len(x), self.NOISE, device=x.device)
+        noise = torch.randn(x.shape[0], self.NOISE, device=x.device).to(features)
         return self.mix(torch.cat([features, noise], dim=1))
 
 

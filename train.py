@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.functional import to_pil_image
 
 from evaluation.monitoring import save_measurements, save_summary
@@ -22,14 +21,14 @@ from training.cli import OneLineParser, number, run_program
 from training.cuda_graph import captured
 from training.data import load_data
 from training.device import RandomState, default_torch_state, setup_device
-from training.files import image_grid, png_bytes, write_atomically
-from training.model import EMA, build_model, compute_in_bf16, evaluation_mode
+from training.files import png_bytes, write_atomically
+from training.model import EMA, build_model, evaluation_mode
 from training.run import open_run, resolve
-from utils import TensorBoardLogger
+from utils import TensorBoardLogger, log_images
 
 SAMPLE_SEED = 0
 MAX_GRAD_NORM = 1.0  # gradient clipping of the discriminator; see docs/EXPERIMENTS.md
-BASE = ["--networks", "base", "--drop_after", "0", "--d_momentum", "0", "--averaging", "0"]  # --base
+BASE = {"networks": "base", "drop_after": 0, "d_momentum": 0.0, "averaging": 0.0}  # --base
 EXAMPLES = """examples:
   python train.py --epochs 5                      short run
   python train.py --base --epochs 20              the networks and training that the assignment suggests
@@ -52,8 +51,9 @@ def make_parser():
         help="encoder and decoder; base: as the assignment suggests them")
 
     add = parser.add_argument_group("training").add_argument
-    add("--base", action="store_true", help=f"preset of the assignment's suggestions, short for {' '.join(BASE)}; "
-                                            "flags given explicitly take precedence")
+    preset = " ".join(f"--{name} {value}" for name, value in BASE.items())
+    add("--base", action="store_true",
+        help=f"preset of the assignment's suggestions, short for {preset}; flags given explicitly take precedence")
     add("--epochs", type=number(int, 1), default=100, metavar="N", help="passes over the training set")
     add("--batch_size", type=number(int, 1), default=64, metavar="N", help="images per training step")
     add("--lambda_", type=number(float, 0, 1), default=0.995, metavar="X",
@@ -81,45 +81,25 @@ def make_parser():
 
     add = parser.add_argument_group("output").add_argument
     add("--log_dir", default="AAE_logs/", metavar="DIR", help="each run creates its own folder in this one")
-    add("--checkpoint_every", type=number(int, 1), default=1, metavar="N", help="epochs between two checkpoints")
     add("--resume", metavar="RUN",
         help="resume a run: its folder, or `latest` for the one saved last in --log_dir; --epochs may be raised")
 
     add = parser.add_argument_group("hardware").add_argument
     add("--no-cuda", action="store_true", help="do not use CUDA, even if it is available")
     add("--no-graph", action="store_true", help="on CUDA, run each step eagerly instead of replaying a CUDA graph")
-    add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
-        help="arithmetic precision; tf32 and bf16 are less exact, and rejected on hardware without units for them")
+    add("--precision", choices=("fp32", "bf16"), default="fp32",
+        help="arithmetic precision; bf16 is less exact, and rejected on hardware without units for it")
     add("--deterministic", action="store_true", help="use only deterministic kernels on CUDA")
     return parser
 
 
+DEFAULTS = vars(make_parser().parse_args([]))
+
+
 def parse_args(argv=None):
-    """Return the flags as a Namespace; its `defaulted` has the values of those not given. --base is spelled out.
-
-    For an invalid flag, print one sentence and exit with status 2.
-    """
-    parser, argv = make_parser(), list(sys.argv[1:] if argv is None else argv)
-    if "--base" in argv:  # a flag's value never starts with --
-        argv = [*BASE, *argv]  # of a flag given twice, the later value counts
-    defaults = vars(parser.parse_args([]))
-    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))  # None: not given
-    del defaults["base"], given["base"]
-    defaulted = {name: value for name, value in defaults.items() if given[name] is None}
-    return argparse.Namespace(**{**given, **defaulted}, defaulted=defaulted)
-
-
-def with_defaults(args):
-    """Return a Namespace of all flags: those missing from `args` get their defaults; `defaulted` has these alone.
-
-    What differs from what parse_args has filled in was given.
-    """
-    before = getattr(args, "defaulted", {})
-    given = {name: value for name, value in vars(args).items()
-             if name not in ("base", "defaulted") and not (name in before and value == before[name])}
-    flags = vars(parse_args(["--base"] if getattr(args, "base", False) else []))
-    flags["defaulted"] = {name: value for name, value in flags["defaulted"].items() if name not in given}
-    return argparse.Namespace(**{**flags, **given})
+    """Return a Namespace of the flags that are given alone; for an invalid flag, print one sentence and exit."""
+    flags = make_parser().parse_args(argv, argparse.Namespace(**dict.fromkeys(DEFAULTS)))
+    return argparse.Namespace(**{name: value for name, value in vars(flags).items() if value is not None})
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
@@ -149,8 +129,7 @@ def save_reconstruction(model, epoch, summary_writer, data, count=8):
 
 def save_grid(images, columns, tag, epoch, summary_writer, name):
     """Save images in [-1, 1] as one grid, to TensorBoard at step `epoch` and as <run>/results/<name>."""
-    grid = image_grid(images, columns)
-    summary_writer.add_image(tag, grid, epoch)
+    grid = log_images(summary_writer, tag, images, epoch, columns)
     results = Path(summary_writer.log_dir) / "results"
     results.mkdir(exist_ok=True)
     write_atomically(results / name, png_bytes(to_pil_image(grid)))
@@ -236,44 +215,43 @@ class Batches:
 def main(args):
     """Train as the flags specify and return the run's folder. Flags missing from `args` get their defaults.
 
-    Raises UserError or mnist.DataError for errors that the user can fix. KeyboardInterrupt says how to resume the run.
+    Raises UserError or mnist.DataError for errors that the user can fix; other errors note how to resume the run.
     """
-    args, saved = resolve(with_defaults(args))  # a new run, or with --resume the flags and the state of a stopped one
+    args, saved = resolve(args, DEFAULTS, BASE)  # with --resume, the flags and the state of a stopped run
     torch.manual_seed(args.seed)
     device = setup_device(args.no_cuda, args.precision, args.deterministic)
     data = load_data(args, device, saved["settings"] if saved else None)
     model = build_model(args, device)
     ema = EMA(model, args.averaging)  # the averaged weights are shown, evaluated and saved
-    if args.precision == "bf16":  # after the copy in EMA, which stays in float32
-        compute_in_bf16(model)
 
     fused = device.type in ("cpu", "cuda")  # one call for all weights; untested on other devices
     optimizer_ae = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()], lr=args.ae_lr,
                                     betas=(0.5, 0.999), fused=fused, capturable=device.type == "cuda")
     optimizer_disc = torch.optim.SGD(model.discriminator.parameters(), lr=args.d_lr, momentum=args.d_momentum,
                                      fused=fused)
-    with (open_run(args, saved, data, device, model=model, ema=ema, optimizer_ae=optimizer_ae,
-                   optimizer_disc=optimizer_disc, random=RandomState(device)) as run,
-          SummaryWriter(run.folder) as writer):
-        logger_ae = TensorBoardLogger(writer, name="generator")
-        logger_disc = TensorBoardLogger(writer, name="discriminator")
+    with open_run(args, saved, data, device) as run:
+        logger_ae = TensorBoardLogger(run.writer, name="generator")
+        logger_disc = TensorBoardLogger(run.writer, name="discriminator")
+        run.restore(model=model, ema=ema, optimizer_ae=optimizer_ae, optimizer_disc=optimizer_disc,
+                    logger_ae=logger_ae, logger_disc=logger_disc, loader=data.train_loader, random=RandomState(device))
         batches = Batches(data.train_loader, ema, run)
-        for epoch in run.epochs(logger_ae=logger_ae, logger_disc=logger_disc):  # from 0, which is before training
+        for epoch in run.epochs():  # from 0, which is before training
             if epoch > 0:
                 set_learning_rate(optimizer_ae, epoch, args)
-                train_aae(epoch, model, batches, logger_ae, logger_disc, optimizer_ae, optimizer_disc, args.lambda_)
-            generate_and_save(ema.model, epoch, writer)
+                with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16", cache_enabled=False):
+                    train_aae(epoch, model, batches, logger_ae, logger_disc, optimizer_ae, optimizer_disc, args.lambda_)
+            generate_and_save(ema.model, epoch, run.writer)
+            save_reconstruction(ema.model, epoch, run.writer, data.fixed_images, count=len(data.fixed_images))
             if epoch == 1 or epoch % 5 == 0:
-                save_reconstruction(ema.model, epoch, writer, data.fixed_images, count=len(data.fixed_images))
-                save_measurements(ema.model, epoch, writer, data.test_images)
+                save_measurements(ema.model, epoch, run.writer, data.test_images)
             run.end_epoch(epoch)  # prints the losses, saves everything
-        save_summary(ema.model, args.epochs, writer, data, run.settings, run.means)
+        save_summary(ema.model, args.epochs, run.writer, data, run.settings, run.means)
     return run.folder
 
 
 def cli(argv=None):
     """Run `main` from the command line and return the exit status; report user errors in one sentence."""
-    return run_program("train.py", main, parse_args, argv, "end other programs, try a smaller --batch_size or --z_dim")
+    return run_program("train.py", main, parse_args, argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Logging to TensorBoard. This file imports no other file of the project."""
+"""Logging to TensorBoard: losses and pictures. This file imports no other file of the project."""
 
 import torch
+from torchvision.utils import make_grid
 
 
 class TensorBoardLogger:
@@ -69,3 +70,16 @@ def on_cpu(sums):
     totals = [torch.as_tensor(total).reshape(()) for total, _ in sums.values()]
     numbers = torch.stack([total.to(totals[0].device) for total in totals]).tolist() if totals else []
     return {name: (number, count) for (name, (_, count)), number in zip(sums.items(), numbers, strict=True)}
+
+
+def log_images(summary_writer, tag, images, step, columns=8):
+    """Log images [N, 1, 28, 28] in [-1, 1] as one picture, and return it; see `image_grid`."""
+    grid = image_grid(images, columns)
+    summary_writer.add_image(tag, grid, step)
+    return grid
+
+
+def image_grid(images, columns):
+    """Return images [N, 1, 28, 28] in [-1, 1] as one picture with `columns` per row, uint8 [3, H, W], on the CPU."""
+    grid = make_grid(images.float().cpu(), nrow=columns, normalize=True, value_range=(-1, 1))
+    return (255 * grid).round().byte()

@@ -8,7 +8,6 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from evaluation.classifier import CLASSIFIER, digit_classifier, features_and_probabilities
 from mnist import load_digits, load_mnist, mnist
@@ -16,25 +15,22 @@ from training.device import setup_device
 from training.files import serialize, write_atomically
 
 
-def train_classifier(loader, epochs, seed=0, device="cpu"):
+def train_classifier(loader, epochs=12, seed=0, device="cpu"):
     """Return a classifier trained on slightly distorted batches of a loader such as mnist.mnist's.
 
     Uses Adam with a one-cycle learning rate of at most 3e-3 (Smith and Topin, arXiv:1708.07120).
     """
     torch.manual_seed(seed)
     classifier = digit_classifier().to(device, memory_format=torch.channels_last)
-    steps = epochs * len(loader)
     optimizer = torch.optim.Adam(classifier.parameters(), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
-    with tqdm(total=steps, desc="training the classifier", disable=None, leave=False) as bar:
-        for _ in range(epochs):
-            for x, y in loader:
-                loss = F.cross_entropy(classifier(distorted(x.to(device))), y.to(device))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                bar.update()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=epochs * len(loader))
+    for _ in range(epochs):
+        for x, y in loader:
+            loss = F.cross_entropy(classifier(distorted(x.to(device))), y.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
     return classifier.eval()
 
 
@@ -54,9 +50,9 @@ def accuracy(classifier, images, labels):
 
 def main(args):
     """Train on MNIST's training set, print the classifier's accuracy, and write its weights."""
-    device = setup_device(args.no_cuda, mps=False)
+    device = setup_device(mps=False)
     torch.manual_seed(0)  # of the batches' order, too
-    classifier = train_classifier(mnist(args.data_dir, 128), args.epochs, device=device)
+    classifier = train_classifier(mnist(args.data_dir, 128), device=device)
     classifier.half().float()  # rounds the weights to the stored precision
     print(f"accuracy on MNIST's test images: {accuracy(classifier, *load_mnist(args.data_dir, train=False)):.2%}")
     bundled = [torch.cat(parts) for parts in zip(load_digits(train=True), load_digits(train=False), strict=True)]
@@ -67,9 +63,6 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=f"Train the evaluation's digit classifier; replaces {CLASSIFIER.name}.")
+    parser = argparse.ArgumentParser(description=f"Train the digit classifier; replaces {CLASSIFIER.name}.")
     parser.add_argument("--data_dir", default="../data/", help="MNIST's folder")
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--no-cuda", action="store_true")
     main(parser.parse_args())

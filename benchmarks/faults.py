@@ -15,13 +15,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from benchmarks.report import PROJECT
 from tests.common import run_contents
 
-PROJECT = Path(__file__).resolve().parent.parent
 FLAGS = ["--dataset", "digits", "--no-cuda", "--epochs", "12", "--drop_after", "6"]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-RUNS, STRIKES = 10, 10  # and signals in each run
-LONGEST = 3  # seconds from the beginning of training to a signal
+RUNS, STRIKES, LONGEST = 10, 10, 3  # runs, signals in each, seconds from the beginning of training to a signal
 
 
 def finished_run(log_dir, strikes):

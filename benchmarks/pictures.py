@@ -7,8 +7,8 @@ from PIL import Image
 from benchmarks.plots import ORANGE, plt, save
 from evaluation.model_files import load_images, load_run
 from evaluation.monitoring import reconstruct
-from training.files import image_grid
 from training.model import evaluation_mode
+from utils import image_grid
 
 SAMPLES = "results/Prior_samples/samples_epoch_{}.png"
 SHOWN = (0, 20, 50, 100)  # epochs of a run's picture
@@ -54,10 +54,7 @@ def draw_progress(run):
     for epoch, (above, below) in zip(SHOWN, panels.T, strict=True):
         above.set_title(f"epoch {epoch}")
         show(above, pixels(run / SAMPLES.format(epoch)))
-        if epoch:
-            show(below, pixels(run / f"results/Reconstruction/reconstruction_{epoch}.png"))
-        else:
-            below.set_axis_off()  # before training, there is none
+        show(below, pixels(run / f"results/Reconstruction/reconstruction_{epoch}.png"))
     return figure
 
 
@@ -78,14 +75,12 @@ def draw_strip(run):
 def draw_codes(model, images, labels):
     """Return a figure of the codes of images by label, beside the decoded codes of the same square."""
     steps = REACH * ((torch.arange(SIDE) + 0.5) / SIDE * 2 - 1)
-    second, first = torch.meshgrid(steps.flip(0), steps, indexing="ij")
+    shown = torch.cartesian_prod(steps.flip(0), steps).flip(1)  # row by row, from the top
     with evaluation_mode(model):
         _, codes = reconstruct(model, images)
-        manifold = image_grid(model.decoder(torch.stack([first, second], -1).view(-1, 2)), SIDE)[0]
-    figure, panels = plt.subplots(1, 2, figsize=(9.2, 5.4), sharey=True, layout="compressed")
+        manifold = image_grid(model.decoder(shown), SIDE)[0]
+    figure, panels = plt.subplots(1, 2, figsize=(9.2, 5.1), sharey=True, layout="compressed")
     panels[0].set(title="codes of test images, by label", ylabel="second code dimension")
-    scatter(panels[0], codes, labels, 3.5)
-    figure.legend(loc="outside lower center", ncols=10, handlelength=0.5, columnspacing=1.2, markerscale=4)
     panels[1].set_title("decoded codes; circles: 1, 2, 3 σ of the prior")
     panels[1].imshow(manifold, cmap="gray", extent=(-REACH, REACH, -REACH, REACH))
     for panel, color in zip(panels, ("black", ORANGE), strict=True):
@@ -93,9 +88,13 @@ def draw_codes(model, images, labels):
             panel.add_patch(plt.Circle((0, 0), radius, fill=False, color=color, linewidth=1.2))
         panel.grid(False)
         panel.set(xlim=(-REACH, REACH), ylim=(-REACH, REACH), aspect="equal", xlabel="first code dimension")
-    if (codes.abs().amax(1) > REACH).double().mean() > 0.5:  # all codes at their own scale
+    scatter(panels[0], codes, labels, 3.5)
+    if (codes.abs().amax(1) <= REACH).double().mean() > 0.5:
+        name_clouds(panels[0], codes, labels)
+    else:  # all codes at their own scale
         inset = panels[0].inset_axes((0.44, 0.44, 0.56, 0.56), xticks=[], yticks=[])
         scatter(inset, codes, labels, 1.5)
+        name_clouds(inset, codes, labels)
         inset.set_title(f"all codes, ±{codes.abs().max():,.0f}", y=0.88)
         inset.spines[:].set_visible(True)
     return figure
@@ -103,5 +102,12 @@ def draw_codes(model, images, labels):
 
 def scatter(panel, codes, labels, size):
     """Draw codes [N, 2] in the colours of their labels."""
+    panel.scatter(*codes.T.numpy(), s=size, c=[COLORS[label] for label in labels.tolist()], linewidths=0)
+
+
+def name_clouds(panel, codes, labels):
+    """Write each label at the median of its codes [N, 2], as colours alone do not tell ten labels apart."""
     for label in labels.unique().tolist():
-        panel.scatter(*codes[labels == label].T.numpy(), s=size, c=COLORS[label], linewidths=0, label=str(label))
+        panel.text(*codes[labels == label].median(0).values.tolist(), str(label), size=11, weight="bold",
+                   ha="center", va="center", bbox={"boxstyle": "circle,pad=0.2", "facecolor": "white",
+                                                   "edgecolor": COLORS[label], "linewidth": 2})

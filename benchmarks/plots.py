@@ -1,7 +1,7 @@
 """The plots of docs/results/ that are made from measured figures; report.py writes them.
 
-They need matplotlib: pip install -r benchmarks/requirements.txt. Their colours can be told apart by colour-blind
-readers (Okabe and Ito, jfly.uni-koeln.de/color); their letters can be read at half the picture's size.
+They need matplotlib (requirements.txt). Colour-blind readers can tell their colours apart (Okabe and Ito,
+jfly.uni-koeln.de/color); their letters can be read at half the picture's size.
 """
 
 from statistics import mean, median, quantiles
@@ -43,8 +43,6 @@ def save(figure, file):
     picture.quantize(128, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(file, optimize=True)
     plt.close(figure)
 
-
-# Curves --------------------------------------------------------------------------------------------------------------
 
 def quality(figures):
     """Distance of samples and reconstructions over epochs, base against default."""
@@ -96,8 +94,6 @@ def use_round_log_ticks(axis):
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-# Bars ----------------------------------------------------------------------------------------------------------------
-
 def speed(figures):
     """Seconds per epoch of each way, median of the rounds, with the quartiles."""
     seconds = {way: quantiles(values, n=4, method="inclusive")
@@ -109,12 +105,11 @@ def speed(figures):
 
 def ablation(figures):
     """The samples' distance of each variant, sorted, with the range of the default's seeds as a band."""
-    (epochs, precision), variants = next(iter(by_variant(figures["ablation"]).items()))
+    variants = by_variant(figures["ablation"])
     distances = {name: [run["frechet_samples"] for run in runs] for name, runs in variants.items()}
     distances = dict(sorted(distances.items(), key=lambda item: mean(item[1])))
     colors = [{"final": BLUE, "base": VERMILLION}.get(name, SKY) for name in distances]
-    figure, panel = draw_bars(distances, mean, colors, f"squared Fréchet distance of samples after {epochs} "
-                                                       f"({precision}), mean and range")
+    figure, panel = draw_bars(distances, mean, colors, "squared Fréchet distance of samples, mean and range")
     panel.axvspan(min(distances["final"]), max(distances["final"]), color="black", alpha=0.16, linewidth=0)
     return figure
 
@@ -128,7 +123,6 @@ def draw_bars(groups, average, colors, label):
         panel.annotate(f"{middle:.3g}", (max(values), name), (8, 0), textcoords="offset points", va="center")
     panel.invert_yaxis()  # the first bar is the topmost
     panel.grid(False, axis="y")
-    panel.tick_params(axis="y", length=0)
     panel.margins(x=0.08, y=0.02)
     figure.supxlabel(label, fontsize="medium")
     return figure, panel

@@ -1,8 +1,8 @@
 """Train and measure every run of the assignment's questions, and show them:  python -m benchmarks.results
 
-Each is trained by train.py and measured by python -m evaluation, in processes of their own. A run that has begun is
-resumed, a finished one only measured again. The figures go into docs/results/results.json, the pictures beside it, and
-the weights of z8 into assets/; report.py then writes the tables and plots of README.md and docs/.
+Each is trained by train.py and measured by python -m evaluation. A run that has begun is resumed, a finished one only
+measured again. The figures go into docs/results/results.json, the pictures beside it, the weights of z8 into assets/;
+report.py then writes the tables and plots of README.md and docs/.
 """
 
 import functools
@@ -19,8 +19,9 @@ from benchmarks import pictures, report
 from benchmarks.report import FIGURES, PROJECT
 from benchmarks.tables import BASE, SEEDS, STAGES, figures_of, read_figures
 from evaluation.model_files import load_images, load_run
-from training.cli import OneLineParser, run_program
-from training.files import WEIGHTS, CheckpointError, load_checked, serialize, write_atomically
+from tests.common import read_events
+from training.cli import OneLineParser, UserError, run_program
+from training.files import WEIGHTS, load_checked, serialize, write_atomically
 from training.run import load_state
 
 RUNS = {  # name: flags of train.py
@@ -64,18 +65,18 @@ def last_run(folder):
 
 
 def check_code(folder, name):
-    """Note the commit and the flags in a run's folder; raise CheckpointError if others have begun it."""
+    """Note the commit and the flags in a run's folder; raise UserError if others have begun it."""
     git = functools.partial(subprocess.run, cwd=PROJECT, stdout=subprocess.PIPE, text=True, check=True)
     if git(["git", "status", "--porcelain", "--", *CODE]).stdout:
-        raise CheckpointError(f"{PROJECT} has changes; commit them, so that results.json can name the runs' code")
+        raise UserError(f"{PROJECT} has changes; commit them, so that results.json can name the runs' code")
     commit = git(["git", "log", "-1", "--format=%H", "--", *CODE]).stdout.strip()
     file, begun = folder / "code.json", {"commit": commit, "flags": " ".join(RUNS[name])}
     if not folder.exists():
         folder.mkdir(parents=True)
         write_atomically(file, json.dumps(begun).encode())
     elif json.loads(file.read_text()) != begun:
-        raise CheckpointError(f"the run in {folder} was begun by {file.read_text()}; check that commit out, or name "
-                              f"another folder with --runs")
+        raise UserError(f"the run in {folder} was begun by {file.read_text()}; check that commit out, or name "
+                        f"another folder with --runs")
 
 
 def call(program, args, *flags):
@@ -120,10 +121,7 @@ def measure_codes(run, data_dir, count=2000):
 
 def curve(run, tag):
     """Return at most 100 means of a TensorBoard curve, each over as many points."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload().Scalars(tag)
-    values = torch.tensor([event.value for event in events])
+    values = torch.tensor([event.value for event in read_events(run).Scalars(tag)])
     return [round(part.mean().item(), 5) for part in values.tensor_split(min(100, len(values)))]
 
 
@@ -158,4 +156,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("python -m benchmarks.results", main, parse_args, None, "end other programs"))
+    sys.exit(run_program("python -m benchmarks.results", main, parse_args, None))

@@ -1,10 +1,8 @@
 """Compare the time of train.py's steps with that of a plain training loop:  python -m benchmarks.speed
 
-All ways live at once, in processes of their own, and take turns of about a second, in another order in each round.
-What else runs on the machine slows neighbouring turns alike, so the ratios to the plain loop within a round vary less
-than the times. The ways are `main` of train.py with the flags in WAYS, and `plain_loop`, which is what most
-implementations have: the same networks and optimizers in fp32, torchvision's MNIST decoded image by image, a
-DataLoader, and .item() on every loss at every step.
+All ways live at once, in processes of their own, and take turns of about a second (docs/SPEED.md says why). They are
+`main` of train.py with the flags in WAYS, and `plain_loop`, which is what most implementations have: the same networks
+and optimizers in fp32, MNIST decoded image by image, a DataLoader, and .item() on every loss at every step.
 """
 
 import argparse
@@ -25,18 +23,15 @@ from unittest import mock
 import torch
 
 from benchmarks import tables
+from benchmarks.report import PROJECT
 from mnist import mnist
 from training.cli import OneLineParser, UserError, number, print_line, run_program
-from training.device import device_name, set_precision
+from training.device import device_name
 from training.threads import usable_cpus
 
-PROJECT = Path(__file__).resolve().parent.parent
 WAYS = ("default", "--precision bf16", "--base")  # train.py with these flags
-CUDA_WAYS = ("--precision tf32", "--no-graph", "--deterministic")
-UNSUPPORTED = 2  # status of a process where the hardware has no units for the precision
+CUDA_WAYS = ("--no-graph", "--deterministic")
 
-
-# One way, in this process --------------------------------------------------------------------------------------------
 
 def work(args):
     """Take a turn of args.way for each line of stdin, and answer with a line of JSON; all threads sleep in between."""
@@ -85,7 +80,6 @@ def plain_loop(args, take_turns):
     from models import AdversarialAE
 
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
-    set_precision("fp32", device)  # torch's default for convolutions on a GPU is tf32
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
     images = torch.utils.data.Subset(datasets.MNIST(args.data_dir, transform=transform), range(args.steps * 64))
     workers = int(re.search(r"\d+", args.way)[0])
@@ -119,8 +113,6 @@ def peak_memory():
     return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1024 if status.exists() else 0
 
 
-# All ways ------------------------------------------------------------------------------------------------------------
-
 def play(args, ways):
     """Let all ways take turns, each in a process of its own; yield the answers of each round after a warm-up."""
     command = [sys.executable, "-m", "benchmarks.speed", *sys.argv[1:]]
@@ -144,7 +136,7 @@ def turn(way, worker):
         return json.loads(answer)
     if worker.wait() < 0:
         raise UserError(f"signal {-worker.returncode} ended the process of `{way}`; if memory is short, end programs")
-    return None if worker.returncode == UNSUPPORTED else sys.exit(worker.returncode)  # it has said why
+    return None if worker.returncode == 2 else sys.exit(worker.returncode)  # it has said why; 2: no units for bf16
 
 
 def main(args):
@@ -180,4 +172,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("python -m benchmarks.speed", main, parse_args, None, "end other programs"))
+    sys.exit(run_program("python -m benchmarks.speed", main, parse_args, None))

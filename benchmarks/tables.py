@@ -1,7 +1,6 @@
 """The tables of README.md and docs/, made from the figures that the other programs here measured.
 
-`figures` is what `read_figures` returns: results.json of results.py, speed.json of speed.py, and ablation.json of
-ablation.py. Runs, stages and columns that were not measured are left out.
+`figures` is what `read_figures` returns. Runs, stages and columns that were not measured are left out.
 """
 
 import json
@@ -23,7 +22,6 @@ COLUMNS = {  # heading: key in results.json and ablation.json, format
     "held-out MSE": ("test_mse", ".4f"),
     "KS": ("ks", ".4f"),
     "KS of training codes": ("ks_training", ".4f"),
-    "two-sample accuracy": ("two_sample", ".1%"),
     "Fréchet, samples": ("frechet_samples", ".1f"),
     "Fréchet, reconstructed training images": ("frechet_training_reconstructions", ".1f"),
     "Fréchet, reconstructed test images": ("frechet_reconstructions", ".1f"),
@@ -32,12 +30,9 @@ COLUMNS = {  # heading: key in results.json and ablation.json, format
     "Parzen, nats": ("parzen", ".1f"),
     "discriminator accuracy": ("accuracy", ".1%"),
 }
-MATCH = ("KS", "two-sample accuracy", "Fréchet, samples", "Fréchet, reconstructed training images",
-         "Fréchet, reconstructed test images")
+MATCH = ("KS", "Fréchet, samples", "Fréchet, reconstructed training images", "Fréchet, reconstructed test images")
 ALL = ("epochs", "test MSE", *MATCH, "samples, confidence ≥ 0.95", "Parzen, nats")
 
-
-# Figures -------------------------------------------------------------------------------------------------------------
 
 def read_figures(folder):
     """Return the contents of the three files in a folder, by their names without .json."""
@@ -50,7 +45,7 @@ def figures_of(metrics):
     codes, samples = match["codes"], quality["samples"]
     return {"test_mse": metrics["reconstruction"]["mse"],
             "ks": codes["ks"], "ks_training": match["training_codes"]["ks"],
-            "two_sample": codes["two_sample_accuracy"], "std": [min(codes["std"]), max(codes["std"])],
+            "std": [min(codes["std"]), max(codes["std"])],
             "frechet_samples": samples["frechet_to_test_images"],
             "frechet_training_reconstructions": quality["training_reconstructions"]["frechet_to_test_images"],
             "sure": samples["sure"], "labels": list(samples["labels"].values()),
@@ -72,19 +67,12 @@ def epoch_seconds(speed):
 
 
 def by_variant(ablation):
-    """Return the runs in ablation.json as {(epochs, precision): {variant: [figures of each seed]}}.
-
-    Variants that lack seeds which others have are left out.
-    """
-    groups = {}
+    """Return the runs in ablation.json as {variant: [figures of each seed]}."""
+    variants = {}
     for key, run in ablation.items():
-        name, epochs, _, precision = key.split("; ")
-        groups.setdefault((epochs, precision), {}).setdefault(name, []).append(run)
-    return {key: {name: runs for name, runs in variants.items() if len(runs) == max(map(len, variants.values()))}
-            for key, variants in groups.items()}
+        variants.setdefault(key.partition("; ")[0], []).append(run)
+    return variants
 
-
-# Markdown ------------------------------------------------------------------------------------------------------------
 
 def markdown(heads, rows):
     """Return a table in Markdown without its empty columns."""
@@ -115,8 +103,6 @@ def cells(columns, stages):
     return texts
 
 
-# Tables --------------------------------------------------------------------------------------------------------------
-
 def base_and_default(figures, stages, columns):
     """Return a table of the base and the default after some epochs."""
     found = [(epochs, name, after(figures, runs, epochs)) for epochs in stages
@@ -129,15 +115,7 @@ def all_runs(figures):
     """Return a table of all runs at their last epochs."""
     runs = [{"run": name, **run, "flags": f"`{run['flags'] or 'none'}`"} for name, run in figures["results"].items()]
     columns = ("run", "flags", "epochs", "reconstruction loss", "test MSE", "KS of training codes", *ALL[2:])
-    return (f"{table(columns, runs)}\n\nKS is not comparable between numbers of dimensions "
-            f"([why](#how-to-read-the-evaluation)).")
-
-
-def provenance(figures):
-    """Return the commits, versions and devices that made the runs, in a sentence."""
-    makers = {f"commit `{run['commit'][:7]}` with torch {run['torch'].partition('+')[0]} on "
-              f"{run['device_name'].replace(', 1 threads', ', 1 thread')}" for run in figures["results"].values()}
-    return f"The runs were made by {'; '.join(sorted(makers))}."
+    return table(columns, runs)
 
 
 def gradients(figures):
@@ -174,17 +152,15 @@ def with_quartiles(values):
 
 
 def ablation(figures):
-    """Return tables of all variants; bold where the range of the seeds does not overlap with the default's."""
+    """Return a table of all variants; bold where the range of the seeds does not overlap with the default's."""
     columns = ("held-out MSE", *MATCH, "Parzen, nats", "discriminator accuracy")
-    tables = []
-    for (epochs, precision), variants in by_variant(figures["ablation"]).items():
-        rows = []
-        for name, runs in variants.items():
-            apart = [differ(runs, variants.get("final", runs), COLUMNS[column][0]) for column in columns]
-            rows.append([name, *(f"**{text}**" if bold else text
-                                 for text, bold in zip(cells(columns, runs), apart, strict=True))])
-        tables.append(markdown([f"{epochs}, {precision}", *columns], rows))
-    return "\n\n".join(tables)
+    variants, rows = by_variant(figures["ablation"]), []
+    for name, runs in variants.items():
+        apart = [differ(runs, variants["final"], COLUMNS[column][0]) for column in columns]
+        rows.append([name, *(f"**{text}**" if bold else text
+                             for text, bold in zip(cells(columns, runs), apart, strict=True))])
+    _, epochs, _, precision = next(iter(figures["ablation"])).split("; ")
+    return markdown([f"{epochs}, {precision}", *columns], rows)
 
 
 def differ(runs, others, key):
@@ -197,7 +173,6 @@ TABLES = {
     "summary": lambda figures: base_and_default(figures, (20, 100), ("reconstruction loss", "test MSE", *MATCH)),
     "stages": lambda figures: base_and_default(figures, STAGES, ("test MSE", *MATCH, "Parzen, nats")),
     "runs": all_runs,
-    "provenance": provenance,
     "question-2.4": lambda figures: table(("λ", *ALL, "standard deviation of codes"),
                                           after(figures, ("z8-lambda1", "z8"))),
     "question-2.5": lambda figures: table(("epochs", "reconstruction loss", *ALL[1:]),

@@ -7,7 +7,6 @@ import torch
 import torch.nn as nn
 from torchvision.ops import Conv2dNormActivation as Convolution  # 3x3, with batch normalisation and ReLU
 
-from training.cli import UserError
 from training.files import load_checked
 
 CLASSIFIER = Path(__file__).resolve().parent.parent / "assets" / "digit_classifier.pt"
@@ -27,13 +26,9 @@ def digit_classifier():
 
 
 def load_classifier(device="cpu"):
-    """Return the trained classifier in evaluation mode; raise UserError if its file is missing or damaged."""
+    """Return the trained classifier in evaluation mode; raise UserError if its file is damaged."""
     classifier = digit_classifier()
-    try:
-        classifier.load_state_dict(load_checked(CLASSIFIER))
-    except (RuntimeError, TypeError):
-        fault = "is damaged, or from another version" if CLASSIFIER.is_file() else "is missing"
-        raise UserError(f"{CLASSIFIER} {fault}; restore it: git checkout -- assets/{CLASSIFIER.name}") from None
+    classifier.load_state_dict(load_checked(CLASSIFIER, f"restore it: git checkout -- assets/{CLASSIFIER.name}"))
     return classifier.to(device).eval()
 
 

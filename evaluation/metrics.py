@@ -6,66 +6,21 @@ A perfect model does not reach 0 with finitely many samples: compare with as man
 import math
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 
 CHUNK = 250  # rows of a distance matrix in memory at once: 20 MB of float64 with 10,000 columns
-STEPS = 400  # of the classifier that tells codes from prior samples
-
-
-def frechet_to_prior(codes):
-    """Return the squared Frechet distance between N(m, S), fitted to codes [N, z_dim], and the prior N(0, I)."""
-    # |m|^2 + tr(S + I - 2 S^(1/2)) (Dowson and Landau 1982): with the eigenvalues s of S, |m|^2 + sum (sqrt(s) - 1)^2
-    mean, covariance = moments(codes)
-    deviations = torch.linalg.eigvalsh(covariance).clamp(min=0).sqrt()
-    return (mean.square().sum() + (deviations - 1).square().sum()).item()
 
 
 def frechet(features_a, features_b):
     """Return the squared Frechet distance between Gaussians fitted to features [N, d] and [M, d]."""
     # |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017, arXiv:1706.08500, equation 6). The last trace is
     # the sum of the singular values of S1^(1/2) S2^(1/2), which is exact for singular covariances too.
-    (mean_a, covariance_a), (mean_b, covariance_b) = moments(features_a), moments(features_b)
+    a, b = features_a.double(), features_b.double()
+    covariances = a.T.cov(), b.T.cov()
     roots = [vectors * values.clamp(min=0).sqrt() @ vectors.T  # eigenvalues are below 0 by rounding alone
-             for values, vectors in map(torch.linalg.eigh, (covariance_a, covariance_b))]
+             for values, vectors in map(torch.linalg.eigh, covariances)]
     overlap = torch.linalg.svdvals(roots[0] @ roots[1]).sum()
-    return ((mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * overlap).item()
-
-
-def moments(values):
-    """Return the mean [d] and the unbiased covariance [d, d] of values [N, d], in float64; N is at least 2."""
-    values = values.double()
-    return values.mean(0), torch.atleast_2d(values.T.cov())  # cov returns a number for one dimension
-
-
-def two_sample_accuracy(codes, seed=0):
-    """Return the accuracy in [0, 1] of a classifier that tells held-out codes [N, z_dim] from prior samples."""
-    # A classifier two-sample test (Lopez-Paz and Oquab, arXiv:1610.06545): 0.5 if nothing tells them apart, for any
-    # z_dim, with a standard error of 0.5 / sqrt(2 N). It runs on the CPU, where a seed fixes the result.
-    right = []
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)
-        codes = codes.detach().cpu().float()[torch.randperm(len(codes))]
-        for train, test in ((codes[::2], codes[1::2]), (codes[1::2], codes[::2])):  # each half tests the other's MLP
-            logit = train_mlp(train)
-            right += [logit(test) > 0, logit(torch.randn_like(test)) < 0]
-    return torch.cat(right).double().mean().item()
-
-
-def train_mlp(codes, batch=250):
-    """Return an MLP with a logit above 0 for codes [N, z_dim], below 0 for prior samples, new ones in each step."""
-    logit = nn.Sequential(nn.Linear(codes.shape[1], 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
-    optimizer = torch.optim.Adam(logit.parameters(), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=STEPS)
-    signs = torch.tensor([-1.0, 1.0]).repeat_interleave(batch)[:, None]
-    for _ in range(STEPS):
-        chosen = codes[torch.randint(len(codes), (batch,))]
-        loss = F.softplus(signs * logit(torch.cat([chosen, torch.randn_like(chosen)]))).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return logit
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    return (means + covariances[0].trace() + covariances[1].trace() - 2 * overlap).item()
 
 
 def choose_sigma(samples, images, low=0.01, high=10.0):

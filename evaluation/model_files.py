@@ -1,13 +1,11 @@
 """Loading of a trained model, from a run or from its weights alone, and of the data set that it was trained on."""
 
 import contextlib
+import hashlib
 import itertools
 import json
-import os
 import re
 from pathlib import Path
-
-import torch
 
 from mnist import load_digits, load_mnist
 from models import ENCODERS, NETWORKS, AdversarialAE
@@ -16,46 +14,40 @@ from training.files import WEIGHTS, load_checked
 
 
 def load_run(path):
-    """Return the trained model of a run, its settings, the file of its weights, and the folder for evaluation/.
+    """Return the trained model of a run, its settings, and the folder for evaluation/.
 
-    `path` is the run's folder or a file of weights, also outside a run. Raises UserError if there is no such model.
+    `path` is the run's folder or a file of weights, also outside a run. Raises UserError for weights of another model.
     """
-    path = Path(os.path.expanduser(path))
-    is_folder = os.path.isdir(path)  # Path.is_dir and is_file raise PermissionError in a folder of somebody else
-    if is_folder and not os.path.isfile(path / "hparams.json"):
-        raise UserError(f"{path} is not a run's folder, because it has no hparams.json; name a folder that train.py "
-                        f"created, or a {WEIGHTS}")
-    file = path / "checkpoints" / WEIGHTS if is_folder else path
-    if not os.path.isfile(file):
-        raise UserError(f"{file} does not exist, or cannot be read; name a run's folder, or a {WEIGHTS}")
+    path = Path(path).expanduser()
+    file = path / "checkpoints" / WEIGHTS if path.is_dir() else path
     model, settings = load_model(file)
     folder = file.absolute().parent
-    hparams = folder.parent / "hparams.json"
-    if folder.name == "checkpoints" and os.path.isfile(hparams):
-        return model, read_settings(hparams, settings), file, path if is_folder else folder.parent
-    return model, settings, file, folder
+    if folder.name != "checkpoints":
+        return model, settings, folder
+    return model, read_settings(folder.parent / "hparams.json", settings), folder.parent
 
 
 def load_model(file):
     """Return the model that has the weights in a file, and its settings: those that the weights fit, and MNIST."""
-    content = load_checked(file)
-    if not isinstance(content, dict) or not all(map(torch.is_tensor, content.values())):
-        raise UserError(f"{file} does not contain a model's weights; name a {WEIGHTS}")
-    if not all(tensor.isfinite().all() for tensor in content.values()):
-        raise UserError(f"{file} has weights that are NaN or infinite: its training has diverged; evaluate another run")
+    content = file.read_bytes()  # once, as a run may save others at any time
+    saved = load_checked(file, content=content)
     # Without the prefixes of names that DataParallel and compile add:
-    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): tensor for name, tensor in content.items()}
-    shapes = {name: tensor.shape for name, tensor in weights.items()}
-    z_dim = shapes.get("decoder.net.0.weight", ())[1:]
+    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): tensor for name, tensor in
+               (saved.items() if isinstance(saved, dict) else ())}
+    shapes = {name: getattr(tensor, "shape", None) for name, tensor in weights.items()}
+    z_dim = (shapes.get("decoder.net.0.weight") or ())[1:]
     for posterior, networks in itertools.product(ENCODERS, NETWORKS) if len(z_dim) == 1 else ():
         model = AdversarialAE(*z_dim, posterior, networks)
         if shapes == {name: tensor.shape for name, tensor in model.state_dict().items()
                       if name in shapes or not name.startswith("discriminator.")}:  # which no measure uses
-            model.load_state_dict(weights, strict=False)
-            return model, {"z_dim": model.z_dim, "posterior": posterior, "networks": networks,
-                           "trained_on": "mnist", "data_dir": "../data/"}
-    raise UserError(f"{file} has weights of another model than models.AdversarialAE, or models.py has changed since; "
-                    f"name a {WEIGHTS} of train.py")
+            break
+    else:
+        raise UserError(f"{file} does not have weights of models.AdversarialAE, or models.py has changed since; name a "
+                        f"{WEIGHTS} of train.py")
+    model.load_state_dict(weights, strict=False)
+    return model, {"weights": str(file), "weights_md5": hashlib.md5(content, usedforsecurity=False).hexdigest(),
+                   "trained_on": "mnist", "data_dir": "../data/",
+                   "z_dim": model.z_dim, "posterior": posterior, "networks": networks}
 
 
 def read_settings(hparams, inferred):
@@ -65,8 +57,8 @@ def read_settings(hparams, inferred):
         if (all(settings[name] == inferred[name] for name in ("z_dim", "posterior", "networks"))
                 and settings["trained_on"] in ("mnist", "digits") and isinstance(settings["data_dir"], str)):
             return settings
-    raise UserError(f"{hparams} cannot be read, is damaged, or is from another run; copy checkpoints/{WEIGHTS} to "
-                    f"another folder and name the copy, so that the settings are inferred from the weights")
+    raise UserError(f"{hparams} is missing, damaged, or from another run; copy checkpoints/{WEIGHTS} to another folder "
+                    f"and name the copy, so that the settings are inferred from the weights")
 
 
 def load_images(settings, data_dir=None):

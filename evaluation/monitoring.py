@@ -4,12 +4,13 @@ import contextlib
 import io
 
 import torch
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
 from training.model import evaluation_mode
 
-HYPERPARAMETERS = ("z_dim", "lambda_", "posterior", "networks", "ae_lr", "drop_after", "d_lr", "d_momentum",
-                   "averaging", "batch_size", "epochs", "seed", "precision", "trained_on")  # by which runs are compared
+HYPERPARAMETERS = ("z_dim", "lambda_", "posterior", "networks", "epochs", "seed", "ae_lr", "drop_after", "d_lr",
+                   "d_momentum", "averaging", "batch_size", "precision", "trained_on")  # by which runs are compared
 
 
 def ks_distance(codes, projections=200, seed=0):
@@ -41,7 +42,10 @@ def measurements(model, images):
 
 
 def save_measurements(model, epoch, summary_writer, images):
-    """Write measurements on images to TensorBoard: curves (`test/`), and a histogram of each dimension (`codes/`)."""
+    """Write measurements on images to TensorBoard: curves (`test/`), and a histogram of each dimension.
+
+    The histograms' tag is the last by name, as TensorBoard's first page sorts by names: it begins with the curves.
+    """
     if images is None:  # the test set is not available
         return
     codes, values = measurements(model, images)
@@ -49,7 +53,7 @@ def save_measurements(model, epoch, summary_writer, images):
         summary_writer.add_scalar(f"test/{name}", value, epoch)
     if epoch and codes.abs().max() < 1e20:  # at epoch 0 all are one spike, next to which later histograms look flat
         for dimension, column in enumerate(codes.T):
-            summary_writer.add_histogram(f"codes/{dimension}", column, epoch)  # fails for NaN and above 1e20
+            summary_writer.add_histogram(f"test_codes/{dimension}", column, epoch)  # fails for NaN and above 1e20
 
 
 def save_summary(model, epoch, summary_writer, data, settings, means):
@@ -66,7 +70,13 @@ def save_summary(model, epoch, summary_writer, data, settings, means):
             summary_writer.add_embedding(shown, data.test_labels[:1000].tolist(),
                                          (data.test_images[:1000].cpu() + 1) / 2, epoch, "codes")
         results |= {f"final/test_{name}": value for name, value in values.items()}
-    for summary in hparams({name: settings[name] for name in HYPERPARAMETERS}, results):
+    experiment, *session = hparams({name: settings[name] for name in HYPERPARAMETERS}, results)
+    plugin = experiment.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(plugin.content)
+    for info in content.experiment.hparam_infos[:5]:  # TensorBoard shows five columns at first, those that differ
+        info.differs = True
+    plugin.content = content.SerializeToString()
+    for summary in (experiment, *session):
         summary_writer.file_writer.add_summary(summary)  # SummaryWriter.add_hparams would create a second run
     for name, value in results.items():
         summary_writer.add_scalar(name, value, epoch)

@@ -1,25 +1,24 @@
-"""Pictures of a trained model: samples, reconstructions, interpolations, and a two-dimensional latent space."""
+"""Pictures of a trained model: samples, reconstructions, interpolations, and two-dimensional codes, decoded."""
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from torchvision.transforms.functional import to_pil_image
 
 from evaluation.measures import draw_samples
 from evaluation.metrics import squared_distances
-from evaluation.monitoring import reconstruct
-from training.files import image_grid
 from training.model import evaluation_mode
-
-COLORS = ("#1f5fbf", "#f28e1c", "#2f9e44", "#d62f2f", "#8250c4", "#8a5a3c", "#e873b8", "#7a7a7a", "#b5b31a", "#17b0c4")
+from utils import image_grid
 
 
 def draw_pictures(model, train_images, test_images, test_labels, seed=0):
     """Return the pictures of a model as a dict of file names to PIL images."""
     with evaluation_mode(model):
-        torch.manual_seed(seed)
         samples = draw_samples(model, 64, seed)
-        shown = test_images[first_of_each_label(test_labels)].to(model.device)
+        torch.manual_seed(seed)
+        found = [(test_labels == label).nonzero()[:4, 0] for label in test_labels.unique()]
+        first = torch.stack([indices[:min(map(len, found))] for indices in found], 1)  # four of each label, [4, 10]
+        shown = test_images[first].to(model.device)
         reconstructed = torch.cat([images for row in shown for images in (row, model(row)[0])])
         pictures = {"samples.png": grid(samples, 8),
                     "nearest.png": grid(torch.cat([samples[:8], nearest(samples[:8], train_images)]), 8),
@@ -27,8 +26,6 @@ def draw_pictures(model, train_images, test_images, test_labels, seed=0):
                     "interpolations.png": draw_interpolations(model, shown[0])}
         if model.z_dim == 2:
             pictures["manifold.png"] = draw_manifold(model)
-            _, codes = reconstruct(model, test_images.to(model.device))
-            pictures["codes.png"] = draw_codes(codes.cpu(), test_labels.cpu())
     return pictures
 
 
@@ -41,12 +38,6 @@ def nearest(samples, train_images):
     """Return for each sample the training image with the smallest squared distance."""
     distances = torch.cat(list(squared_distances(samples, train_images)))
     return train_images[distances.argmin(0).to(train_images.device)].to(samples)
-
-
-def first_of_each_label(labels, count=4):
-    """Return the indices [count, L] of the first images of each of L labels; if there are too few, repeat the last."""
-    indices = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
-    return torch.stack([found[torch.arange(count).clamp(max=len(found) - 1)] for found in indices], 1)
 
 
 def draw_interpolations(model, images, steps=10):
@@ -72,36 +63,7 @@ def interpolate(start, end, fractions):
 
 
 def draw_manifold(model, side=20):
-    """Return a picture of codes at the prior's quantiles (i + 1/2) / side, decoded; the axes are those of codes.png."""
+    """Return a picture of codes at the prior's quantiles (i + 1/2) / side, decoded; z_dim is 2."""
     quantiles = torch.special.ndtri((torch.arange(side) + 0.5) / side)
     codes = torch.cartesian_prod(quantiles.flip(0), quantiles).flip(1)  # row by row, from the top
     return grid(model.decoder(codes.to(model.device)), side)
-
-
-def draw_codes(codes, labels):
-    """Return a picture of codes [N, 2], coloured by label [N]; drawn twice as large, for smooth edges."""
-    reach, pixels = max(4.0, 1.05 * codes.abs().max().item()), 1600
-
-    def to_pixels(value):
-        return (value / reach + 1) / 2 * pixels
-
-    picture = Image.new("RGB", (pixels + 220, pixels), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(36)
-    points = to_pixels(codes.double() * torch.tensor([1, -1])).tolist()
-    order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))  # so that no label hides the others
-    for index in order.tolist():
-        draw.circle(points[index], 4.4, COLORS[labels[index]])
-    middle, step = to_pixels(0), max(1, round(reach / 5))
-    for line in ((0, middle, pixels, middle), (middle, 0, middle, pixels), (pixels, 0, pixels, pixels)):
-        draw.line(line, "#c8c8c8", 2)
-    for radius in (1, 2, 3):  # standard deviations of the prior
-        draw.circle((middle, middle), to_pixels(radius) - middle, outline="#404040", width=2)
-    for value in range(step, int(0.95 * reach) + 1, step):  # a number at the very edge would be cut off
-        for signed in (-value, value):
-            draw.text((to_pixels(signed), pixels - 8), str(signed), "black", font, anchor="md")
-            draw.text((8, to_pixels(-signed)), str(signed), "black", font, anchor="lm")
-    for label in labels.unique().tolist():
-        x, y = pixels + 60, 80 + 68 * label
-        draw.circle((x, y), 18, COLORS[label])
-        draw.text((x + 40, y), str(label), "black", font, anchor="lm")
-    return ImageOps.scale(picture, 1 / 2, Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""Shared by several groups of tests: a tiny model, readers of a run's files, and runs on 100 digits."""
+"""Shared by several groups of tests: a tiny model, readers of a run's files, and runs on a few digits."""
 
 import contextlib
 import copy
@@ -7,13 +7,14 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn as nn
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 
-from tests.train_mistakes import read_png  # noqa: F401 (other files import it from here)
 from training.device import RandomState
 from training.run import load_state
 from unittests import Group
@@ -65,6 +66,11 @@ def same(state, other):
     return state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
 
 
+def read_png(file):
+    """Return a picture's red channel, [H, W]."""
+    return np.asarray(Image.open(file).convert("RGB"))[:, :, 0].astype(int)
+
+
 def read_events(folder):
     """Return TensorBoard's reader of the event files in a folder, with everything loaded."""
     return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "histograms": 0}).Reload()
@@ -98,13 +104,20 @@ class FolderGroup(Group):
 class TrainGroup(FolderGroup):
     needs = ("train", "training.data", "training.cli", "mnist", "models")
     no_cuda = ("--no-cuda",)
+    DIGITS = "--dataset", "digits", "--batch_size", "32"
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.few, cls.few_tests = ([tensor[:count] for tensor in cls.mnist.load_digits(train)]
+                                  for train, count in ((True, 40), (False, 30)))
 
     def setUp(self):
         super().setUp()
         self.enterContext(mock.patch("torch.backends.mps.is_available", return_value=False))  # --no-cuda allows MPS
-        few = [tensor[:100] for tensor in self.mnist.load_digits()]
-        self.few_digits = mock.patch.object(self.data, "digits", lambda batch_size, device:
-                                            self.mnist.BatchLoader(*few, batch_size, device=device))
+        self.few_digits = mock.patch.multiple(
+            self.data, load_digits=lambda train: self.few_tests,
+            digits=lambda batch_size, device: self.mnist.BatchLoader(*self.few, batch_size, device=device))
 
     def run_cli(self, *flags):
         """Run the command line in this process; return its exit status, standard output and standard error."""
@@ -116,9 +129,9 @@ class TrainGroup(FolderGroup):
         return status, out.getvalue(), err.getvalue()
 
     def run_digits(self, *flags):
-        """Run the command line on 100 of the bundled digits."""
+        """Run the command line on a few of the bundled digits, in two steps an epoch."""
         with self.few_digits:
-            return self.run_cli("--dataset", "digits", *self.no_cuda, *flags)
+            return self.run_cli(*self.DIGITS, *self.no_cuda, *flags)
 
     def assert_refused(self, result, status, *fragments):
         """Check that a command line has ended with this status and one sentence, which contains the fragments."""
@@ -128,8 +141,8 @@ class TrainGroup(FolderGroup):
             self.assertIn(str(fragment), result[2])
 
     def train_quietly(self, *flags):
-        """Run `main` on 100 of the bundled digits; return the run's folder and saved weights."""
-        args = self.train.parse_args(["--dataset", "digits", *self.no_cuda, "--log_dir", str(self.folder()), *flags])
+        """Run `main` on a few of the bundled digits; return the run's folder and saved weights."""
+        args = self.train.parse_args([*self.DIGITS, *self.no_cuda, "--log_dir", str(self.folder()), *flags])
         with self.few_digits, contextlib.redirect_stdout(io.StringIO()):
             run = self.train.main(args)
         return run, torch.load(run / "checkpoints" / "model_checkpoint.pt", weights_only=True)

@@ -89,7 +89,7 @@ def refuse_mixtures(operation, args, tensors):
 class Devices(TrainGroup):
     """No operation mixes devices, and the CPU reads nothing from the device between two reads of the losses."""
 
-    needs = (*TrainGroup.needs, "evaluation.measures", "evaluation.metrics", "evaluation.pictures")
+    needs = (*TrainGroup.needs, "evaluation.measures", "evaluation.pictures")
 
     @contextlib.contextmanager
     def cuda(self):
@@ -112,7 +112,7 @@ class Devices(TrainGroup):
             yield
 
     def test_a_new_run_and_one_from_the_cpu_that_is_resumed(self):
-        run, _ = self.train_quietly("--epochs", "1", "--batch_size", "30")
+        run, _ = self.train_quietly("--epochs", "1")
         train_aae = self.train.train_aae
 
         def checked(epoch, model, *args):
@@ -124,7 +124,7 @@ class Devices(TrainGroup):
             before = self.device.waits
             with mock.patch.object(OnCuda, "backward", backward):
                 train_aae(epoch, model, *args)
-            self.assertEqual(self.device.waits - before, 4)  # two windows of two loggers
+            self.assertEqual(self.device.waits - before, 2)  # a window of two loggers
             for weight, moments in (item for optimizer in args[-3:-1] for item in optimizer.state.items()):
                 self.assertEqual({moment.device for moment in (weight, *moments.values())}, {CUDA})
 
@@ -135,13 +135,12 @@ class Devices(TrainGroup):
                     mock.patch("training.run.device_name", str), mock.patch.multiple(
                         self.train, setup_device=lambda *args: CUDA, train_aae=checked,
                         TensorBoardLogger=functools.partial(self.train.TensorBoardLogger, avg_window=2)):
-                self.train_quietly("--batch_size", "30", "--no-graph", *flags)
+                self.train_quietly("--no-graph", *flags)
 
     def test_evaluation(self):
-        images, labels = self.mnist.load_digits(train=False)
+        images, labels = self.few_tests
         weights = torch.load(HERE / "assets" / "autoencoder.pt", weights_only=True)
-        with self.cuda(), mock.patch.object(self.measures, "SAMPLES", 300), \
-                mock.patch.object(self.metrics, "STEPS", 10):
+        with self.cuda(), mock.patch.object(self.measures, "SAMPLES", 30):
             model, flat = self.models.AdversarialAE(), self.models.AdversarialAE(z_dim=2)
             model.load_state_dict(weights, strict=False)
             self.measures.evaluate(model.to(CUDA), images, images, labels)

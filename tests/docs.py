@@ -1,12 +1,20 @@
-"""README.md and docs/: what they name exists, and their tables are those of the measured figures."""
+"""README.md and docs/: what they name exists, and their tables and pictures are those of the measured figures."""
 
 import hashlib
 import importlib
 import json
 import re
 import unittest
+from importlib.util import find_spec
+from statistics import mean, median
+from unittest import mock
 
-from unittests import HERE, Group
+import numpy as np
+import torch
+
+from evaluation.pictures import grid
+from tests.common import TrainGroup, read_png
+from unittests import HERE, Group, listen
 
 __unittest = True
 
@@ -16,10 +24,10 @@ LINK = re.compile(r'\]\(([^()\s]+)\)|(?:src|href)="([^"]+)"')
 PATH = re.compile(r"(?:assets|benchmarks|docs|tests|training)/[\w./-]*|[\w./-]+\.(?:py|md)")
 COMMAND = re.compile(r"python (train\.py|-m evaluation|-m benchmarks\.\w+)\b([^&|;#]*)")
 FLAG = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*")
+HAVE_DOCS = (HERE / "docs").is_dir() and (HERE / "benchmarks").is_dir()
 
 
-@unittest.skipUnless((HERE / "docs").is_dir() and (HERE / "benchmarks").is_dir(),
-                     "the documentation: docs/ or benchmarks/ is missing")
+@unittest.skipUnless(HAVE_DOCS, "the documentation: docs/ or benchmarks/ is missing")
 class Docs(Group):
     """Links, commands, paths and generated tables."""
 
@@ -27,10 +35,6 @@ class Docs(Group):
         super().setUp()
         self.pages = {file: file.read_text(encoding="utf-8")
                       for file in (HERE / "README.md", *sorted((HERE / "docs").glob("*.md")))}
-        sources = {"train.py": HERE / "train.py", "-m evaluation": HERE / "evaluation" / "__main__.py",
-                   **{f"-m benchmarks.{file.stem}": file for file in (HERE / "benchmarks").glob("*.py")}}
-        self.flags = {program: {"--help", *re.findall(r'"(--[\w-]+)"', source.read_text(encoding="utf-8"))}
-                      for program, source in sources.items()}
 
     def test_links_and_paths_exist(self):
         missing, names = [], {file.name for file in HERE.glob("*/*")}
@@ -46,7 +50,12 @@ class Docs(Group):
         self.check(not missing, f"missing: {', '.join(missing)}")
 
     def test_commands_and_flags_exist(self):
-        unknown, known = [], {**self.flags, "": set().union(*self.flags.values())}  # "": a flag that stands alone
+        sources = {"train.py": HERE / "train.py", "-m evaluation": HERE / "evaluation" / "__main__.py",
+                   **{f"-m benchmarks.{file.stem}": file for file in (HERE / "benchmarks").glob("*.py")}}
+        known = {program: {"--help", *re.findall(r'"(--[\w-]+)"', source.read_text(encoding="utf-8"))}
+                 for program, source in sources.items()}
+        known[""] = set().union(*known.values())  # of a flag that stands alone
+        unknown = []
         for page, text in self.pages.items():
             spans = [" ".join(span.split()) for span in SPAN.findall(FENCED.sub("", text))]
             for line in [*spans, *(line for block in FENCED.finditer(text) for line in block[0].splitlines())]:
@@ -70,3 +79,63 @@ def anchors(page):
     """Return the anchors of a page's headings, as GitHub makes them of headings that differ."""
     headings = re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
     return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@unittest.skipUnless(HAVE_DOCS and find_spec("matplotlib"), "the docs' pictures: matplotlib is not installed")
+class DocsPictures(TrainGroup):
+    """The docs' pictures, by the values that they show: of a tiny run, and of the committed figures."""
+
+    needs = (*TrainGroup.needs, "matplotlib.colors",
+             *(f"benchmarks.{name}" for name in ("pictures", "plots", "report", "tables")))
+
+    def test_progress_and_strip_show_the_pictures_of_a_run(self):
+        run, _ = self.train_quietly("--epochs", "1")
+        paths = torch.rand(120, 1, 28, 28).mul(2).sub(1)  # a stand-in for interpolations
+        (run / "evaluation").mkdir()
+        grid(paths, 12).save(run / "evaluation" / "interpolations.png")
+        with mock.patch.multiple(self.pictures, SHOWN=(0, 1, 0, 1), STRIP_EPOCHS=(0, 1), LABELS=(3,)):
+            figures = self.pictures.draw_progress(run), self.pictures.draw_strip(run)
+        _, above, _, _, _, below, _, _, strip, shown_paths = (
+            panel.images[0].get_array() for figure in figures for panel in figure.axes)
+        samples, reconstructions = (read_png(run / "results" / name) for name in (
+            "Prior_samples/samples_epoch_1.png", "Reconstruction/reconstruction_1.png"))
+        np.testing.assert_array_equal(above, samples)
+        np.testing.assert_array_equal(below, reconstructions)
+        np.testing.assert_array_equal(strip[31:59, 271:299], samples[32:60, 32:60])  # the tenth digit
+        np.testing.assert_allclose(shown_paths[1:29, 31:59], (paths[37, 0] + 1) * 127.5, atol=1)
+
+    def test_codes_have_their_labels_colours_and_a_name_at_each_median(self):
+        images, labels = self.few
+        model, colors = self.models.AdversarialAE(2).eval().requires_grad_(False), np.array(self.pictures.COLORS)
+        last = [layer for layer in model.encoder.modules() if isinstance(layer, torch.nn.Linear)][-1]
+        for far in (False, True):
+            last.weight.mul_(1e4 if far else 1)
+            codes, decoded = model.encoder(images), listen(model.decoder)
+            panel, plane = self.pictures.draw_codes(model, images, labels).axes[:2]
+            cloud, names = panel.collections[0], panel.child_axes[0].texts if far else panel.texts
+            np.testing.assert_allclose(cloud.get_offsets(), codes, rtol=1e-5)
+            np.testing.assert_array_equal([*map(self.colors.rgb2hex, cloud.get_facecolors())], colors[labels])
+            medians = {str(label): np.quantile(codes[labels == label], 0.5, 0, method="lower") for label in range(10)}
+            np.testing.assert_equal({name.get_text(): np.float32(name.get_position()) for name in names}, medians)
+            np.testing.assert_allclose(decoded[-1][0][[0, 1, 20]], [[-3.8, 3.8], [-3.4, 3.8], [-3.8, 3.4]], rtol=1e-5)
+            self.assertEqual(plane.images[0].get_array().shape, (602, 602))
+            self.assertEqual(plane.images[0].get_extent(), [-4, 4, -4, 4])
+
+    def test_plots_show_the_figures(self):
+        figures = self.tables.read_figures(self.report.FIGURES)
+        with mock.patch.object(self.plots, "save") as save:
+            self.plots.write_plots(figures, self.folder())
+        drawn = {file.stem: figure.axes[0] for figure, file in (call.args for call in save.call_args_list)}
+        lines = {line.get_label(): line.get_ydata() for name in ("quality", "loss") for line in drawn[name].lines}
+        base, plain = figures["results"]["z8-base"], figures["results"]["z8-lambda1"]
+        seconds, variants = self.tables.epoch_seconds(figures["speed"]), self.tables.by_variant(figures["ablation"])
+        distances = [mean(run["frechet_samples"] for run in runs) for runs in variants.values()]
+        for shown, expected in (
+                (lines["base, samples"], [stage["frechet_samples"] for stage in (*base["stages"], base)]),
+                (lines["8 dimensions, λ = 1"], plain["curves"]["reconstruction loss"]),
+                ([bar.get_width() for bar in drawn["speed"].patches], [*map(median, seconds.values())]),
+                ([bar.get_width() for bar in drawn["ablation"].patches[:len(distances)]], sorted(distances))):
+            np.testing.assert_allclose(shown, expected)
+        figure, file = save.call_args.args
+        self.plots.save(figure, file)
+        self.assertGreater(read_png(file).std(), 10)

@@ -1,44 +1,47 @@
-"""The evaluation of a trained model."""
+"""The evaluation of a trained model, and its metrics against independent computations."""
 
 import functools
+import hashlib
 import json
 import math
 from unittest import mock
 
 import numpy as np
 import torch
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from tests.common import TinyAAE, TrainGroup, read_png, same, snapshot
-from unittests import images_like_mnist, listen
+from tests.common import TrainGroup, read_events, read_png, same, snapshot
+from unittests import Group, images_like_mnist, listen
 
 __unittest = True
 assert_close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 
 class Evaluation(TrainGroup):
-    """python -m evaluation on models of the bundled digits."""
+    """python -m evaluation on a few of the bundled digits."""
 
     needs = (*TrainGroup.needs, "training.files", *(f"evaluation.{name}" for name in (
         "__main__", "classifier", "measures", "metrics", "model_files", "monitoring", "pictures")))
 
     def setUp(self):
         super().setUp()
-        self.enterContext(mock.patch.object(self.measures, "SAMPLES", 300))
-        self.enterContext(mock.patch.object(self.metrics, "STEPS", 60))
+        (self.seen, self.held_out), (self.images, self.labels) = self.few[0].split(20), self.few_tests
+        self.enterContext(mock.patch.object(self.model_files, "load_digits",
+                                            lambda train: self.few if train else self.few_tests))
+        self.enterContext(mock.patch.object(self.measures, "SAMPLES", 100))
 
-    def a_run(self, **settings):
+    def a_run(self, networks="base", posterior="deterministic", **settings):
         """Return a run's folder with the weights of a new model, and the path of the weights."""
-        run, settings = self.folder() / "run", {"z_dim": 3, "trained_on": "digits", "data_dir": "nowhere", **settings}
+        run = self.folder() / "run"
         weights = run / "checkpoints" / "model_checkpoint.pt"
         weights.parent.mkdir(parents=True)
+        torch.save(self.models.AdversarialAE(3, posterior, networks).state_dict(), weights)
+        settings = {"z_dim": 3, "trained_on": "digits", "data_dir": "nowhere", **settings}  # as of an older run
         (run / "hparams.json").write_text(json.dumps(settings))
-        kind = {"networks": "base", **{name: settings[name] for name in ("posterior", "networks") if name in settings}}
-        torch.save(self.models.AdversarialAE(3, **kind).state_dict(), weights)  # older runs do not record the kind
         return run, weights
 
     def evaluate_cli(self, *flags):
-        program = functools.partial(self.cli.run_program, "evaluation", self.__main__.main, self.__main__.parse_args,
-                                    memory_advice="")
+        program = functools.partial(self.cli.run_program, "evaluation", self.__main__.main, self.__main__.parse_args)
         with mock.patch.object(self.train, "cli", program):
             return self.run_cli(*flags, "--no-cuda")
 
@@ -48,9 +51,6 @@ class Evaluation(TrainGroup):
         self.assertEqual((status, err), (0, ""))
         return json.loads((folder / "metrics.json").read_text()), out
 
-    def assert_run_refused(self, run, *words, flags=()):
-        self.assert_refused(self.evaluate_cli(run, *flags), 1, *words)
-
     def test_a_trained_run(self):
         run, state = self.train_quietly("--epochs", "1", "--z_dim", "2")
         before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
@@ -58,109 +58,114 @@ class Evaluation(TrainGroup):
         self.check(all(file.read_bytes() == content for file, content in before.items()), "a file of the run changed")
         model = self.models.AdversarialAE(z_dim=2).eval()
         model.load_state_dict(state)
-        (images, labels), seen = self.mnist.load_digits(train=False), self.mnist.load_digits()[0][:749]
         with torch.no_grad():
-            (recon_x, codes), (seen_recon_x, seen_codes) = model(images), model(seen)
-        errors = ((recon_x - images).double()**2).mean((1, 2, 3))
-        self.assertRegex(out, r"(?s)z_dim 2, deterministic encoder, residual networks, 299 test images of the bundled "
-                              rf"digits.* {errors.mean():.4f} .*Parzen log-likelihood.*  nats +-?\d+\.\d \+- \d+\.\d")
-        per_label = {str(label): errors[labels == label].mean().item() for label in range(10)}
+            (recon_x, codes), (seen_recon_x, seen_codes) = model(self.images), model(self.seen)
+        errors = ((recon_x - self.images).double()**2).mean((1, 2, 3))
+        self.assertRegex(out, r"(?s)z_dim 2, deterministic encoder, residual networks, 30 test images of digits, on cpu"
+                              rf".* {errors.mean():.4f} .*Parzen log-likelihood.*  nats +-?\d+\.\d \+- \d+\.\d")
+        per_label = {str(label): errors[self.labels == label].mean().item() for label in range(10)}
         assert_close(metrics["reconstruction"], {"mse": errors.mean().item(), "mse_per_label": per_label})
-        match, seen_match, prior_match = metrics["prior_match"].values()
-        assert_close(match["ks"], self.monitoring.ks_distance(codes))
-        assert_close([*match["std"], *seen_match["mean"]], [*codes.std(0).tolist(), *seen_codes.mean(0).tolist()])
-        self.check_close(prior_match["ks"], 0.8687 / math.sqrt(299), "this is no sample of the prior", 0.03)
-        for codes_match, low, high in ((match, 0.8, 1), (seen_match, 0.8, 1), (prior_match, 0.4, 0.6)):
-            self.assertTrue(low <= codes_match["two_sample_accuracy"] <= high, codes_match)
-        likelihood = metrics["log_likelihood"]["training_images"]
-        self.assertTrue(0.06 < likelihood["sigma"] < 0.15, likelihood)  # twice as much for images in [-1, 1]
-        distances = self.metrics.squared_distances((seen + 1) / 2, (images + 1) / 2)
-        values = self.metrics.parzen_log_likelihood(distances, 784, likelihood["sigma"])
-        assert_close([likelihood[name] for name in ("mean", "standard_error", "samples", "sigma_images")],
-                     [values.mean().item(), values.std().item() / math.sqrt(299), 749, 749])
-        self.assertGreater(likelihood["mean"], metrics["log_likelihood"]["training_reconstructions"]["mean"] + 10)
-        quality = self.measures.classifier_quality({"test_images": images, "seen": seen_recon_x})["seen"]
+        for name, part in (("codes", codes), ("training_codes", seen_codes)):
+            assert_close(metrics["prior_match"][name], {"mean": part.mean(0).tolist(), "std": part.std(0).tolist(),
+                                                        "ks": self.monitoring.ks_distance(part)})
+        self.assertTrue(0.08 < metrics["prior_match"]["prior_draws"]["ks"] < 0.3)  # on average 0.16
+        seen, held_out, images = ((part + 1) / 2 for part in (self.seen, self.held_out, self.images))
+        sigma = self.metrics.choose_sigma(seen, held_out)
+        values = self.metrics.parzen_log_likelihood(self.metrics.squared_distances(seen, images), 784, sigma)
+        assert_close(metrics["log_likelihood"]["training_images"], {
+            "mean": values.mean().item(), "standard_error": values.std().item() / math.sqrt(30), "sigma": sigma,
+            "samples": 20, "sigma_images": 20})
+        quality = self.measures.classifier_quality({"test_images": self.images, "seen": seen_recon_x})["seen"]
         assert_close(metrics["digit_classifier"]["training_reconstructions"], quality)
-        sizes = {"samples.png": (484, 484), "nearest.png": (484, 124), "manifold.png": (1204, 1204),
-                 "reconstructions.png": (604, 484), "interpolations.png": (724, 604), "codes.png": (910, 800)}
-        pictures = {file.name: read_png(file) for file in run.glob("evaluation/*.png")}
-        self.assertEqual({name: picture.shape[::-1] for name, picture in pictures.items()}, sizes)
+        self.check_pictures(run / "evaluation", recon_x)
+        self.check_tensorboard(read_events(run))
+
+    def check_pictures(self, folder, recon_x):
+        """Check the sizes of all pictures, and a reconstruction; one test image has the label 4."""
+        pictures = {file.name: read_png(file) for file in folder.glob("*.png")}
+        self.assertEqual({name: picture.shape[::-1] for name, picture in pictures.items()}, {
+            "samples.png": (484, 484), "nearest.png": (484, 124), "manifold.png": (1204, 1204),
+            "reconstructions.png": (604, 124), "interpolations.png": (724, 604)})
         column = pictures["reconstructions.png"][4:120:2, 4 + 3 * 60:60 * 4:2]  # enlarged by a factor of two
-        for place, shown in ((slice(28), images), (slice(30, 58), recon_x)):
-            np.testing.assert_allclose(column[place], (shown[labels == 3][0, 0] + 1) * 127.5, atol=1)
+        for place, shown in ((slice(28), self.images), (slice(30, 58), recon_x)):
+            np.testing.assert_allclose(column[place], (shown[self.labels == 3][0, 0] + 1) * 127.5, atol=1)
+
+    def check_tensorboard(self, events):
+        """Check what TensorBoard shows first: curves and pictures before histograms, the flags by which runs differ."""
+        tags = events.Tags()
+        self.assertGreater(min(tags["histograms"]), max(tags["scalars"] + tags["images"]))
+        content = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/experiment").plugin_data.content)
+        self.assertEqual([info.name for info in content.experiment.hparam_infos if info.differs],
+                         ["z_dim", "lambda_", "posterior", "networks", "epochs"])
 
     def test_the_table_is_printed_before_the_files_are_written_and_output_is_their_place(self):
-        (run, _), data = self.a_run(), [tensor[:60] for tensor in self.mnist.load_digits()]
-        self.enterContext(mock.patch.object(self.__main__, "load_images", return_value=[data[0], *data]))
+        run, weights = self.a_run()
         (run / "evaluation").write_text("a file")
-        for flags in ((), ("--output", run / "evaluation"), ("--output", run / "hparams.json" / "new")):
+        for folder, flags in ((run / "evaluation", ()), (run / "hparams.json", ("--output", run / "hparams.json/new"))):
             result = self.evaluate_cli(run, *flags)
-            self.assert_refused(result, 1, flags[-1] if flags else run / "evaluation", "cannot be written", "--output")
+            self.assert_refused(result, 1, folder, "choose another folder")
             self.assertIn("Parzen log-likelihood of", result[1])
         place = self.folder() / "new" / "place"
-        for _ in range(2):  # the second time, over its own files
-            self.assertIn(f"see: {place}\n", self.metrics_in(place, run, "--output", place)[1])
-            (place / "another").write_text("kept")
-        (place / "samples.png").unlink()
-        (place / "samples.png").mkdir()
-        self.assert_run_refused(run, "samples.png", "another folder with --output", flags=("--output", place))
-        self.assertEqual((place / "another").read_text(), "kept")
+        for path in (run, weights):  # the weights of a run belong to the run; the second time, over its own files
+            metrics, out = self.metrics_in(place, path, "--output", place)
+            self.assertEqual(metrics["trained_on"], "digits")
+            self.assertIn(f"see: {place}\n", out)
+
+    def test_the_checksum_is_that_of_the_weights_that_were_evaluated(self):
+        run, weights = self.a_run()
+        checksum = hashlib.md5(weights.read_bytes(), usedforsecurity=False).hexdigest()
+        build, others = self.models.AdversarialAE, lambda *kind: weights.write_bytes(b"others") and build(*kind)
+        with mock.patch.object(self.model_files, "AdversarialAE", others):
+            metrics, _ = self.metrics_in(run / "evaluation", run)
+        self.assertEqual(metrics["weights_md5"], checksum)
 
     def test_choice_of_images(self):
-        images, _ = self.mnist.load_digits()
-        neighbours = self.pictures.nearest(images[[700, 3]] + 0.1 * images_like_mnist(2), images)
-        self.assertTrue(torch.equal(neighbours, images[[700, 3]]))
+        neighbours = self.pictures.nearest(self.seen[[14, 3]] + 0.1 * images_like_mnist(2), self.seen)
+        self.assertTrue(torch.equal(neighbours, self.seen[[14, 3]]))
         for count, seen, last in ((60_000, range(0, 50_000, 5), range(59_000, 60_000)), (10, range(5), range(5, 10))):
             parts = self.measures.split_training_images(torch.arange(count))
             self.assertEqual([part.tolist() for part in parts], [list(seen), list(last)])
-        indices = self.pictures.first_of_each_label(torch.tensor([7, 2, 7, 7, 7, 7, 2]))
-        self.assertEqual(indices.T.tolist(), [[1, 6, 6, 6], [0, 2, 3, 4]])
 
     def test_classifier_quality_tells_good_samples_from_bad_ones(self):
         (images, labels), classifier = self.mnist.load_digits(), self.classifier.load_classifier()
-        sets = {"good": images[:500], "test_images": images[500:1000], "threes": images[labels == 3],
-                "noise": images_like_mnist(300)}
-        quality = self.measures.classifier_quality(sets)
+        good, others = images[:500].split(250)
+        quality = self.measures.classifier_quality({
+            "good": good, "test_images": others, "threes": images[labels == 3][:100], "noise": images_like_mnist(100)})
         with torch.no_grad():
-            confidences, digits = classifier(sets["good"]).softmax(1).max(1)
-            distance = self.metrics.frechet(*(classifier.features(sets[name]) for name in ("good", "test_images")))
+            confidences, digits = classifier(good).softmax(1).max(1)
+            distance = self.metrics.frechet(classifier.features(good), classifier.features(others))
         assert_close(quality["good"], {
-            "images": 500, "frechet_to_test_images": distance, "sure": (confidences >= 0.95).double().mean().item(),
+            "images": 250, "frechet_to_test_images": distance, "sure": (confidences >= 0.95).double().mean().item(),
             "labels": {str(label): (digits == label).double().mean().item() for label in range(10)}})
         self.assertGreater(quality["threes"]["labels"]["3"], 0.8)
         for name in ("threes", "noise"):
             self.assertGreater(quality[name]["frechet_to_test_images"], 5 * distance, name)
 
     def test_seed_alone_determines_the_numbers_and_the_model_stays_as_it_is(self):
-        model, tiny = self.models.AdversarialAE(2, "gaussian"), TinyAAE()
-        images, labels = self.mnist.load_digits(train=False)
-        results = []
+        model, results = self.models.AdversarialAE(2, "gaussian"), []
         for seed in (5, 5, 6):
             torch.manual_seed(len(results))
             before = snapshot(model)
-            results.append(self.measures.evaluate(model, images, images[:50], labels[:50], seed))
-            self.pictures.draw_pictures(model, images, images[:50], labels[:50])
-            self.measures.draw_samples(tiny, 3, seed)  # from torch's own generator
+            results.append(self.measures.evaluate(model, *self.few[:1], *self.few_tests, seed))
+            self.pictures.draw_pictures(model, *self.few[:1], *self.few_tests, seed)
             self.assertTrue(same(before, snapshot(model)), "the model or a random state has changed")
         self.assertEqual(results[0], results[1])
         self.assertNotEqual(results[0]["log_likelihood"], results[2]["log_likelihood"])
 
     def test_interpolation_is_spherical(self):
-        start, end = torch.randn(8), 2 * torch.randn(8)
-        path = self.pictures.interpolate(start, end, torch.linspace(0, 1, 5))
+        start, end, fractions = torch.randn(8), 2 * torch.randn(8), torch.linspace(0, 1, 5)
+        path = self.pictures.interpolate(start, end, fractions)
         torch.testing.assert_close(path[[0, 4]], torch.stack([start, end]), atol=1e-5, rtol=0)
         changes, turns = path.norm(dim=1).diff(), torch.cosine_similarity(path[1:], path[:-1]).acos()
         self.assertLess(changes.max() - changes.min(), 1e-4, "the norm changes unevenly")
         self.assertLess(turns.max() - turns.min(), 2e-3, "the direction rotates unevenly")
         for end in (-start, start, torch.zeros(8)):
-            self.assertTrue(self.pictures.interpolate(start, end, torch.linspace(0, 1, 5)).isfinite().all())
+            self.assertTrue(self.pictures.interpolate(start, end, fractions).isfinite().all())
 
     def test_manifold_has_the_prior_quantiles(self):
-        model = TinyAAE()
-        model.decoder = self.models.ConvDecoder(2)
+        model = self.models.AdversarialAE(2).requires_grad_(False)
         calls = listen(model.decoder)
-        with torch.no_grad():
-            self.pictures.draw_manifold(model, side=4)
+        self.pictures.draw_manifold(model, side=4)
         first, second = (8 * torch.special.ndtr(calls[0][0])).round(decimals=3).T.tolist()
         self.assertEqual(first, [1, 3, 5, 7] * 4, "the first dimension does not increase to the right, by quantiles")
         self.assertEqual(second[::4], [7, 5, 3, 1], "the second dimension does not increase upwards, by quantiles")
@@ -171,54 +176,86 @@ class Evaluation(TrainGroup):
             run, path = self.a_run(**kind)
             state = {name: weight for name, weight in torch.load(path).items() if not name.startswith("discriminator")}
             torch.save({f"module._orig_mod.{name}": weight for name, weight in state.items()}, path)
-            model, settings, file, folder = self.model_files.load_run(run)
-            self.assertEqual((file, folder, settings["data_dir"]), (path, run, "nowhere"))
+            model, settings, folder = self.model_files.load_run(run)
+            self.assertEqual((folder, settings["weights"], settings["data_dir"]), (run, str(path), "nowhere"))
             self.assertLessEqual({"posterior": "deterministic", "networks": "base", **kind}.items(), settings.items())
             self.assertTrue(same(state, {name: model.state_dict()[name] for name in state}))
-        (run / "hparams.json").unlink()
-        few = [tensor[:200] for tensor in self.mnist.load_digits()]
-        with mock.patch.object(self.model_files, "load_mnist", return_value=few) as load:
+        path = path.rename(self.folder() / "weights.pt")
+        with mock.patch.object(self.model_files, "load_mnist", return_value=self.few_tests) as load:
             _, out = self.metrics_in(path.parent / "evaluation", path, "--data_dir", "there")
         self.assertEqual(load.call_args.args[0], "there")
-        self.assertIn("z_dim 3, universal encoder, residual networks, 200 test images of MNIST", out)
+        self.assertIn("z_dim 3, universal encoder, residual networks, 30 test images of mnist", out)
 
-    def test_what_is_not_a_run(self):
+    def test_what_cannot_be_evaluated(self):
         run, weights = self.a_run()
-        self.metrics_in(run / "evaluation", weights)  # the weights of a run belong to the run
-        self.assert_run_refused(run / "none", run / "none", "does not exist")
-        self.assert_run_refused(run.parent, run.parent, "no hparams.json")
-        for content in (b"", b"[]", b'{"z_dim": "8"}', b'{"z_dim": 2}', b"\xff", b'{"z_dim": 3, "networks": "?"}',
-                        b'{"trained_on": "cifar"}', b'{"data_dir": 3}', b'{"posterior": []}', b"[" * 100_000):
-            (run / "hparams.json").write_bytes(content)
-            self.assert_run_refused(run, "hparams.json", "is damaged, or is from another run")
-        run, _ = self.a_run(trained_on="mnist", data_dir=str(self.folder()))
-        with mock.patch("torchvision.datasets.MNIST.mirrors", []):
-            self.assert_run_refused(run, "could not be downloaded")
+        hparams, whole, state = run / "hparams.json", weights.read_bytes(), torch.load(weights)
+        copy = self.enterContext(mock.patch.object(self.classifier, "CLASSIFIER", self.folder() / "classifier.pt"))
+        copy.write_bytes(self.files.serialize(self.classifier.digit_classifier().half().state_dict()))
+        one_bit = bytearray(copy.read_bytes())
+        one_bit[len(one_bit) // 2] ^= 64  # which torch.load does not notice
+        decoder = {name: weight for name, weight in state.items() if name.startswith("decoder")}
+        damaged = {
+            (copy, "is damaged, or not a checkpoint; restore it"): [one_bit],
+            (hparams, f"{hparams} is missing, damaged, or from another run"): [
+                b"", b"[]", b'{"z_dim": "8"}', b'{"z_dim": 2}', b"\xff", b'{"z_dim": 3, "networks": "?"}',
+                b'{"trained_on": "cifar"}', b'{"data_dir": 3}', b'{"posterior": []}', b"[" * 100_000],
+            (weights, "is damaged"): [b"nonsense", whole[:-100]],
+            (weights, "not have weights of models.AdversarialAE"): [
+                [1, 2], {"encoder": {}}, {}, decoder, {"decoder.net.0.weight": torch.tensor(3.0)}],
+            (weights, "from another run"): [self.models.AdversarialAE(4).state_dict()],
+            (weights, "has diverged"): [{name: factor * weight for name, weight in state.items()}
+                                        for factor in (1e10, math.nan)]}
+        for (file, words), contents in damaged.items():
+            before = file.read_bytes()
+            for content in contents:
+                file.write_bytes(content if isinstance(content, bytes | bytearray) else self.files.serialize(content))
+                self.assert_refused(self.evaluate_cli(run), 1, words)
+            file.write_bytes(before)
+        for missing in (run / "none", run.parent):
+            self.assert_refused(self.evaluate_cli(missing), 1, missing, "No such file")
+        self.assertFalse((run / "evaluation").exists())
         self.assertEqual([self.evaluate_cli(*flags)[0] for flags in ((), (run, "--seed", -1))], [2, 2])
 
-    def test_damaged_weights(self):
-        run, weights = self.a_run()
-        whole, state = weights.read_bytes(), torch.load(weights)
-        decoder = {name: weight for name, weight in state.items() if name.startswith("decoder")}
-        for content, words in ((b"nonsense", "is damaged"), (whole[:-100], "is damaged"), ([1, 2], "not contain"),
-                               ({"encoder": {}}, "not contain"), ({}, "another model"), (decoder, "another model"),
-                               ({"decoder.net.0.weight": torch.tensor(3.0)}, "another model"),
-                               (self.models.AdversarialAE(4).state_dict(), "from another run"),
-                               ({"weight": torch.tensor([math.nan])}, "has diverged"),
-                               ({name: 1e10 * weight for name, weight in state.items()}, "has diverged")):
-            weights.write_bytes(content if isinstance(content, bytes) else self.files.serialize(content))
-            self.assert_run_refused(run, words)
-        weights.write_bytes(whole)
-        with mock.patch.object(self.measures, "draw_samples", return_value=torch.full((1, 1, 28, 28), math.inf)):
-            self.assert_run_refused(run, "has diverged")
 
-    def test_missing_or_damaged_classifier(self):
-        (run, _), weights = self.a_run(), self.folder() / "digit_classifier.pt"
-        self.enterContext(mock.patch.object(self.classifier, "CLASSIFIER", weights))
-        self.assert_run_refused(run, weights, "is missing; restore it")
-        whole = bytearray(self.files.serialize(self.classifier.digit_classifier().half().state_dict()))
-        whole[len(whole) // 2] ^= 64  # one bit, which torch.load does not notice
-        for content in (bytes(whole), self.files.serialize([1])):
-            weights.write_bytes(content)
-            self.assert_run_refused(run, weights, "is damaged")
-        self.assertFalse((run / "evaluation").exists())
+class Metrics(Group):
+    """The functions of metrics.py and ks_distance, compared with the same values computed in another way."""
+
+    needs = ("evaluation.metrics", "evaluation.monitoring")
+
+    def test_ks_distance_is_the_mean_over_projections_of_the_largest_step(self):
+        def ks_distance(values):
+            return max(abs(sum(other <= point for other in values) / len(values) - math.erfc(-point / math.sqrt(2)) / 2)
+                       for value in values for point in (value, value - 1e-9))
+
+        codes = torch.randn(30, 4) @ torch.randn(4, 4) + torch.randn(4)  # correlated, and far from N(0, I)
+        directions = torch.randn(4, 27, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        projections = codes.double() @ (directions / directions.norm(dim=0))
+        expected = sum(ks_distance(values) for values in projections.T.tolist()) / 27
+        self.check_close(self.monitoring.ks_distance(codes, 27, seed=5), expected, "the KS distance is wrong")
+        self.check_close(self.monitoring.ks_distance(torch.randn(10_000, 8)), 0.8687 / 100,
+                         "the KS distance of 10,000 prior samples is not the mean of Kolmogorov's distribution", 1e-3)
+
+    def test_frechet_distance(self):
+        pair = [torch.randn(count, 5).double() @ torch.rand(5, 5).double() + 1 for count in (50, 60)]
+        (mean, covariance), (other_mean, other) = ((part.mean(0).numpy(), np.cov(part.T)) for part in pair)
+        overlap = np.sqrt(np.linalg.eigvals(covariance @ other).real).sum()
+        expected = ((mean - other_mean)**2).sum() + np.trace(covariance + other) - 2 * overlap
+        self.check_close(self.metrics.frechet(*pair), expected, "the distance is wrong")
+        features = torch.randn(20, 64) @ torch.randn(64, 64)  # fewer than dimensions: a singular covariance
+        self.check_close(self.metrics.frechet(features, features), 0, "the distance of a set to itself is not 0", 1e-4)
+
+    def test_parzen_log_likelihood_and_its_best_sigma(self):
+        samples, images, sigma = torch.rand(30, 784), torch.rand(7, 784), 0.3
+        density = torch.distributions.Normal(samples.double(), sigma).log_prob(images[:, None].double())
+        distances = self.metrics.squared_distances(samples, images)
+        torch.testing.assert_close(self.metrics.parzen_log_likelihood(distances, 784, sigma),
+                                   density.sum(2).logsumexp(1) - math.log(30), rtol=1e-6, atol=0)
+        samples, noise = torch.rand(1, 784).expand(20, 784), 0.37 * torch.randn(600, 784)
+        sigma = self.metrics.choose_sigma(samples, samples[:1] + noise)
+        self.check_close(sigma, noise.square().mean().sqrt(), "it is not the maximum likelihood estimate", 0.005)
+        for edges in ({"low": 0.5}, {"high": 0.1}):
+            self.assertRaises(ValueError, self.metrics.choose_sigma, samples, samples[:1] + noise, **edges)
+
+    def test_distances_of_similar_images_do_not_suffer_from_cancellation(self):
+        distances, = self.metrics.squared_distances(torch.ones(3, 784), torch.ones(3, 784) + 1e-3)
+        self.check_close(distances.mean() / 784e-6, 1, "squared distances of similar images are lost in rounding", 1e-3)

@@ -113,7 +113,6 @@ def cuda_on_the_cpu(group, failing=None):
     mocks = {name: mock.MagicMock() for name in ("Stream", "stream", "current_stream", "set_stream")}
     with mock.patch.object(group.models.AdversarialAE, "device", torch.device("cuda")), \
             mock.patch("torch.version.hip", None), mock.patch.multiple(group.train, **pictures), \
-            mock.patch("training.device.set_precision"), \
             mock.patch("torch.tensor", lambda *args, device=None, **options: tensor(*args, **options)), \
             mock.patch.multiple("torch.cuda", **mocks, CUDAGraph=RecordedGraph, graph=capture,
                                 default_generators={None: generator},  # of the CPU's index
@@ -126,7 +125,7 @@ class GraphReplay(TrainGroup):
 
     needs = (*TrainGroup.needs, "training.cuda_graph")
 
-    def trained(self, captured, *flags, before=lambda *optimizers: None, failing=None, replays=REPLAYS,
+    def trained(self, captured, *flags, bf16=False, before=lambda *optimizers: None, failing=None, replays=REPLAYS,
                 rate=lambda number: 1e-3 if number < STEPS / 2 else 1e-4):
         """Return all tensors of 15 steps and after them. If captured, `replays` of them are replays.
 
@@ -141,19 +140,18 @@ class GraphReplay(TrainGroup):
             for number in range(STEPS):
                 optimizers[0].param_groups[0]["lr"] = rate(number)
                 x = images[number:][:SIZES[number % len(SIZES)]]
-                values.append(copy.deepcopy(  # may be overwritten
-                    self.train.train_step(model, *optimizers, 0.995, x)))
+                with torch.autocast("cpu", torch.bfloat16, bf16, cache_enabled=False):  # as in `main`
+                    values.append(copy.deepcopy(self.train.train_step(model, *optimizers, 0.995, x)))  # is overwritten
                 average.update()
         self.assertEqual(sum(graph.replays for graph in self.cuda.graphs), replays if captured else 0)
-        return [values, model.state_dict(), average.model.state_dict(), torch.get_rng_state(),
+        return [values, model.state_dict(), average.state_dict(), torch.get_rng_state(),
                 [optimizer.state_dict()["state"] for optimizer in optimizers]]
 
     def test_replayed_steps_equal_eager_steps(self):
-        for flags in ("", "--networks base --posterior gaussian --precision bf16",
-                      "--posterior universal --z_dim 20 --precision bf16"):
-            with self.subTest(flags=flags):
-                eager, replayed = (self.trained(captured, *flags.split()) for captured in (False, True))
-                assert_equal(replayed, eager)
+        for flags, bf16 in (("", False), ("--networks base --posterior gaussian", True),
+                            ("--posterior universal --z_dim 20", True)):
+            eager, replayed = (self.trained(captured, *flags.split(), bf16=bf16) for captured in (False, True))
+            assert_equal(replayed, eager)
         self.assertEqual(self.cuda.stream.call_args_list, 6 * [mock.call(self.cuda.Stream.return_value)])  # the warm-up
 
     def test_training_goes_on_after_a_capture_that_fails(self):
@@ -181,7 +179,7 @@ class GraphReplay(TrainGroup):
             eager, replayed = (self.trained(captured, rate=lambda number: 1e-3 * 0.9 ** number,
                                             replays=self.cuda_graph.MOST) for captured in (False, True))
         assert_equal(replayed, eager)
-        self.assertRegex(err.getvalue(), r"\AWARNING: .* changed 8 times in a row.*; --no-graph, or .*\n\Z")
+        self.assertRegex(err.getvalue(), r"\AWARNING: .* need more than 8 recordings; --no-graph, or .*\n\Z")
 
     def test_a_second_run_trains_its_own_model_and_the_first_is_freed(self):
         parts = []  # model and optimizer
@@ -192,13 +190,7 @@ class GraphReplay(TrainGroup):
                 self.train.train_step(model, *others, x)
 
         with cuda_on_the_cpu(self) as cuda, mock.patch.object(self.train, "train_aae", train_aae):
-            weights = [self.train_quietly("--epochs", "1", "--batch_size", "20")[1] for _ in range(2)]
+            weights = [self.train_quietly("--epochs", "1", "--batch_size", "8")[1] for _ in range(2)]
         gc.collect()
         self.assertEqual([graph.replays for graph in cuda.graphs], [2, 2])
         self.assertTrue(same(*weights) and not any(part() for part in parts))
-
-    def test_operations_that_cuda_rejects_are_rejected(self):
-        x, mask = torch.zeros(3), torch.ones(3, dtype=torch.bool)
-        for call in (x[0].item, x.nonzero, lambda: x[mask], lambda: torch.tensor(0.5) * x, lambda: x.to("meta")):
-            with self.assertRaisesRegex(RuntimeError, "wait for the device|host and device"), RecordedGraph().record():
-                call()

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+from argparse import Namespace
 from unittest import mock
 
 import torch
@@ -22,46 +23,32 @@ class Hardware(TrainGroup):
 
     needs = (*TrainGroup.needs, "training.device")
 
-    def setUp(self):
-        super().setUp()
-        self.enterContext(self.train.default_torch_state())  # restores what is set here
-
-    def processor(self, text):
-        """Replace /proc/cpuinfo by this text."""
-        file = self.folder() / "cpuinfo"
-        file.write_text(text)
-        self.enterContext(mock.patch.object(self.device, "CPUINFO", file))
-
     def assert_run_refused(self, status, words, *flags):
         """Check that a run with these flags is rejected in one sentence."""
         result = self.run_cli("--dataset", "digits", "--epochs", 1, "--log_dir", self.folder(), *flags)
         self.assert_refused(result, status, words)
 
-    def test_precisions_are_set_or_rejected(self):
-        self.assert_run_refused(2, "needs an NVIDIA GPU", "--no-cuda", "--precision", "tf32")
+    def test_bf16_is_rejected_on_cpus_without_units_for_it(self):
+        file = self.folder() / "cpuinfo"
+        self.enterContext(mock.patch.object(self.device, "CPUINFO", file))
         for text, supported in (("flags\t\t: fpu avx2 avx512f avx512_bf16x\n", False), ("nothing\n", False),
                                 ("flags\t\t: fpu amx_bf16\n", True), ("flags\t\t: fpu avx512_bf16\n", True)):
-            self.processor(text)
+            file.write_text(text)
             if supported:
-                self.device.set_precision("bf16", torch.device("cpu"))
+                self.device.check_bf16(torch.device("cpu"))
             else:
                 self.assert_run_refused(2, "AVX512-BF16; train with --precision fp32 here, or resume the run where",
                                         "--no-cuda", "--precision", "bf16")
-        self.processor("model name\t: Old\n")
+        self.device.check_bf16(torch.device("cuda"))
+        file.write_text("model name\t: Old\n")
         self.assertEqual(self.device.device_name(torch.device("cpu")), f"Old, {torch.get_num_threads()} threads")
-        with mock.patch("torch.cuda.get_device_capability", return_value=(7, 5)):
-            for precision in ("tf32", "bf16"):
-                self.assertRaises(self.cli.FlagError, self.device.set_precision, precision, torch.device("cuda"))
-        exact = "highest", False
-        for precision, expected in (("tf32", ("high", True)), ("bf16", exact), ("fp32", exact)):
-            with mock.patch("torch.cuda.get_device_capability", return_value=(8, 0)):
-                self.device.set_precision(precision, torch.device("cuda"))
-            self.assertEqual(self.device.read_precision(), expected)
 
     def test_a_gpu_without_kernels_is_explained(self):
+        self.addCleanup(torch.use_deterministic_algorithms, False)
         with mock.patch.multiple("torch.cuda", is_available=lambda: True, get_device_capability=lambda *_: (6, 1),
                                  get_device_name=lambda *_: "NVIDIA Something"):
-            self.assertEqual(self.device.setup_device(no_cuda=True), torch.device("cpu"))
+            self.assertEqual(self.device.setup_device(no_cuda=True, deterministic=True), torch.device("cpu"))
+            self.assertTrue(torch.are_deterministic_algorithms_enabled())
             with mock.patch("torch.ones", side_effect=RuntimeError("CUDA error: no kernel image is available")):
                 self.assert_run_refused(1, "no kernels for NVIDIA Something (compute capability 6.1); install a ver")
             with mock.patch("torch.ones", side_effect=RuntimeError("a bug")):
@@ -109,7 +96,7 @@ class Threads(FolderGroup):
 class Cuda(TrainGroup):
     """Training, evaluation and pictures on an NVIDIA GPU, compared with the CPU."""
 
-    needs = (*TrainGroup.needs, "training.device", "evaluation.measures", "evaluation.pictures")
+    needs = (*TrainGroup.needs, "evaluation.measures", "evaluation.pictures")
     no_cuda = ()
 
     def setUp(self):  # asks here: at import, CUDA would start in every process
@@ -120,7 +107,7 @@ class Cuda(TrainGroup):
 
     def steps(self, *flags, before=lambda *optimizers: None):
         """Return the losses of 40 steps with two batch sizes and the weights after them, and how many were recorded."""
-        args, values = self.train.parse_args(flags), []
+        args, values = Namespace(**self.train.DEFAULTS), []
         model, *optimizers = self.parts("--deterministic", *flags)
         torch.manual_seed(0)
         before(*optimizers)
@@ -134,18 +121,17 @@ class Cuda(TrainGroup):
         return [values, model.state_dict()], recorded.call_count
 
     def test_every_precision_is_resumed_to_the_bit_with_deterministic_kernels(self):
-        ampere = torch.cuda.get_device_capability() >= (8, 0)
-        for precision in ("fp32", "tf32", "bf16") if ampere else ("fp32",):
+        for precision in ("fp32", "bf16"):
             flags = "--deterministic", "--batch_size", "8", "--precision", precision, "--epochs"
             (run, weights), (stopped, _) = self.train_quietly(*flags, "2"), self.train_quietly(*flags, "1")
-            _, resumed = self.train_quietly("--resume", str(stopped), "--epochs", "2")
+            _, resumed = self.train_quietly("--batch_size", "8", "--resume", str(stopped), "--epochs", "2")
             self.check(same(weights, resumed), f"a resumed {precision} run has other weights")
             self.assertEqual(load_state(run)["settings"]["device"], "cuda")
             self.assertTrue(all(tensor.isfinite().all() and tensor.device.type == "cpu" and tensor.dtype in
                                 (torch.float32, torch.int64) for tensor in weights.values()))
 
     def test_evaluation_agrees_with_the_cpu_and_pictures_keep_the_random_state(self):
-        self.device.set_precision("fp32", torch.device("cuda"))
+        self.enterContext(torch.backends.cudnn.flags(allow_tf32=False))
         model, (images, labels), results = self.models.AdversarialAE(), self.mnist.load_digits(train=False), []
         for device in ("cpu", "cuda"):
             with mock.patch.object(self.measures, "SAMPLES", 300):

@@ -1,6 +1,7 @@
 """What all command lines share: the parser, checks of numbers, messages, and errors in one sentence."""
 
 import argparse
+import contextlib
 import math
 import os
 import re
@@ -10,14 +11,11 @@ import subprocess
 import sys
 import threading
 
-import torch
 from tqdm import tqdm
 
 from mnist import DataError
 
-GPU_IS_TAKEN = re.compile(r"CUDA error: out of memory|busy or unavailable"
-                          r"|CU(BLAS|DNN)_STATUS_\w*(ALLOC\w*FAILED|NOT_INITIALIZED)")
-NO_MEMORY = re.compile("allocate memory|you tried to allocate")  # of torch on Linux and on Windows
+NO_MEMORY = re.compile(r"out of memory|tried to allocate|ALLOC\w*FAILED|busy or unavailable")  # of CUDA, of the CPU
 
 
 class UserError(RuntimeError):
@@ -65,17 +63,21 @@ def number(convert, low, high=2**31 - 1):
 
 
 def print_line(text, stream=None):
-    """Print a line; if that fails, as with a closed pipe or a full disk, continue without output."""
+    """Print a line, above the progress bar if there is one."""
     stream = stream or sys.stdout
-    try:
+    with tqdm.external_write_mode(stream):
         print(text, file=stream, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def has_width(stream):
+    """Whether a stream is a terminal that says how wide it is, so that a progress bar fits; some say 0 columns."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: it is no file, or closed
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    return False
 
 
 def warn(text):
-    with tqdm.external_write_mode(sys.stderr):  # not at the end of a progress bar's line
-        print_line(f"WARNING: {text}", sys.stderr)
+    print_line(f"WARNING: {text}", sys.stderr)
 
 
 def shell_command(*words):
@@ -83,53 +85,47 @@ def shell_command(*words):
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
-def run_program(program, main, parse, argv, memory_advice):
-    """Run `main(parse(argv))` and return the exit status; report user errors in one sentence."""
+def run_program(program, main, parse, argv):
+    """Run `main(parse(argv))` and return the exit status; report errors that the user can fix in one sentence."""
     prepare_streams()
-    threading.excepthook = hide_os_error
     try:
         main(parse(argv))
         return 0
-    except KeyboardInterrupt as interruption:
-        print_line(f"\n{str(interruption) or 'interrupted'}", sys.stderr)
-        return 128 + signal.SIGINT
+    except KeyboardInterrupt as error:
+        return end(error, "\ninterrupted", 128 + signal.SIGINT)
     except Exception as error:
-        return report_error(program, error, memory_advice)
+        if (words := explain(error)) is None:
+            raise
+        return end(error, f"{program}: error: {words}", getattr(error, "status", 1))
 
 
 def prepare_streams():
-    """Let no message end a program: discard those to a missing stream, and escape characters that it cannot encode."""
+    """Discard messages to a missing stream, escape characters that a stream cannot encode, and hide a traceback."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by the shell, or pythonw on Windows
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (it stays open)
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    # On a full disk, TensorBoard's thread ends with an error that its writer raises again.
+    threading.excepthook = lambda hook: issubclass(hook.exc_type, OSError) or threading.__excepthook__(hook)
 
 
-def hide_os_error(failure):
-    """Replace threading.excepthook: TensorBoard's thread fails on a full disk, and its writer raises that again."""
-    if not issubclass(failure.exc_type, OSError):
-        threading.__excepthook__(failure)
-
-
-def report_error(program, error, memory_advice):
-    """Print what is wrong and what to do in one sentence, and return the exit status; re-raise programming errors."""
-    if isinstance(error, (UserError, DataError)):  # two classes, as mnist.py imports nothing of the project
-        message = str(error)
-    elif full := memory_problem(error):
-        message = f"{full}; {memory_advice}{', or use --no-cuda' if 'GPU' in full else ''}"
-    else:
-        raise error
-    print_line(f"{program}: error: {message}", sys.stderr)
-    return getattr(error, "status", 1)
-
-
-def memory_problem(error):
-    """Return a clause for an error that means a full memory, or a busy GPU; None for others."""
+def explain(error):
+    """Return what is wrong and what to do about an error that the user can fix; None for others."""
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and GPU_IS_TAKEN.search(text):
-        return "the GPU does not have enough free memory, or another program has exclusive use of it"
+    if isinstance(error, (UserError, DataError)):  # two classes, as mnist.py imports nothing of the project
+        return text
+    if isinstance(error, OSError):
+        path = f"{error.filename}: " if error.filename else ""
+        return f"{path}{error.strerror or text}; free space, check permissions, or choose another folder"
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and NO_MEMORY.search(text):
-        return "there is not enough memory"
+        first, _, _ = (text or repr(error)).partition("\n")
+        return f"the device is in use, or lacks memory: {first}; end other programs, or try a smaller batch or model"
     return None
+
+
+def end(error, words, status):
+    """Print how a program ends, with what the run has noted on the error, and return the status."""
+    print_line("; ".join([words, *getattr(error, "__notes__", ())]), sys.stderr)
+    return status

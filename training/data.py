@@ -21,22 +21,18 @@ class Data(NamedTuple):
 
 def load_data(args, device, settings):
     """Return the Data that the flags specify; for a resumed run, which has `settings` already, the Data of that run."""
-    loader, name, warning = load_training_set(args, device, settings)
-    return Data(loader, name, warning, one_of_each_label(loader.dataset), *load_test_set(args, name, device))
-
-
-def load_training_set(args, device, settings):
-    """Return the loader, the data set's name, and a warning if the bundled digits replace MNIST, else None."""
     dataset, warning = (settings["trained_on"], settings["fallback"]) if settings else (args.dataset, None)
     if dataset != "digits":
         try:
-            return mnist(args.data_dir, args.batch_size, args.num_workers, device=device), "mnist", None
+            dataset, loader = "mnist", mnist(args.data_dir, args.batch_size, args.num_workers, device=device)
         except MissingData as error:
             if dataset == "mnist":
                 raise
-            warning = f"this run trains on the bundled digits instead of MNIST: {error}"
+            dataset, warning = "digits", f"this run trains on the bundled digits instead of MNIST: {error}"
             warn(warning)
-    return digits(args.batch_size, device=device), "digits", warning
+    if dataset == "digits":
+        loader = digits(args.batch_size, device=device)
+    return Data(loader, dataset, warning, one_of_each_label(loader.dataset), *load_test_set(args, dataset, device))
 
 
 def load_test_set(args, name, device):

@@ -1,11 +1,10 @@
-"""What depends on the hardware or is global in torch: device, arithmetic precision, random generators."""
+"""What depends on the hardware or is global in torch: the device, its name, random generators, default types."""
 
 import contextlib
 import os
 import platform
 import re
 import shutil
-import warnings
 from pathlib import Path
 
 import torch
@@ -34,33 +33,23 @@ class RandomState:
 
 @contextlib.contextmanager
 def default_torch_state():
-    """Give a program torch's default state, whatever a notebook has set before, and restore that afterwards."""
-    dtype, mode, precision = torch.get_default_dtype(), torch.get_deterministic_debug_mode(), read_precision()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    autocast = {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}
+    """Give a program torch's default type and device, gradients, and a random state of its own; then restore them."""
+    dtype = torch.get_default_dtype()
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     on_cpu = torch.get_default_device().type == "cpu"  # torch.device slows down every call, so it is used if needed
     with (torch.random.fork_rng(gpus), torch.inference_mode(False),  # which also records gradients
-          torch.autograd.set_detect_anomaly(False), contextlib.nullcontext() if on_cpu else torch.device("cpu")):
+          contextlib.nullcontext() if on_cpu else torch.device("cpu")):
         torch.set_default_dtype(torch.float32)
-        for kind in autocast:  # an outer torch.autocast would keep the casted weights of those within it
-            torch.set_autocast_enabled(kind, False)
         try:
             yield
         finally:
-            for kind, enabled in autocast.items():
-                torch.set_autocast_enabled(kind, enabled)
             torch.set_default_dtype(dtype)
-            torch.set_deterministic_debug_mode(mode)
-            torch.utils.deterministic.fill_uninitialized_memory = fill
-            if precision and precision != read_precision():
-                write_precision(*precision)
 
 
 def setup_device(no_cuda=False, precision="fp32", deterministic=False, mps=True):
     """Return the device to compute on: CUDA unless `no_cuda`, else MPS if `mps` (it lacks float64), else the CPU.
 
-    `precision` is "fp32", "tf32" or "bf16". Raises FlagError if the device does not support it.
+    `precision` is "fp32" or "bf16". Raises FlagError if the device has no units for it.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is initialised
@@ -72,7 +61,8 @@ def setup_device(no_cuda=False, precision="fp32", deterministic=False, mps=True)
     if not no_cuda and torch.cuda.is_available():  # torch warns of a driver that it cannot use
         check_gpu()
         device = torch.device("cuda")
-    set_precision(precision, device)
+    if precision == "bf16":
+        check_bf16(device)
     # glibc then reuses one step's memory for the next, which reduced the time of a step on the CPU by a third.
     torch.empty(31 << 20, dtype=torch.uint8)  # freeing just under 32 MB raises M_MMAP_THRESHOLD, see mallopt(3)
     return device
@@ -116,26 +106,8 @@ def cpuinfo(name):
     return match[1] if match else ""
 
 
-def set_precision(precision, device):
-    """Set the process's precision; raise FlagError if the device has no units for it."""
-    bf16_cpu = device.type == "cpu" and {"amx_bf16", "avx512_bf16"} & set(cpuinfo("flags").split())
-    ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    if not (precision == "fp32" or ampere or precision == "bf16" and bf16_cpu):
-        cpus = ", or Linux on a CPU with AMX or AVX512-BF16" if precision == "bf16" else ""
-        raise FlagError(f"--precision {precision} needs an NVIDIA GPU of compute capability 8.0 or higher{cpus}; train "
-                        f"with --precision fp32 here, or resume the run where it was started")
-    write_precision("high" if precision == "tf32" else "highest", precision == "tf32")
-
-
-def read_precision():
-    """Return torch's precision of matrix products, and whether cuDNN uses TF32; None if a user has set neither way."""
-    with warnings.catch_warnings(action="ignore"), contextlib.suppress(RuntimeError):
-        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    return None
-
-
-def write_precision(matmul, cudnn):
-    """Set what `read_precision` returns, by the interface that every version has; torch 2.9 warns of a newer one."""
-    with warnings.catch_warnings(action="ignore"):
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = cudnn
+def check_bf16(device):
+    """Raise FlagError for a device without units for bf16: an epoch takes ten times as long there."""
+    if device.type != "cuda" and not {"amx_bf16", "avx512_bf16"} & set(cpuinfo("flags").split()):
+        raise FlagError("--precision bf16 needs an NVIDIA GPU, or Linux on a CPU with AMX or AVX512-BF16; train with "
+                        "--precision fp32 here, or resume the run where it was started")

@@ -4,50 +4,30 @@ import contextlib
 import errno
 import io
 import os
-import re
 import time
 import zipfile
 from datetime import datetime
 from pathlib import Path
 
 import torch
-from torchvision.utils import make_grid
 
-from training.cli import UserError, memory_problem, warn
+from training.cli import NO_MEMORY, UserError, warn
 
 try:
     import fcntl
 except ImportError:  # Windows: runs are not locked there
     fcntl = None
 
-ADVICE = "free disk space, check the permissions, or choose another folder"
-FULL = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EIO", "EROFS", "EFBIG") if hasattr(errno, name)}
-EVENT_FILE = re.compile(r"events\.out\.tfevents\.\d+\..+\.\d+\.\d+")  # of SummaryWriter: time, host, process, number
+REFUSED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # what file systems without fsync answer
+OUR_EVENTS = ".aae"  # how the names of a run's event files end; nobody else's are changed
 WEIGHTS = "model_checkpoint.pt"  # a run's weights, for other uses
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be read, or a run that cannot be resumed."""
-
-
-@contextlib.contextmanager
-def writing(folder):
-    """Raise UserError for errors of writing to a folder: of a file in it, or of the disk. Other errors pass through."""
-    try:
-        yield
-    except OSError as error:
-        path = os.fsdecode(error.filename) if error.filename else str(folder)
-        inside = error.filename and Path(path).is_relative_to(folder)
-        if not inside and error.errno not in FULL:
-            raise
-        raise UserError(f"{path} cannot be written: {error.strerror}; {ADVICE}") from None
 
 
 def write_atomically(path, content):
     """Write bytes to a file atomically: at any time, it has either all of them or its previous content.
 
     The file's folder is created if it is missing, but not the folder's parent: a run's folder that somebody has removed
-    does not come back incomplete. Raises UserError if the file cannot be written.
+    does not come back incomplete.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -56,14 +36,23 @@ def write_atomically(path, content):
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         replace(temporary, path)
-        sync_folder(path.parent)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; {ADVICE}") from None
+        error.filename = str(path)  # which the system does not name when a disk is full
+        raise
     finally:
         with contextlib.suppress(OSError):  # exists only if something failed
             temporary.unlink()
+
+
+def sync(file):
+    """Force a file to disk, unless its file system refuses to, such as FUSE or CIFS."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
 
 
 def replace(source, target):
@@ -78,16 +67,6 @@ def replace(source, target):
             time.sleep(0.05)
 
 
-def sync_folder(folder):
-    """Force the names in a folder to disk, where the system can: Windows and some shared folders cannot."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def serialize(value):
     """Return what torch.save writes for a value, as bytes."""
     content = io.BytesIO()
@@ -95,18 +74,21 @@ def serialize(value):
     return content.getvalue()
 
 
-def load_checked(path, advice="name another file"):
-    """Return what torch.save wrote into a file, on the CPU; raise CheckpointError if it is missing or damaged."""
+def load_checked(path, advice="name another file", content=None):
+    """Return what torch.save wrote into a file, on the CPU; raise UserError if it is damaged.
+
+    `content` has the file's bytes if they have been read already.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:  # the format of torch.save; torch.load ignores checksums
+        stream = io.BytesIO(Path(path).read_bytes() if content is None else content)
+        with zipfile.ZipFile(stream) as archive:  # the format of torch.save; torch.load ignores checksums
             if not archive.testzip():
-                return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; {advice}") from None
+                stream.seek(0)
+                return torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:  # both readers raise many kinds of errors for invalid files
-        if memory_problem(error):
+        if isinstance(error, (OSError, MemoryError)) or NO_MEMORY.search(str(error)):
             raise
-    raise CheckpointError(f"{path} is damaged, or not a checkpoint; {advice}")
+    raise UserError(f"{path} is damaged, or not a checkpoint; {advice}")
 
 
 def png_bytes(picture):
@@ -116,58 +98,45 @@ def png_bytes(picture):
     return content.getvalue()
 
 
-def image_grid(images, columns):
-    """Return images [N, 1, 28, 28] in [-1, 1] as one picture with `columns` per row, uint8 [3, H, W], on the CPU."""
-    grid = make_grid(images.float().cpu(), nrow=columns, normalize=True, value_range=(-1, 1))
-    return (255 * grid).round().byte()
-
-
 # A run's folder ------------------------------------------------------------------------------------------------------
 
 def create_run_folder(log_dir):
     """Create <log_dir>/<YYYY_mm_dd_HH_MM_SS>/ and return its path. If it exists, wait for the next second."""
-    try:
-        Path(log_dir).mkdir(parents=True, exist_ok=True)
-        while True:
-            run = Path(log_dir) / datetime.now().strftime("%Y_%m_%d_%H_%M_%S")
-            with contextlib.suppress(FileExistsError):
-                run.mkdir()
-                return run
-            time.sleep(0.1)
-    except OSError as error:
-        cause = "it is a file, or a link to nowhere" if isinstance(error, FileExistsError) else error.strerror
-        raise UserError(f"no folder can be created in {log_dir}: {cause}; choose another one with --log_dir, or "
-                        f"free disk space or check the permissions there") from None
+    Path(log_dir).mkdir(parents=True, exist_ok=True)
+    while True:
+        run = Path(log_dir) / datetime.now().strftime("%Y_%m_%d_%H_%M_%S")
+        with contextlib.suppress(FileExistsError):
+            run.mkdir()
+            return run
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager
 def locked(folder):
-    """Lock a run's folder; raise CheckpointError if another process has locked it."""
+    """Lock a run's folder; raise UserError if another process has locked it."""
     with open(folder / ".lock", "wb") as file:
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
         except BlockingIOError:
-            raise CheckpointError(f"{folder} is in use by another process; wait until it ends, or stop it") from None
+            raise UserError(f"{folder} is in use by another process; wait until it ends, or stop it") from None
         except OSError as error:  # a file system without locks
             warn(f"{folder} cannot be locked ({error.strerror}); make sure that no other process resumes it")
         yield
 
 
-def rewind(folder, events):
-    """Cut a run's event files to the sizes in `events`, by name: what was logged since then is logged again."""
-    for name, size in events.items():
+def rewind(folder, sizes):
+    """Cut a run's event files to their sizes, by name: what was logged since then is logged again."""
+    for name, size in sizes.items():
         if os.path.isfile(folder / name) and os.path.getsize(folder / name) > size:
             os.truncate(folder / name, size)
 
 
-def event_files(folder):
-    return {file.name for file in folder.glob("events.out.tfevents.*") if EVENT_FILE.fullmatch(file.name)}
-
-
-def sync_event_files(folder, foreign):
-    """Force a run's event files to disk, and return their sizes in bytes by name, without those of `foreign` names."""
-    for name in (names := event_files(folder) - foreign):
-        with open(folder / name, "ab") as file:
-            os.fsync(file.fileno())
-    return {name: os.path.getsize(folder / name) for name in names}
+def sync_event_files(folder):
+    """Force a run's event files to disk, and return their sizes in bytes by name."""
+    sizes = {}
+    for path in folder.glob(f"events.out.tfevents.*{OUR_EVENTS}"):
+        with open(path, "ab") as file:
+            sync(file)
+        sizes[path.name] = os.path.getsize(path)
+    return sizes

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import types
 
 import torch
 from torch import nn
@@ -26,17 +25,6 @@ def build_model(args, device):
     return model
 
 
-def compute_in_bf16(model):
-    """Let a model compute encoder and decoder in bf16; its outputs and losses stay in float32."""
-    model.forward = types.MethodType(forward_in_bf16, model)  # a method, so that a copy of the model has its own
-
-
-def forward_in_bf16(model, x):
-    with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):  # each weight is used once
-        outputs = type(model).forward(model, x)
-    return tuple(output.float() for output in outputs)
-
-
 class EMA:
     """A copy of a model, `model`, whose weights are an exponential moving average of the original's over the steps.
 
@@ -48,25 +36,22 @@ class EMA:
 
     def __init__(self, model, decay):
         self.model = copy.deepcopy(model).requires_grad_(False)
-        self.decay = decay
-        self.updates = 0
-        averaged, current = ([tensor.detach() for tensor in (*network.parameters(), *network.buffers())]
-                             for network in (self.model, model))
-        pairs = list(zip(averaged, current, strict=True))  # shared tensors appear once
-        self._averaged, self._current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
-        counters = [pair for pair in pairs if not pair[0].is_floating_point()]
-        self._counters, self._current_counters = zip(*counters, strict=True) if counters else ((), ())
+        self.decay, self.updates, self._original = decay, 0, model
+        self._averaged, self._current = (
+            [tensor.detach() for tensor in (*network.parameters(), *network.buffers()) if tensor.is_floating_point()]
+            for network in (self.model, model))  # a shared tensor appears once
 
     def update(self):
         """Update the average with the current weights."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self._averaged, self._current, 1 - decay)  # one call for all, as in torch.optim.swa_utils
-        if self._counters:  # the base networks have none, and the call rejects empty lists
-            torch._foreach_copy_(self._counters, self._current_counters)
 
     def state_dict(self):
-        weights = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
+        """Return the number of steps and the averaged weights, contiguous, as other programs need them."""
+        current = self._original.state_dict()  # has the counters of steps, which are no floats
+        weights = {name: (tensor if tensor.is_floating_point() else current[name]).cpu().contiguous()
+                   for name, tensor in self.model.state_dict().items()}
         return {"updates": self.updates, "weights": weights}
 
     def load_state_dict(self, state):

@@ -14,214 +14,168 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from training import files
-from training.cli import FlagError, UserError, memory_problem, print_line, shell_command, warn
+from training.cli import FlagError, UserError, has_width, print_line, shell_command, warn
 from training.device import device_name, unused_gpu_warning
-from training.files import CheckpointError, write_atomically
+from training.files import write_atomically
 from training.threads import QUOTA
 
-FORMAT = "adversarial autoencoder, training state 4"
+FORMAT = "adversarial autoencoder, training state 5"
 STATE = "training_state.pt"
-RESUME_OVERRIDES = {"data_dir", "log_dir", "num_workers", "no_cuda", "no_graph", "checkpoint_every", "epochs"}
+OF_THE_MACHINE = {"data_dir", "log_dir", "num_workers", "no_cuda", "no_graph"}  # flags that no run passes on
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
 # What --resume names, and the flags that follow from it --------------------------------------------------------------
 
-def resolve(args):
-    """Return a run's flags and, with --resume, its state, in which "folder" is the run's folder; else None."""
-    saved = None
-    if args.resume is not None:
-        log_dir = os.path.expanduser(args.log_dir)
-        folder = latest_run(log_dir) if args.resume == "latest" else run_folder(os.path.expanduser(args.resume))
+def resolve(args, defaults, base):
+    """Return a run's flags as a Namespace and, with --resume, its state, in which "folder" is its folder; else None.
+
+    The flags given in `args` come before the preset --base, this before a resumed run, and that before the defaults.
+    """
+    given, saved, of_run = vars(args), None, {}
+    if given.get("base"):
+        given = {**base, **given}
+    if given.get("resume") is not None:
+        folder = find_run(given["resume"], given.get("log_dir", defaults["log_dir"]))
         saved = {**load_state(folder), "folder": folder}
-        args = resumed_args(args, saved["settings"])
+        of_run = {name: saved["settings"][name] for name in saved["settings"].keys() & defaults.keys() - OF_THE_MACHINE}
+        for name in sorted(given.keys() & of_run.keys()):
+            if given[name] != of_run[name] and not (name == "epochs" and given[name] > of_run[name]):
+                raise FlagError(f"--{name} {given[name]} contradicts the run, which has {of_run[name]}; omit the flag, "
+                                f"or start a new run")
+    args = Namespace(**{name: value for name, value in {**defaults, **of_run, **given}.items()
+                        if name not in ("base", "resume")})
     args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir))  # hparams.json is read in other folders, too
     args.log_dir = os.path.expanduser(args.log_dir)
-    try:
-        str(saved["folder"] if saved else args.log_dir).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{args.log_dir} has a name that is not UTF-8, which TensorBoard needs; choose another folder "
-                        f"with --log_dir") from None
     return args, saved
 
 
-def run_folder(resume):
-    """Return the folder of a run, given it or its training state."""
-    path = Path(resume)
-    folder = Path(os.path.abspath(path)).parents[1] if path.name == STATE and os.path.isfile(path) else path
+def find_run(resume, log_dir):
+    """Return the folder of the run that --resume names: its folder or training state, or "latest" in `log_dir`."""
+    place = Path(os.path.abspath(os.path.expanduser(log_dir if resume == "latest" else resume)))
+    if resume == "latest":
+        states = sorted(place.glob(f"*/checkpoints/{STATE}"), key=os.path.getmtime)
+        folder = states[-1].parents[1] if states else place
+    else:
+        folder = place.parents[1] if place.name == STATE else place
     if not os.path.exists(folder / "checkpoints" / STATE):
-        raise CheckpointError(f"{path} cannot be resumed: it has no checkpoints/{STATE}; name a run's folder, or start "
-                              f"a new run")
+        raise UserError(f"{place} cannot be resumed: it has no checkpoints/{STATE}; name a run's folder, or start a "
+                        f"new run")
     return folder
 
 
-def latest_run(log_dir):
-    """Return the folder of the run in `log_dir` that was saved last; raise CheckpointError if there is none."""
-    states = list(Path(log_dir).glob(f"*/checkpoints/{STATE}"))
-    if not states:
-        raise CheckpointError(f"{log_dir} has no run to resume; name the run's folder, or set --log_dir")
-    return max(states, key=lambda state: state.stat().st_mtime).parents[1]
-
-
 def load_state(folder):
-    """Return the training state of a run; raise CheckpointError if it is damaged or of another version."""
+    """Return the training state of a run; raise UserError if it is damaged or of another version."""
     path = Path(folder) / "checkpoints" / STATE
     state = files.load_checked(path, "start a new run")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a training state of this version of the program; finish the run with the "
-                              f"commit that made it, or start a new run")
+        raise UserError(f"{path} is not a training state of this version of the program; finish the run with the "
+                        f"commit that made it, or start a new run")
     return state
-
-
-def resumed_args(args, settings):
-    """Return a stopped run's flags, those in RESUME_OVERRIDES as given now; raise FlagError if others contradict it.
-
-    Flags that the run's settings lack, because they are newer, are as given or have their defaults.
-    """
-    given = settings.keys() & vars(args).keys() - args.defaulted.keys()
-    for name in sorted(given - RESUME_OVERRIDES):
-        if getattr(args, name) != settings[name]:
-            raise FlagError(f"--{name} {getattr(args, name)} contradicts the run, which has {settings[name]}; omit "
-                            f"the flag, or start a new run")
-    if "epochs" in given and args.epochs < settings["epochs"]:
-        raise FlagError(f"--epochs {args.epochs} is less than the run's {settings['epochs']}; give a larger "
-                        f"number, or omit the flag")
-    kept = vars(args).keys() & settings.keys() - given
-    return Namespace(**{**vars(args), **{name: settings[name] for name in kept}})
 
 
 # The run --------------------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def open_run(args, saved, data, device, **parts):
-    """Yield a locked Run: a new one or, given a saved state, that one, with its parts restored.
-
-    `parts` are the objects that have a state, by name: each has a `state_dict` and a `load_state_dict`.
-    """
+def open_run(args, saved, data, device):
+    """Yield a locked Run: a new one or, given a saved state, that one."""
     settings = {**vars(args), "trained_on": data.name, "fallback": data.warning, "device": device.type,
                 "device_name": device_name(device), "torch": torch.__version__}
-    settings = {name: value for name, value in json.loads(json.dumps(settings, default=str)).items()
-                if name not in ("defaulted", "resume")}
+    settings = json.loads(json.dumps(settings, default=str))  # as in hparams.json
     folder = saved["folder"] if saved else files.create_run_folder(args.log_dir)
-    with files.writing(folder), files.locked(folder):
+    with files.locked(folder):
         if saved and load_state(folder)["run"]["seconds"] != saved["run"]["seconds"]:
-            raise CheckpointError(f"{folder} was trained further by another process; start the command again")
-        run = Run(folder, settings, saved, data.train_loader, parts)
-        write_atomically(folder / "hparams.json", (json.dumps(settings, indent=2) + "\n").encode())
-        run.print_start()
-        try:
-            yield run
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"interrupted; {run.resume_hint()}") from None
+            raise UserError(f"{folder} was trained further by another process; start the command again")
+        with SummaryWriter(folder, filename_suffix=files.OUR_EVENTS) as writer:
+            run = Run(folder, settings, saved, writer)
+            run.print_start(len(data.train_loader.dataset))
+            try:
+                yield run
+            except (KeyboardInterrupt, Exception) as error:
+                if not isinstance(error, UserError):  # whose sentence says what to do
+                    error.add_note(run.resume_hint())
+                raise
         run.print_end()
 
 
 class Run:
     """A run as `main` uses it.
 
-    Attributes: `folder`; `settings`, the content of hparams.json; `means` of the losses over the last epoch.
+    Attributes: `folder`; `writer`, of its TensorBoard events; `settings`, the content of hparams.json; `means` of the
+    losses over the last epoch.
     """
 
-    def __init__(self, folder, settings, saved, loader, parts):
-        self.folder, self.settings, self.means = folder, settings, {}
-        self._saved, self._parts = saved, {"run": self, **parts}
-        if hasattr(loader, "state_dict"):  # torch's DataLoader has none
-            self._parts["loader"] = loader
-        self._steps, self._images = len(loader), len(loader.dataset)
-        self._foreign = files.event_files(folder)  # names of event files that this run has not written
-        self._epoch = None       # the last complete one; 0 is before training
-        self._saved_epoch = None
-        self._bar = self._shown = None  # the progress bar, and the means of the loggers' last windows next to it
-        self._started = self._epoch_started = time.monotonic()  # for a resumed run, less the seconds before
-        if saved:
-            self._restore(self._parts)
-            files.rewind(folder, saved["events"])
-            self._foreign -= saved["events"].keys()
-            for name in ("device", "device_name", "torch"):
-                before, now = saved["settings"][name], settings[name]
-                if before != now:
-                    warn(f"the run began with {before} and continues with {now} ({name}): the results may not be "
-                         f"bitwise reproducible")
+    def __init__(self, folder, settings, saved, writer):
+        self.folder, self.settings, self.writer, self._saved = folder, settings, writer, saved
+        progress = saved["run"] if saved else {"epoch": None, "means": {}, "seconds": 0}
+        self._epoch = progress["epoch"]  # the last one that is saved; 0 is before training
+        self.means = progress["means"]
+        self._epoch_started = time.monotonic()
+        self._started = self._epoch_started - progress["seconds"]
+        self._parts, self._loggers, self._steps, self._bar = {}, (), 0, None  # steps of an epoch
 
-    def state_dict(self):
-        return {"epoch": self._epoch, "means": self.means, "seconds": time.monotonic() - self._started}
+    def restore(self, **parts):
+        """Take the parts of the run by name, all that has a state, and give them that of a stopped run, if it is one.
 
-    def load_state_dict(self, state):
-        self._epoch = self._saved_epoch = state["epoch"]
-        self.means = state["means"]
-        self._started -= state["seconds"]
-
-    def epochs(self, **loggers):
-        """Yield the numbers of the epochs to come: from 0, before training, or from the one after the saved epoch."""
-        self._parts |= loggers
+        Each has a `state_dict` and a `load_state_dict`; only a loader may have none, such as torch's.
+        """
+        self._parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+        self._loggers, self._steps = (parts["logger_ae"], parts["logger_disc"]), len(parts["loader"])
         if self._saved:
-            self._restore(loggers)
-            self._save()  # settings may be new, and the weights file older than the state
+            self._load()
+            files.rewind(self.folder, self._saved["events"])
+        write_atomically(self.folder / "hparams.json", (json.dumps(self.settings, indent=2) + "\n").encode())
+        if self._saved:
+            self._save(self._epoch)  # settings may be new, and the weights file older than the state
+
+    def _load(self):
+        """Load the saved state of all parts; raise UserError if it does not fit."""
+        try:
+            for name, part in self._parts.items():
+                load = load_optimizer if isinstance(part, torch.optim.Optimizer) else type(part).load_state_dict
+                load(part, self._saved[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise UserError(
+                f"{self.folder} cannot be resumed: the checkpoint does not fit models.py or train.py, which may have "
+                f"changed since: {' '.join(str(error).split())[:200]}") from None
+        for name in ("device", "device_name", "torch"):
+            before, now = self._saved["settings"][name], self.settings[name]
+            if before != now:
+                warn(f"the run began with {before} and continues with {now} ({name}): the results may not be "
+                     f"bitwise reproducible")
+
+    def epochs(self):
+        """Yield the numbers of the epochs to come: from 0, before training, or from the one after the saved epoch."""
         last, first = self.settings["epochs"], 0 if self._epoch is None else self._epoch + 1
-        with tqdm(total=last * self._steps, initial=max(0, first - 1) * self._steps, disable=None,
-                  bar_format="{desc}|{bar}|{remaining} left{postfix}", dynamic_ncols=True) as self._bar:
+        with tqdm(total=last * self._steps, initial=max(0, first - 1) * self._steps, dynamic_ncols=True,
+                  bar_format="{desc}|{bar}|{remaining} left{postfix}", disable=not has_width(sys.stderr)) as self._bar:
             for epoch in range(first, last + 1):
                 self._bar.set_description(f"epoch {epoch}/{last}")
                 self._epoch_started = time.monotonic()
                 yield epoch
-        for logger in loggers.values():  # after the last checkpoint, because a resumed run continues their open windows
+        for logger in self._loggers:  # after the last checkpoint, because a resumed run continues their open windows
             logger.flush()
 
     def step_done(self):
         """Move the progress bar; raise UserError if the autoencoder's loss was not finite in the last logged window."""
         self._bar.update()
-        latest = [logger.latest for logger in self._loggers()]
-        if latest != self._shown:
-            self._shown = latest
-            self._show(merged(latest))
+        if latest := merged(logger.latest for logger in self._loggers):
+            self._show(latest)
 
     def end_epoch(self, epoch):
-        """Print the epoch's losses and, if a checkpoint is due, save everything; UserError if training has diverged."""
-        last = self.settings["epochs"]
+        """Print the epoch's losses, and save everything; raise UserError if training has diverged."""
         if epoch:
-            self.means = merged(logger.end_epoch() for logger in self._loggers())
+            self.means = merged(logger.end_epoch() for logger in self._loggers)
             self._show(self.means)
-            if self._bar.disable or not sys.stdout.isatty():
-                print_line(f"epoch {epoch}/{last}: {format_means(self.means)}, "
-                           f"{time.monotonic() - self._epoch_started:.1f} s")
-        self._epoch = epoch
-        if epoch == last or epoch % self.settings["checkpoint_every"] == 0:
-            self._save()
-
-    def print_start(self):
-        """Print the device, the data and the folder."""
-        settings, quota = self.settings, f", quota of {QUOTA:g} CPUs" if QUOTA else ""
-        print_line(f"device: {settings['device']} ({settings['device_name']}{quota}), torch {settings['torch']}")
-        name = "MNIST" if settings["trained_on"] == "mnist" else "the bundled digits"
-        print_line(f"data:   {self._images:,} images of {name}")
-        print_line(f"run:    {self.folder}")
-
-    def print_end(self):
-        """Print how the run ended and where its results are."""
-        epochs, seconds = self.settings["epochs"], time.monotonic() - self._started
-        print_line(f"done:   {epochs} epoch{'s' * (epochs > 1)} in {tqdm.format_interval(seconds)}; last epoch: "
-                   f"{format_means(self.means)}")
-        print_line(f"see:    pictures in {self.folder / 'results'}, curves with: "
-                   f"{shell_command('tensorboard', '--logdir', str(self.folder))}")
-        for warning in (self.settings["fallback"], unused_gpu_warning(self.settings["no_cuda"])):
-            if warning:  # repeated for those who read only the end
-                warn(warning)
-
-    def resume_hint(self):
-        """Return a clause on what is saved, and how to resume the run."""
-        if self._saved_epoch is None:
-            return "nothing is saved yet, so start a new run"
-        train = TRAIN
-        with contextlib.suppress(ValueError, OSError):  # on another drive of Windows; in a folder that was removed
-            train = os.path.relpath(TRAIN)
-        command = shell_command("python", str(train), "--resume", str(self.folder))
-        return f"epoch {self._saved_epoch} is saved; resume the run with: {command}"
-
-    def _loggers(self):
-        return [part for name, part in self._parts.items() if name.startswith("logger")]
+            print_line(f"epoch {epoch}/{self.settings['epochs']}: {format_means(self.means)}, "
+                       f"{time.monotonic() - self._epoch_started:.1f} s")
+        self._save(epoch)
 
     def _show(self, means):
         """Show the means of the losses next to the progress bar; raise UserError if training has diverged."""
@@ -230,33 +184,42 @@ class Run:
             raise UserError(f"the autoencoder's loss became {means['ae_loss']} in epoch {self._epoch + 1}: training "
                             f"has diverged; try smaller learning rates (--ae_lr, --d_lr)")
 
-    def _save(self):
-        """Save the state of all parts, and the averaged weights alone."""
-        for logger in self._loggers():
-            logger.summary_writer.flush()  # events logged so far belong to this state, later ones do not
-        state = {"format": FORMAT, "settings": self.settings,
-                 "events": files.sync_event_files(self.folder, self._foreign),
-                 "types": {name: type(part).__name__ for name, part in self._parts.items()},
-                 **{name: part.state_dict() for name, part in self._parts.items()}}
+    def _save(self, epoch):
+        """Save the state of all parts after an epoch, and the averaged weights alone."""
+        self.writer.flush()  # events logged so far belong to this state, later ones do not
+        progress = {"epoch": epoch, "means": self.means, "seconds": time.monotonic() - self._started}
+        state = {"format": FORMAT, "settings": self.settings, "events": files.sync_event_files(self.folder),
+                 "run": progress, **{name: part.state_dict() for name, part in self._parts.items()}}
         write_atomically(self.folder / "checkpoints" / STATE, files.serialize(state))
-        self._saved_epoch = self._epoch
+        self._epoch = epoch
         write_atomically(self.folder / "checkpoints" / files.WEIGHTS, files.serialize(state["ema"]["weights"]))
 
-    def _restore(self, parts):
-        """Restore the state of parts; raise CheckpointError if it does not fit."""
-        try:
-            for name, part in parts.items():
-                kind, saved = type(part).__name__, self._saved["types"][name]
-                if kind != saved:
-                    raise ValueError(f"its {name} is a {saved}, not a {kind}")
-                load = load_optimizer if isinstance(part, torch.optim.Optimizer) else type(part).load_state_dict
-                load(part, self._saved[name])
-        except (RuntimeError, ValueError, KeyError) as error:
-            if memory_problem(error):
-                raise
-            raise CheckpointError(
-                f"{self.folder} cannot be resumed: the checkpoint does not fit models.py or train.py, which may have "
-                f"changed since: {' '.join(str(error).split())[:200]}") from None
+    def print_start(self, images):
+        """Print the device, the data and the folder."""
+        settings, quota = self.settings, f", quota of {QUOTA:g} CPUs" if QUOTA else ""
+        name = "MNIST" if settings["trained_on"] == "mnist" else "the bundled digits"
+        print_line(f"device: {settings['device']} ({settings['device_name']}{quota}), torch {settings['torch']}\n"
+                   f"data:   {images:,} images of {name}\nrun:    {self.folder}")
+
+    def print_end(self):
+        """Print how the run ended and where its results are, and for those who read only the end its warnings."""
+        epochs, seconds = self.settings["epochs"], time.monotonic() - self._started
+        command = shell_command("tensorboard", "--logdir", str(self.folder))
+        print_line(f"done:   {epochs} epoch{'s' * (epochs > 1)} in {tqdm.format_interval(seconds)}; last epoch: "
+                   f"{format_means(self.means)}\n"
+                   f"see:    pictures in {self.folder / 'results'}, curves with: {command}")
+        for warning in filter(None, (self.settings["fallback"], unused_gpu_warning(self.settings["no_cuda"]))):
+            warn(warning)
+
+    def resume_hint(self):
+        """Return a clause on what is saved, and how to resume the run on this machine."""
+        if self._epoch is None:
+            return "nothing is saved yet, so start a new run"
+        flags = [f"--{name.replace('_', '-')}" for name in ("no_cuda", "no_graph") if self.settings[name]]
+        if self.settings["trained_on"] == "mnist":
+            flags += ["--data_dir", self.settings["data_dir"]]
+        command = shell_command("python", str(TRAIN), "--resume", str(self.folder), *flags)
+        return f"epoch {self._epoch} is saved; resume the run with: {command}"
 
 
 def load_optimizer(optimizer, state):
