@@ -137,7 +137,7 @@ def cli(argv=None):
     parser = OneLineParser("python -m tests.mark", "Mark a class; docs/CHECK.md explains the result.")
     parser.add_argument("folders", nargs=2, metavar=("SUBMISSIONS", "RESULTS"),
                         help="the folder that has one for each student, and that for marks.csv and each one's output")
-    return run_program("python -m tests.mark", main, parser.parse_args, argv, "end other programs")
+    return run_program("python -m tests.mark", main, parser.parse_args, argv)
 
 
 if __name__ == "__main__":

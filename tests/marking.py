@@ -24,7 +24,7 @@ FILES = {"anna/models.py": PLAIN, "anna/train.py": PLAIN, "anna/unittests.py": "
          "carla/models.py": 'import os\nprint("OK\\n" * 10**6, flush=True)\nos._exit(0)'}
 PRINTED = r"""not unpacked: emil.zip
 anna +passed +mistakes: none
-ben +failed +mistakes: 1 +1 of \d+ tests failed; there is no train.py; not checked: main, .*
+ben +failed +mistakes: 1 +1 of \d+ tests failed; there is no train.py; not checked: .*main, .*
 carla +failed +mistakes: none +ended early
 dora +failed +mistakes: none +no readable models.py, but deeper.models.py
 """

@@ -31,7 +31,7 @@ __unittest = True
 
 GROUPS = {"models": (unittests.Networks, unittests.Model, unittests.AutoencoderLoss, unittests.DiscriminatorLoss,
                      unittests.Sampling, model_layers.Layers, model_layers.Placement),
-          "train_aae": (train_step.TrainStep,), "main": (train_main.TrainMain, train_main.Pictures),
+          "train_aae": (train_step.TrainStep,), "main": (train_main.TrainMain, train_main.SavedPictures),
           "other files": (train_main.DataAndLogger,)}
 SOLUTIONS = HERE / "tests" / "solutions"
 AT_IMPORT = 'import os\nif __name__ == "train":\n    '

@@ -86,6 +86,8 @@ class TrainGroup(ModelGroup):
             for loss, _ in (*[model.get_loss_autoencoder(x, *model(x), lambda_) for lambda_ in (0.0, 1.0)],
                             model.get_loss_discriminator(model(x)[1].detach())):
                 loss.backward()
+                if not loss.isfinite():
+                    raise ValueError
             TrainGroup.working.add(self.models.AdversarialAE)
         except Exception:
             self.skipTest("what needs working losses: see the failures")

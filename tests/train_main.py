@@ -138,7 +138,7 @@ def raise_error(error, _):
     raise error
 
 
-class Pictures(TrainMain):
+class SavedPictures(TrainMain):
     """generate_and_save and save_reconstruction: what they show of a decoder that returns known images."""
 
     def last(self, name):

@@ -282,15 +282,16 @@ def faults_of_curves(seen):
     for player, other in zip(PLAYERS, PLAYERS[::-1], strict=True):
         name, advice = f"{player}_loss", f"call logger_{player}.add_values({player}_dict) once for each batch"
         logged = [values[name] for values in epoch.logged[player] if name in values]
-        right = [call.values[name] for call in epoch.losses[player] if name in call.values]
-        turns = {call.turn: [other.values[name] for other in epoch.losses[player] if other.turn == call.turn]
-                 for call in epoch.losses[player] if name in call.values}
-        means = [sum(values) / len(values) for values in turns.values()]  # of whoever divides batches
+        calls = [(call.turn, call.values[name]) for call in epoch.losses[player] if name in call.values]
+        right = [value for _, value in calls]
+        turns = [[value for other, value in calls if other == turn] for turn in sorted({turn for turn, _ in calls})]
+        known = [[(value, value) for value in right],  # and whoever calls a loss several times a batch may log means
+                 [(min(values), max(values)) for values in turns], [(sum(right) / len(right),) * 2] if right else []]
         if any(name in values for values in epoch.logged[other]):
             yield f"Mistake 29: {name} is logged by logger_{other}: {advice}"
         elif epoch.logged[other] and not epoch.logged[player] and right:
             yield f"Mistake 29: {name} is not logged, unlike {other}_loss: {advice}"
-        elif right and not any(in_order(logged, known) for known in (right, means, [sum(right) / len(right)])):
+        elif right and not any(in_order(logged, ranges) for ranges in known):
             yield (f"Mistake 29: {name} is logged as {rounded(logged)}, but in the four batches it is "
                    f"{rounded(right)}: {advice}")
 
@@ -314,10 +315,11 @@ def relative(first, adversarial, lambda_):
     return tuple(value / largest for value in pair) if largest > 1e-6 else (0.0, 0.0)
 
 
-def in_order(part, whole):
-    """Whether numbers are in a list, each once, and in its order."""
-    rest = iter(whole)
-    return all(any(abs(number - other) <= 1e-4 * max(1, abs(other)) for other in rest) for number in part)
+def in_order(values, ranges):
+    """Whether values lie in ranges (low, high), each in one of its own, and in their order."""
+    rest = iter(ranges)
+    return all(any(low - 1e-4 * max(1, abs(low)) <= value <= high + 1e-4 * max(1, abs(high)) for low, high in rest)
+               for value in values)
 
 
 def rounded(values):
