@@ -49,7 +49,8 @@ CRASHES = (  # parts of the tests, old text, new text, what is said
      "    def device(self):\n        return next", r"the decoder's pixels reach"),
     (tuple(GROUPS), "return self.decoder(torch", "return 0.5 + self.decoder(torch", "changes the decoder's images"),
     (("models",), "return ae_loss, {", "return {", r"get_loss_autoencoder must return \(loss, dict\)"),
-    (tuple(GROUPS), "return self.decoder(z), z", "return z, self.decoder(z)", r"forward\(x\) must return \(recon_x, z\)"))
+    (tuple(GROUPS), "return self.decoder(z), z", "return z, self.decoder(z)",
+     r"forward\(x\) must return \(recon_x, z\)"))
 ABSENT = (
     (TRAINING, "import os\n", f"{AT_IMPORT}import missing_package\n", "No module named 'missing_package'"),
     (TRAINING, "import os\n", f"{AT_IMPORT}import urllib.request as u; u.urlopen('x')\n", "OSError"),
