@@ -14,13 +14,15 @@ import torch
 import torch.nn as nn
 
 from tests.common import TinyAAE, TrainGroup, read_events, read_png, same, snapshot
-from unittests import Group, ModelGroup, images_like_mnist
+from unittests import images_like_mnist
 
 __unittest = True
 
 
 class Training(TrainGroup):
-    """train_aae beyond what tests/train_step.py asks of every train.py, and what it trains."""
+    """Beyond what the tests for students ask: train_aae and what it trains, pictures, means, posteriors."""
+
+    needs = (*TrainGroup.needs, "utils")
 
     def test_each_player_follows_its_own_gradient_even_with_a_careless_model(self):
         batches, model, expected = [(images_like_mnist(count), None) for count in (6, 2)], TinyAAE(), TinyAAE()
@@ -95,10 +97,6 @@ class Training(TrainGroup):
             self.train.set_learning_rate(optimizers[0], epoch, Namespace(ae_lr=1e-3, drop_after=drop_after))
             self.assertEqual(optimizers[0].param_groups[0]["lr"], expected, (epoch, drop_after))
 
-
-class Pictures(TrainGroup):
-    """generate_and_save and save_reconstruction beyond what tests/train_main.py asks of every train.py."""
-
     def test_samples_have_the_same_codes_each_time_and_pictures_change_nothing(self):
         model, writer, x = self.models.AdversarialAE(z_dim=3).train(), self.writer(), images_like_mnist(8)
         model.decoder = nn.Sequential(model.decoder, nn.BatchNorm2d(1), nn.Dropout(0.5).eval(), nn.Tanh())
@@ -125,12 +123,6 @@ class Pictures(TrainGroup):
             for row, expected in zip(tiles, (images, 0.9 * 0.7 * images), strict=True):
                 np.testing.assert_allclose(row, (expected[:columns, 0] + 1) * 127.5, atol=1)
 
-
-class Logging(Group):
-    """The means that TensorBoardLogger writes."""
-
-    needs = ("utils",)
-
     def test_means_of_windows_and_of_epochs(self):
         writer, epochs, overwritten = mock.Mock(), [], torch.zeros(())  # as by a replayed CUDA graph
         logger = self.utils.TensorBoardLogger(writer, avg_window=4, name="part")
@@ -154,10 +146,6 @@ class Logging(Group):
             np.testing.assert_allclose(points[f"part/{tag}"], means, rtol=1e-6, err_msg=tag)
             np.testing.assert_allclose(latest[tag], means[1][1], rtol=1e-6, err_msg=tag)
             np.testing.assert_allclose([epoch[tag] for epoch in epochs], [series[:5].mean(), series[5:].mean()], 1e-6)
-
-
-class Promises(ModelGroup):
-    """Features of this project's models.py beyond the interface."""
 
     def test_sampling_follows_the_seed_and_changes_nothing_else(self):
         model = self.models.AdversarialAE().train()
