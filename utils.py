@@ -40,10 +40,13 @@ class TensorBoardLogger:
         return epoch
 
     def _read(self):
-        """Read the sums on the device, and add them to those of the window and of the epoch."""
-        unread, self._unread = on_cpu(self._unread), {}
+        """Add the sums on the device, for which the CPU waits once, to those of the window and of the epoch."""
+        totals = [total.reshape(()) for total, _ in self._unread.values()]
+        numbers = torch.stack([total.to(totals[0].device) for total in totals]).tolist() if totals else []
+        read = {name: (number, count) for (name, (_, count)), number in zip(self._unread.items(), numbers, strict=True)}
+        self._unread = {}
         for sums in (self._window, self._epoch):
-            add(sums, unread)
+            add(sums, read)
 
     def state_dict(self):
         """Return the logger's step and its open window; call `end_epoch` before."""
@@ -63,13 +66,6 @@ def add(sums, others):
 
 def means(sums):
     return {name: total / count for name, (total, count) in sums.items()}
-
-
-def on_cpu(sums):
-    """Convert sums, scalar tensors or numbers, to floats. The CPU waits for the device once."""
-    totals = [torch.as_tensor(total).reshape(()) for total, _ in sums.values()]
-    numbers = torch.stack([total.to(totals[0].device) for total in totals]).tolist() if totals else []
-    return {name: (number, count) for (name, (_, count)), number in zip(sums.items(), numbers, strict=True)}
 
 
 def log_images(summary_writer, tag, images, step, columns=8):

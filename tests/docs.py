@@ -14,7 +14,7 @@ import torch
 
 from evaluation.pictures import grid
 from tests.common import TrainGroup, read_png
-from unittests import HERE, Group, listen
+from unittests import HERE, listen
 
 __unittest = True
 
@@ -24,12 +24,14 @@ LINK = re.compile(r'\]\(([^()\s]+)\)|(?:src|href)="([^"]+)"')
 PATH = re.compile(r"(?:assets|benchmarks|docs|tests|training)/[\w./-]*|[\w./-]+\.(?:py|md)")
 COMMAND = re.compile(r"python (train\.py|-m evaluation|-m benchmarks\.\w+)\b([^&|;#]*)")
 FLAG = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*")
-HAVE_DOCS = (HERE / "docs").is_dir() and (HERE / "benchmarks").is_dir()
+WITH_MATPLOTLIB = unittest.skipUnless(find_spec("matplotlib"), "the docs' pictures: matplotlib is not installed")
 
 
-@unittest.skipUnless(HAVE_DOCS, "the documentation: docs/ or benchmarks/ is missing")
-class Docs(Group):
-    """Links, commands, paths and generated tables."""
+@unittest.skipUnless((HERE / "docs").is_dir() and (HERE / "benchmarks").is_dir(), "docs/ or benchmarks/ is missing")
+class Docs(TrainGroup):
+    """Links, commands, paths, generated tables; pictures of a tiny run and of the measured figures, by their values."""
+
+    needs = (*TrainGroup.needs, "benchmarks.report", "benchmarks.tables")
 
     def setUp(self):
         super().setUp()
@@ -67,34 +69,22 @@ class Docs(Group):
         self.assertEqual(set(FLAG.findall(" ".join(rows))), known["train.py"] - {"--help"})
 
     def test_tables_and_pretrained_weights_are_those_of_the_figures(self):
-        pages = importlib.import_module("benchmarks.report").updated_pages()
+        pages = self.report.updated_pages()
         stale = [page.name for page, text in pages.items() if text != self.pages[page]]
         self.check(not stale, f"stale tables (run python -m benchmarks.report): {', '.join(stale)}")
         result = json.loads((HERE / "docs" / "results" / "results.json").read_text())["z8"]
         weights = (HERE / "assets" / "autoencoder.pt").read_bytes()
         self.assertEqual(hashlib.md5(weights, usedforsecurity=False).hexdigest(), result["pretrained_md5"])
 
-
-def anchors(page):
-    """Return the anchors of a page's headings, as GitHub makes them of headings that differ."""
-    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
-    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
-
-
-@unittest.skipUnless(HAVE_DOCS and find_spec("matplotlib"), "the docs' pictures: matplotlib is not installed")
-class DocsPictures(TrainGroup):
-    """The docs' pictures, by the values that they show: of a tiny run, and of the committed figures."""
-
-    needs = (*TrainGroup.needs, "matplotlib.colors",
-             *(f"benchmarks.{name}" for name in ("pictures", "plots", "report", "tables")))
-
+    @WITH_MATPLOTLIB
     def test_progress_and_strip_show_the_pictures_of_a_run(self):
+        pictures = importlib.import_module("benchmarks.pictures")
         run, _ = self.train_quietly("--epochs", "1")
         paths = torch.rand(120, 1, 28, 28).mul(2).sub(1)  # a stand-in for interpolations
         (run / "evaluation").mkdir()
         grid(paths, 12).save(run / "evaluation" / "interpolations.png")
-        with mock.patch.multiple(self.pictures, SHOWN=(0, 1, 0, 1), STRIP_EPOCHS=(0, 1), LABELS=(3,)):
-            figures = self.pictures.draw_progress(run), self.pictures.draw_strip(run)
+        with mock.patch.multiple(pictures, SHOWN=(0, 1, 0, 1), STRIP_EPOCHS=(0, 1), LABELS=(3,)):
+            figures = pictures.draw_progress(run), pictures.draw_strip(run)
         _, above, _, _, _, below, _, _, strip, shown_paths = (
             panel.images[0].get_array() for figure in figures for panel in figure.axes)
         samples, reconstructions = (read_png(run / "results" / name) for name in (
@@ -104,27 +94,31 @@ class DocsPictures(TrainGroup):
         np.testing.assert_array_equal(strip[31:59, 271:299], samples[32:60, 32:60])  # the tenth digit
         np.testing.assert_allclose(shown_paths[1:29, 31:59], (paths[37, 0] + 1) * 127.5, atol=1)
 
+    @WITH_MATPLOTLIB
     def test_codes_have_their_labels_colours_and_a_name_at_each_median(self):
+        pictures, to_hex = (importlib.import_module("benchmarks.pictures"),
+                            importlib.import_module("matplotlib.colors").to_hex)
         images, labels = self.few
-        model, colors = self.models.AdversarialAE(2).eval().requires_grad_(False), np.array(self.pictures.COLORS)
+        model, colors = self.models.AdversarialAE(2).eval().requires_grad_(False), np.array(pictures.COLORS)
         last = [layer for layer in model.encoder.modules() if isinstance(layer, torch.nn.Linear)][-1]
         for far in (False, True):
             last.weight.mul_(1e4 if far else 1)
             codes, decoded = model.encoder(images), listen(model.decoder)
-            panel, plane = self.pictures.draw_codes(model, images, labels).axes[:2]
+            panel, plane = pictures.draw_codes(model, images, labels).axes[:2]
             cloud, names = panel.collections[0], panel.child_axes[0].texts if far else panel.texts
             np.testing.assert_allclose(cloud.get_offsets(), codes, rtol=1e-5)
-            np.testing.assert_array_equal([*map(self.colors.rgb2hex, cloud.get_facecolors())], colors[labels])
+            np.testing.assert_array_equal([*map(to_hex, cloud.get_facecolors())], colors[labels])
             medians = {str(label): np.quantile(codes[labels == label], 0.5, 0, method="lower") for label in range(10)}
             np.testing.assert_equal({name.get_text(): np.float32(name.get_position()) for name in names}, medians)
             np.testing.assert_allclose(decoded[-1][0][[0, 1, 20]], [[-3.8, 3.8], [-3.4, 3.8], [-3.8, 3.4]], rtol=1e-5)
             self.assertEqual(plane.images[0].get_array().shape, (602, 602))
             self.assertEqual(plane.images[0].get_extent(), [-4, 4, -4, 4])
 
+    @WITH_MATPLOTLIB
     def test_plots_show_the_figures(self):
-        figures = self.tables.read_figures(self.report.FIGURES)
-        with mock.patch.object(self.plots, "save") as save:
-            self.plots.write_plots(figures, self.folder())
+        figures, plots = self.tables.read_figures(self.report.FIGURES), importlib.import_module("benchmarks.plots")
+        with mock.patch.object(plots, "save") as save:
+            plots.write_plots(figures, self.folder())
         drawn = {file.stem: figure.axes[0] for figure, file in (call.args for call in save.call_args_list)}
         lines = {line.get_label(): line.get_ydata() for name in ("quality", "loss") for line in drawn[name].lines}
         base, plain = figures["results"]["z8-base"], figures["results"]["z8-lambda1"]
@@ -137,5 +131,11 @@ class DocsPictures(TrainGroup):
                 ([bar.get_width() for bar in drawn["ablation"].patches[:len(distances)]], sorted(distances))):
             np.testing.assert_allclose(shown, expected)
         figure, file = save.call_args.args
-        self.plots.save(figure, file)
+        plots.save(figure, file)
         self.assertGreater(read_png(file).std(), 10)
+
+
+def anchors(page):
+    """Return the anchors of a page's headings, as GitHub makes them of headings that differ."""
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]

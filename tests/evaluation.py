@@ -11,14 +11,14 @@ import torch
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from tests.common import TrainGroup, read_events, read_png, same, snapshot
-from unittests import Group, images_like_mnist, listen
+from unittests import images_like_mnist, listen
 
 __unittest = True
 assert_close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 
 class Evaluation(TrainGroup):
-    """python -m evaluation on a few of the bundled digits."""
+    """python -m evaluation on a few of the bundled digits, and its metrics compared with other ways to compute them."""
 
     needs = (*TrainGroup.needs, "training.files", *(f"evaluation.{name}" for name in (
         "__main__", "classifier", "measures", "metrics", "model_files", "monitoring", "pictures")))
@@ -215,12 +215,6 @@ class Evaluation(TrainGroup):
             self.assert_refused(self.evaluate_cli(missing), 1, missing, "No such file")
         self.assertFalse((run / "evaluation").exists())
         self.assertEqual([self.evaluate_cli(*flags)[0] for flags in ((), (run, "--seed", -1))], [2, 2])
-
-
-class Metrics(Group):
-    """The functions of metrics.py and ks_distance, compared with the same values computed in another way."""
-
-    needs = ("evaluation.metrics", "evaluation.monitoring")
 
     def test_ks_distance_is_the_mean_over_projections_of_the_largest_step(self):
         def ks_distance(values):

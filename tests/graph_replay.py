@@ -149,7 +149,7 @@ class GraphReplay(TrainGroup):
 
     def test_replayed_steps_equal_eager_steps(self):
         for flags, bf16 in (("", False), ("--networks base --posterior gaussian", True),
-                            ("--posterior universal --z_dim 20", True)):
+                            ("--networks base --posterior universal --z_dim 20", False)):
             eager, replayed = (self.trained(captured, *flags.split(), bf16=bf16) for captured in (False, True))
             assert_equal(replayed, eager)
         self.assertEqual(self.cuda.stream.call_args_list, 6 * [mock.call(self.cuda.Stream.return_value)])  # the warm-up

@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 
-from tests.common import FolderGroup, TrainGroup, same, snapshot
+from tests.common import TrainGroup, same, snapshot
 from training.run import load_state
 from unittests import HERE, images_like_mnist
 
@@ -19,9 +19,9 @@ __unittest = True
 
 
 class Hardware(TrainGroup):
-    """What the user is told about the hardware, and how it is set up."""
+    """What the user is told about the hardware, how it is set up, and the variables that are set before torch."""
 
-    needs = (*TrainGroup.needs, "training.device")
+    needs = (*TrainGroup.needs, "training.device", "training.threads")
 
     def assert_run_refused(self, status, words, *flags):
         """Check that a run with these flags is rejected in one sentence."""
@@ -65,12 +65,6 @@ class Hardware(TrainGroup):
                 mock.patch("training.device.unused_gpu_warning", return_value="no GPU"):
             status, _, err = self.run_digits("--epochs", 1, "--log_dir", self.folder())
         self.assertEqual((status, err), (0, 2 * "WARNING: no GPU\n"))  # at the start and at the end
-
-
-class Threads(FolderGroup):
-    """A container's CPU quota, and the variables that are set before torch is imported."""
-
-    needs = ("training.threads",)
 
     def test_a_short_spin_and_no_more_threads_than_the_quota_allows_unless_the_user_has_set_them(self):
         file, spin = self.folder() / "cpu.max", {"GOMP_SPINCOUNT": str(self.threads.SPIN_COUNT)}

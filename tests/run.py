@@ -199,7 +199,7 @@ class Shell(TrainGroup):
 
 
 class Flags(TrainGroup):
-    """The command line: defaults, help, --base, and flags that are rejected before a run is created."""
+    """The command line: defaults, help, --base, and what the user can fix, told in one sentence."""
 
     def test_defaults_and_help(self):
         expected = {"z_dim": 8, "batch_size": 64, "lambda_": 0.995, "ae_lr": 1e-3, "d_lr": 5e-3, "data_dir": "../data/",
@@ -241,10 +241,6 @@ class Flags(TrainGroup):
             else:
                 expected = {**default, **vars(args), **expected, "data_dir": os.path.abspath("../data/")}
                 self.assertEqual(flags, {name: expected[name] for name in default.keys() - {"base", "resume"}})
-
-
-class BadInput(TrainGroup):
-    """Errors that the user can fix end a run with status 1 and one sentence."""
 
     def test_data_that_cannot_be_used(self):
         folder = self.folder()

@@ -14,13 +14,15 @@ import torch
 import torch.nn as nn
 
 from tests.common import TinyAAE, TrainGroup, read_events, read_png, same, snapshot
-from unittests import Group, ModelGroup, images_like_mnist
+from unittests import images_like_mnist
 
 __unittest = True
 
 
 class Training(TrainGroup):
-    """train_aae beyond what tests/train_step.py asks of every train.py, and what it trains."""
+    """Beyond what the tests for students ask: train_aae and what it trains, pictures, means, posteriors."""
+
+    needs = (*TrainGroup.needs, "utils")
 
     def test_each_player_follows_its_own_gradient_even_with_a_careless_model(self):
         batches, model, expected = [(images_like_mnist(count), None) for count in (6, 2)], TinyAAE(), TinyAAE()
@@ -95,29 +97,21 @@ class Training(TrainGroup):
             self.train.set_learning_rate(optimizers[0], epoch, Namespace(ae_lr=1e-3, drop_after=drop_after))
             self.assertEqual(optimizers[0].param_groups[0]["lr"], expected, (epoch, drop_after))
 
-
-class Pictures(TrainGroup):
-    """generate_and_save and save_reconstruction: their files, and that nothing else changes."""
-
-    def test_11_samples_are_8_per_row_with_the_same_codes_each_time_and_pictures_change_nothing(self):
-        mixed = self.models.AdversarialAE(z_dim=3).train()  # with modes and statistics to restore
-        mixed.decoder = nn.Sequential(mixed.decoder, nn.BatchNorm2d(1), nn.Dropout(0.5).eval(), nn.Tanh())
-        for model in (TinyAAE(), mixed):
-            writer, x = self.writer(), images_like_mnist(8)
-            for epoch in range(2):
-                before = snapshot(model)
-                self.train.generate_and_save(model, epoch, writer)
-                self.train.save_reconstruction(model, epoch, writer, x)
-                changed = [name for name, tensor in snapshot(model).items() if not torch.equal(tensor, before[name])]
-                self.check(not changed, f"Mistake 11: saving pictures changes {changed}")
-                torch.rand(1)  # as training would
-            writer.flush()
-            files = [Path(writer.log_dir) / f"results/Prior_samples/samples_epoch_{epoch}.png" for epoch in range(2)]
-            events = read_events(writer.log_dir).Images("samples")
-            self.assertEqual([event.step for event in events], [0, 1])
-            first, *others = map(read_png, (*files, *(io.BytesIO(event.encoded_image_string) for event in events)))
-            self.assertEqual(first.shape, (8 * 30 + 2, 8 * 30 + 2))
-            self.check(all(np.array_equal(first, other) for other in others), "the pictures are not the same")
+    def test_samples_have_the_same_codes_each_time_and_pictures_change_nothing(self):
+        model, writer, x = self.models.AdversarialAE(z_dim=3).train(), self.writer(), images_like_mnist(8)
+        model.decoder = nn.Sequential(model.decoder, nn.BatchNorm2d(1), nn.Dropout(0.5).eval(), nn.Tanh())
+        for epoch in range(2):
+            before = snapshot(model)
+            self.train.generate_and_save(model, epoch, writer, batch_size=11)
+            self.train.save_reconstruction(model, epoch, writer, x)
+            self.check(same(snapshot(model), before), "saving pictures changes the model or the random state")
+            torch.rand(1)  # as training would
+        writer.flush()
+        files = [Path(writer.log_dir) / f"results/Prior_samples/samples_epoch_{epoch}.png" for epoch in range(2)]
+        events = read_events(writer.log_dir).Images("samples")
+        first, *others = map(read_png, (*files, *(io.BytesIO(event.encoded_image_string) for event in events)))
+        self.assertEqual(first.shape, (2 * 30 + 2, 8 * 30 + 2))
+        self.check(all(np.array_equal(first, other) for other in others), "the pictures are not the same")
 
     def test_reconstructions_are_below_their_inputs(self):
         writer, x = self.writer(), images_like_mnist(20)
@@ -128,12 +122,6 @@ class Pictures(TrainGroup):
             tiles = pixels[2:, 2:].reshape(2, 30, columns, 30)[:, :28, :, :28].swapaxes(1, 2)
             for row, expected in zip(tiles, (images, 0.9 * 0.7 * images), strict=True):
                 np.testing.assert_allclose(row, (expected[:columns, 0] + 1) * 127.5, atol=1)
-
-
-class Logging(Group):
-    """The means that TensorBoardLogger writes."""
-
-    needs = ("utils",)
 
     def test_means_of_windows_and_of_epochs(self):
         writer, epochs, overwritten = mock.Mock(), [], torch.zeros(())  # as by a replayed CUDA graph
@@ -158,10 +146,6 @@ class Logging(Group):
             np.testing.assert_allclose(points[f"part/{tag}"], means, rtol=1e-6, err_msg=tag)
             np.testing.assert_allclose(latest[tag], means[1][1], rtol=1e-6, err_msg=tag)
             np.testing.assert_allclose([epoch[tag] for epoch in epochs], [series[:5].mean(), series[5:].mean()], 1e-6)
-
-
-class Promises(ModelGroup):
-    """Features of this project's models.py beyond the interface."""
 
     def test_sampling_follows_the_seed_and_changes_nothing_else(self):
         model = self.models.AdversarialAE().train()

@@ -91,12 +91,13 @@ def run_program(program, main, parse, argv):
     try:
         main(parse(argv))
         return 0
-    except KeyboardInterrupt as error:
-        return end(error, "\ninterrupted", 128 + signal.SIGINT)
-    except Exception as error:
+    except (KeyboardInterrupt, Exception) as error:
         if (words := explain(error)) is None:
             raise
-        return end(error, f"{program}: error: {words}", getattr(error, "status", 1))
+        interrupted = isinstance(error, KeyboardInterrupt)
+        words = "; ".join([words, *getattr(error, "__notes__", ())])  # a run notes how to resume it
+        print_line(f"\n{words}" if interrupted else f"{program}: error: {words}", sys.stderr)
+        return 128 + signal.SIGINT if interrupted else getattr(error, "status", 1)
 
 
 def prepare_streams():
@@ -113,8 +114,8 @@ def prepare_streams():
 
 def explain(error):
     """Return what is wrong and what to do about an error that the user can fix; None for others."""
-    text = str(error)
-    if isinstance(error, (UserError, DataError)):  # two classes, as mnist.py imports nothing of the project
+    text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+    if isinstance(error, (KeyboardInterrupt, UserError, DataError)):  # mnist.py imports nothing of the project
         return text
     if isinstance(error, OSError):
         path = f"{error.filename}: " if error.filename else ""
@@ -123,9 +124,3 @@ def explain(error):
         first, _, _ = (text or repr(error)).partition("\n")
         return f"the device is in use, or lacks memory: {first}; end other programs, or try a smaller batch or model"
     return None
-
-
-def end(error, words, status):
-    """Print how a program ends, with what the run has noted on the error, and return the status."""
-    print_line("; ".join([words, *getattr(error, "__notes__", ())]), sys.stderr)
-    return status

@@ -28,10 +28,9 @@ def build_model(args, device):
 class EMA:
     """A copy of a model, `model`, whose weights are an exponential moving average of the original's over the steps.
 
-    The decay of the n-th step is min(decay, (1 + n) / (10 + n)). A decay of 0.999 averages over about 1,000 steps. In
-    the first 9,000 steps the second term is smaller: the average is over about the last tenth of the steps, so the
-    initial weights are soon forgotten. The statistics of batch normalisation are averaged too. (Polyak and Juditsky
-    1992; Karras et al., arXiv:1710.10196, appendix A.1: averaged weights give better samples.)
+    The decay of the n-th step is min(decay, (1 + n) / (10 + n)): 0.999 averages over about 1,000 steps, and in the
+    first 9,000 over about the last tenth of them. The statistics of batch normalisation are averaged too. (Polyak and
+    Juditsky 1992; Karras et al., arXiv:1710.10196, appendix A.1: averaged weights give better samples.)
     """
 
     def __init__(self, model, decay):
