@@ -16,8 +16,8 @@ from unittests import HERE, Group
 __unittest = True
 
 GPU_GROUPS = ("Cuda",)  # the only ones that see a GPU
-STUDENTS = ("unittests", "tests.train_step", "tests.train_main")  # run together, as a student runs them
-LONG = ("tests.solutions", "tests.marking", "tests.resume", "tests.evaluation")  # begin first
+STUDENTS = ("__main__", "unittests", "tests.model_layers", "tests.train_step", "tests.train_main")  # run together
+LONG = ("tests.student_tests", "tests.run", "tests.resume", "tests.graph_replay")  # begin first
 
 
 def main():
@@ -25,7 +25,7 @@ def main():
     start, ran, failed, jobs = time.monotonic(), 0, 0, {}
     for name, group in vars(unittests).items():
         if unittests.is_group(group) and any(test.startswith("test") for test in vars(group)):
-            file = "students" if group.__module__ in (*STUDENTS, "__main__") else group.__module__
+            file = "students" if group.__module__ in STUDENTS else group.__module__
             jobs.setdefault(name if name in GPU_GROUPS else file, []).append(name)
     order = sorted(jobs, key=lambda job: LONG.index(job) if job in LONG else len(LONG))
     with ThreadPoolExecutor(usable_cpus()) as pool:

@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 
 import unittests
-from tests import model_layers, train_epoch, train_main, train_step
+from tests import model_layers, train_epoch, train_gradients, train_main, train_step
 from tests.solutions.mistakes import MISTAKES
 from tests.solutions.styles import FURTHER, STYLES
 from unittests import HERE, Group, StudentGroup
@@ -92,7 +92,7 @@ def restyled(text, style):
 def judge(files, parts=tuple(GROUPS)):
     """Run students' groups on files, {name: text}; return the messages of what fails, and of what is not checked."""
     StudentGroup.told.clear(), StudentGroup.faulty.clear()
-    train_step.observe.cache_clear(), train_main.watch.cache_clear()
+    train_gradients.observe.cache_clear(), train_main.watch.cache_clear()
     suite = unittest.TestSuite(group(name) for part in parts for group in GROUPS[part] for name in vars(group)
                                if name.startswith("test"))
     own = {name: sys.modules.pop(name) for name in files if name in sys.modules}
