@@ -159,7 +159,7 @@ class Shell(TrainGroup):
             else:
                 next(process.stdout)  # on an epoch
                 process.send_signal(signal.SIGINT)
-            process.wait(timeout=60)
+            process.wait(timeout=180)
             err = process.stderr.read()
             self.assertEqual(process.returncode, status, err)
             run, = (home / "\u00dc").iterdir()
