@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_map
 from tests.common import TrainGroup, run_contents, same
 from training import files
 from training import run as runs
-from unittests import HERE
 
 __unittest = True
 
@@ -85,7 +84,7 @@ class Resume(TrainGroup):
             with mock.patch.object(self.train, "train_aae", train_aae):
                 run, err = self.interrupted_run(steps, *flags)
                 self.assertEqual(err, f"\ninterrupted; epoch {saved} is saved; resume the run with: python "
-                                      f"{HERE / 'train.py'} --resume {run} --no-cuda\n")
+                                      f"{runs.TRAIN} --resume {run} --no-cuda\n")
                 self.assert_resumed(run)
             self.assert_same_contents(run, self.finished_run(*flags))
         self.assert_resumed(run)  # with nothing left to do

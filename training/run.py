@@ -90,15 +90,15 @@ def open_run(args, saved, data, device):
     with files.locked(folder):
         if saved and load_state(folder)["run"]["seconds"] != saved["run"]["seconds"]:
             raise UserError(f"{folder} was trained further by another process; start the command again")
-        with SummaryWriter(folder, filename_suffix=files.OUR_EVENTS) as writer:
-            run = Run(folder, settings, saved, writer)
-            run.print_start(len(data.train_loader.dataset))
-            try:
+        run = Run(folder, settings, saved, SummaryWriter(folder, filename_suffix=files.OUR_EVENTS))
+        run.print_start(len(data.train_loader.dataset))
+        try:
+            with run.writer:  # on a full disk, closing it fails, too
                 yield run
-            except (KeyboardInterrupt, Exception) as error:
-                if not isinstance(error, UserError):  # whose sentence says what to do
-                    error.add_note(run.resume_hint())
-                raise
+        except (KeyboardInterrupt, Exception) as error:
+            if not isinstance(error, UserError):  # whose sentence says what to do
+                error.add_note(run.resume_hint())
+            raise
         run.print_end()
 
 
