@@ -24,14 +24,15 @@ class Reference:
         draws = [self.draw(model, x, False) for _ in range(2)]
         same = all(close(draw, other) for draw, other in zip(draws[0].values(), draws[1].values(), strict=True))
         draws += [] if same else [self.draw(model, x, False) for _ in range(self.DRAWS - 2)]
-        own = [self.draw(model, x, True) for _ in range(self.DRAWS)]
+        own = [self.draw(model, x, True) for _ in range(2 * self.DRAWS)]
         mean = {name: sum(draw[name] for draw in part) / len(part) for part in (draws, own) for name in part[0]}
         self.terms = {part: torch.stack([mean[part, "first"], mean[part, "adversarial"]], 1) for part in PARTS}
         self.leak = mean["encoder", "leak"]
         self.weighed = all(  # by lambda, as they should be
             float((2 * mean[part, "both"] - self.terms[part].sum(1)).norm()) < 0.2 * float(self.terms[part].norm())
             for part in PARTS[:2])
-        self.sure = {part: self.is_sure(part, own if part == "discriminator" else draws) for part in PARTS}
+        self.sure = {part: self.is_sure(part, draws) for part in PARTS}
+        self.noise = self.spread("discriminator", "first", own)  # of the coefficients of one step
         model.zero_grad()
 
     def draw(self, model, x, own):
@@ -51,18 +52,21 @@ class Reference:
         return gradients
 
     def is_sure(self, part, draws):
-        """Whether a network's terms can be told from each other, and from the noise of prior samples and encoder."""
+        """Whether a network's terms can be told from each other, and those of the encoder from its noise."""
         first, adversarial = self.terms[part].norm(dim=0).tolist()
-        if part == "discriminator" and adversarial == 0 or part == "decoder":  # one term
-            return first > 0 and (part == "discriminator" or self.weighed and adversarial < 1e-3 * first)
-        if min(first, adversarial) == 0 or part == "encoder" and not self.weighed:  # mistakes of models.py
+        if part != "discriminator" and not self.weighed:  # a mistake of models.py
+            return False
+        if part == "decoder" or part == "discriminator" and adversarial == 0:  # one term
+            return first > 0 and adversarial < 1e-3 * first
+        if min(first, adversarial) <= 1e-5 * max(first, adversarial):
             return False
         cosine = self.terms[part][:, 0] @ self.terms[part][:, 1] / first / adversarial
-        spread = torch.stack([torch.tensor([self.fit(part, draw[part, term]) for draw in draws]).std(0)
-                              for term in ("first", "adversarial") if (part, term) in draws[0]])
-        limits = torch.tensor([[0.5, 0.15]] if part == "discriminator" else [[0.15, 0.15]] * 2)
-        return min(first, adversarial) > 1e-5 * max(first, adversarial) and abs(cosine) < 0.95 and bool(
-            (spread < limits).all())
+        noise = [max(self.spread(part, term, draws)) for term in ("first", "adversarial") if part == "encoder"]
+        return bool(abs(cosine) < 0.95) and max(noise, default=0) < 0.15
+
+    def spread(self, part, term, draws):
+        """Return the standard deviations of both coefficients that a term has in single draws."""
+        return torch.tensor([self.fit(part, draw[part, term]) for draw in draws]).std(0).tolist()
 
     def part_of(self, part, lambda_, step):
         """Return how far a step goes in the direction that is right at a lambda, in units of a step for one batch."""

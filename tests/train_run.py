@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 __unittest = True
 
-EPOCHS, SECONDS = 11, 20  # some save weights every 10 epochs; a slow run ends with an epoch
+EPOCHS, SECONDS = 11, 60  # some save weights every 10 epochs; a slow run ends with an epoch
 FLAGS = {"z_dim": 3, "batch_size": 16, "lambda_": 0.9, "ae_lr": 1e-4, "d_lr": 2e-4, "epochs": EPOCHS, "seed": 1,
          "num_workers": 0, "data_dir": "data/", "log_dir": "logs/", "no_cuda": True}
 OTHER = {"seed": 2, "batch_size": 8, "ae_lr": 3e-4, "d_lr": 1e-3, "data_dir": "data2/"}  # of a second run

@@ -85,13 +85,16 @@ def faults_of_steps(seen):
 
 
 def faults_of_discriminator(seen):
-    """Yield a discriminator that is trained upwards, or also by the autoencoder's loss, most of which is there at 0."""
+    """Yield a discriminator that is trained upwards, or also by the autoencoder's loss, most of which is there at 0.
+
+    Prior samples make coefficients uncertain; what is told is at least 6.5 standard deviations from what is right.
+    """
     own, adversarial = seen.coefficients("discriminator", 0.0)
-    if not seen.reference.sure["discriminator"] or not own:
-        return
-    if own < 0:
+    steps = max(1, len(seen.steps("discriminator", seen.same[0.0])))
+    errors = [noise * (1 / steps + 1 / (2 * seen.reference.DRAWS)) ** 0.5 for noise in seen.reference.noise]
+    if own < 0 and 6.5 * errors[0] < 1:
         yield UPWARDS.format("discriminator", "disc")
-    elif abs(adversarial) > 0.5 * own:
+    elif own > 0 and seen.reference.sure["discriminator"] and abs(adversarial) > max(0.5, 6.5 * errors[1]) * own:
         yield UNCLEARED.format(name="discriminator", player="disc")
 
 
