@@ -1,7 +1,7 @@
 """Tests of the students' tests, on right solutions in many styles and with planted mistakes.
 
-The groups run some of each. All right solutions, with many seeds:  python -m tests.student_tests --seeds 50
-and all planted mistakes:  python -m tests.student_tests --mistakes
+The groups run a few of each, and .ci/run all. With other random numbers:  python -m tests.student_tests --seeds 50
+All planted mistakes:  python -m tests.student_tests --mistakes
 """
 
 import argparse
@@ -127,7 +127,7 @@ class Solutions(Group):
     needs = ("mnist", "utils")
 
     def test_right_solutions_pass(self):
-        for style in ("template", *list(STYLES)[1:8], "noise", "checkpoint"):
+        for style in ("template", "batchnorm", "noise"):
             self.assertEqual(judge(solution(style)), ([], []), style)
 
     def test_what_crashes_fails_and_what_is_absent_is_skipped(self):
@@ -144,7 +144,7 @@ class PlantedMistakes(Group):
     needs = ("mnist", "utils")
 
     def test_mistakes_are_named(self):
-        for number, style, old, new in {mistake[0]: mistake for mistake in MISTAKES}.values():
+        for number, style, old, new in list({mistake[0]: mistake for mistake in MISTAKES}.values())[::3]:
             failures, _ = judge(solution(style, old, new), part_of(number))
             self.check(len(failures) == 1 and f"Mistake {number}:" in failures[0],
                        f"Mistake {number} in {style} is not what is told: {failures}")
