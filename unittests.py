@@ -1,8 +1,7 @@
 """Tests of an adversarial autoencoder, on the CPU, without a network and without MNIST:  python unittests.py
 
 The groups in this file test models.py, in the order in which a student writes it. To check your own solution, copy
-this file next to your models.py; if you have a train.py, copy tests/train_step.py and tests/train_main.py into a
-folder tests/ there, too. docs/CHECK.md explains the numbered mistakes.
+this file and the folder tests/ next to your models.py and train.py. docs/CHECK.md explains the numbered mistakes.
 """
 
 import contextlib
@@ -31,7 +30,6 @@ __unittest = True  # hides the lines of this file in tracebacks, but not those o
 
 HERE = Path(__file__).absolute().parent
 PARTS = ("Encoder", "Decoder", "Discriminator")
-LAST = "tests.train_main"  # the file whose failures those of train_aae may explain
 
 
 class Group(unittest.TestCase):
@@ -56,8 +54,9 @@ class Group(unittest.TestCase):
     check_formula = check  # what a more basic fault may explain
 
     def check_close(self, value, right, words, tolerance=1e-4):
+        value, right = (float(torch.as_tensor(number).detach()) for number in (value, right))
         self.check_formula(abs(value - right) <= tolerance * max(1, abs(right)),  # false for NaN, too
-                           f"{words} (it is {float(value):.6g}, and should be {float(right):.6g})")
+                           f"{words} (it is {value:.6g}, and should be {right:.6g})")
 
 
 class StudentGroup(Group):
@@ -132,14 +131,6 @@ class ModelGroup(StudentGroup):
                    f"{source} depend on each other: draw one for each, with torch.randn")
 
 
-def shaken(network, size=0.02):
-    """Move all weights at random, since some may begin at 0, and return the network."""
-    with torch.no_grad():
-        for weight in network.parameters():
-            weight.add_(torch.randn_like(weight) * size)
-    return network
-
-
 class Networks(ModelGroup):
     """Encoder, decoder and discriminator: shapes, ranges, layers."""
 
@@ -173,17 +164,17 @@ class Model(ModelGroup):
                    "the first result of forward(x) must be self.decoder(z), of the z that is the second")
 
     def test_device_is_that_of_the_weights(self):
-        for name in ("", "encoder", "discriminator"):
-            module = self.model(3).get_submodule(name)
-            for device in ("cpu", "meta"):
-                self.check(torch.device(module.to(device).device).type == device,
-                           f"`device` of the {name or 'model'} must be the device of its weights")
+        for name, device in itertools.product(("", "encoder", "discriminator"), ("cpu", "meta")):
+            module = self.model(3).get_submodule(name).to(device)
+            self.check(torch.device(module.device).type == device,
+                       f"`device` of the {name or 'model'} must be the device of its weights")
 
     def test_19_forward_passes_gradients_to_the_encoder(self):
         model = self.model()
         model(images_like_mnist(2))[0].sum().backward()
         self.check(any(weight.grad is not None or not weight.requires_grad for weight in model.encoder.parameters()),
                    "Mistake 19: forward(x) cuts the encoder off from recon_x: decode z, not z.detach()")
+
 
 NOT_OF_CODES = "Mistake 7: the adversarial losses must be those of the discriminator's logits for the codes z_fake"
 
@@ -228,7 +219,7 @@ class LossGroup(ModelGroup):
             self.check(torch.is_tensor(value) and value.numel() == 1,
                        f"{name} in the dict of {function} must be a scalar tensor")
         if not calls:  # a loss may use the discriminator in another way, and then depends on its weights
-            other = getattr(shaken(model, 1), function)(*images, z, *lambda_)[1]
+            other = getattr(self.model(8), function)(*images, z, *lambda_)[1]
             self.check(any(abs(other[name] - result[1][name]) > 1e-6 for name in names), NOT_OF_CODES)
             self.skipTest(f"{function}, which does not call self.discriminator(z_fake)")
         codes = torch.cat([codes.flatten(1)[:, :8] for codes, _ in calls])
@@ -334,8 +325,7 @@ class DiscriminatorLoss(LossGroup):
         seen = self.discriminator(self.LOGITS)
         (seen.loss + 0 * seen.z.sum()).backward()
         own = torch.cat([torch.zeros_like(shift) if shift.grad is None else shift.grad for shift in seen.shifts])[:, 0]
-        right = torch.where(seen.fake, torch.sigmoid(seen.logits) / seen.fake.sum(),
-                            -torch.sigmoid(-seen.logits) / (~seen.fake).sum())
+        right = (torch.sigmoid(seen.logits) - 1.0 * ~seen.fake) / len(seen.z)
         for half, name in ((seen.fake, "loss_fake"), (~seen.fake, "loss_real")):
             self.check(own[half].any(), f"Mistake 32: no gradient of {name} reaches the discriminator: use no detach() "
                                         "on its logits, and no torch.no_grad()")
@@ -349,8 +339,7 @@ class Sampling(LossGroup):
     def test_sample_returns_different_images_without_gradients(self):
         model = self.model(3)
         calls, images = listen(model.decoder), model.sample(64)
-        shape = tuple(images.shape)
-        self.check(shape == (64, 1, 28, 28), f"sample(64) returns {shape}, not (64, 1, 28, 28)")
+        self.check(images.shape == (64, 1, 28, 28), f"sample(64) returns {tuple(images.shape)}, not (64, 1, 28, 28)")
         self.check(not images.requires_grad, "sample() must not record gradients: use torch.no_grad()")
         made = torch.cat([output for _, output in calls]) if calls else images
         self.check(torch.allclose(made, images, atol=1e-4),
@@ -381,9 +370,9 @@ class Sampling(LossGroup):
 def load_groups():
     """Add the groups of those files in tests/ that have any."""
     sys.modules["unittests"] = sys.modules[__name__]  # tests/ import this module, not a second copy
-    pattern = "*.py" if (HERE / "training").is_dir() else "train_*.py"  # whoever has copied the whole folder
-    for file in sorted((HERE / "tests").glob(pattern)):
-        if b"__unittest = True" in file.read_bytes():
+    names = "" if (HERE / "training").is_dir() else ("model_", "train_")  # for whoever has copied the whole folder
+    for file in sorted((HERE / "tests").glob("*.py")):
+        if file.name.startswith(names) and b"__unittest = True" in file.read_bytes():
             sys.modules.setdefault("tests", type(sys)("tests")).__path__ = [str(HERE / "tests")]  # whoever has the name
             module = importlib.import_module(f"tests.{file.stem}")
             globals().update({name: group for name, group in vars(module).items() if is_group(group)})
@@ -395,36 +384,37 @@ def is_group(value):
 
 def load_tests(*_):
     """Return all tests in the order in which they are written, main after train_aae; unittest calls this."""
-    groups = sorted(dict.fromkeys(filter(is_group, globals().values())), key=lambda group: group.__module__ == LAST)
-    return unittest.TestSuite(group(name) for group in groups for name in vars(group) if name.startswith("test"))
+    groups = dict.fromkeys(filter(is_group, globals().values()))
+    ordered = sorted(groups, key=lambda group: group.__module__ == "tests.train_main")
+    return unittest.TestSuite(group(name) for group in ordered for name in vars(group) if name.startswith("test"))
 
 
 def finish(result, file):
     """Say what was not checked, in a line for each reason, and write the result to a file if one is named."""
-    reasons, skipped = {}, [words for _, words in result.skipped if words != StudentGroup.TOLD]
+    reasons, skipped = {}, dict.fromkeys(words for _, words in result.skipped if words != StudentGroup.TOLD)
     for what, _, why in (words.partition(": ") for words in skipped):
-        reasons.setdefault(why, {})[what] = None
+        reasons.setdefault(why, []).append(what)
     if (HERE / "train.py").is_file() and "TrainStep" not in globals():
-        reasons["copy tests/train_*.py to a folder tests/ here"] = ["train.py"]
-    for why, whats in reasons.items():
-        print(f"not checked: {', '.join(whats)}{f' ({why})' * bool(why)}", file=sys.__stderr__)
+        reasons["copy the folder tests/ here"] = ["train.py"]
+    for why, what in reasons.items():
+        print(f"not checked: {', '.join(what)}{f' ({why})' * bool(why)}", file=sys.__stderr__)
     if file:
         failures = [[str(test), text] for test, text in (*result.failures, *result.errors)]
-        content = {"ran": result.testsRun, "failures": failures, "skipped": list(dict.fromkeys(skipped))}
-        Path(file).write_text(json.dumps(content), encoding="utf-8")
+        content = json.dumps({"ran": result.testsRun, "failures": failures, "skipped": [*skipped]})
+        Path(file).write_text(content, encoding="utf-8")
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs may ignore it
-    report = sys.argv.pop(2) if sys.argv[1:2] == ["--report"] else None
-    if report:  # for a program that runs several of this one
-        del sys.argv[1]
+    report = None
+    if sys.argv[1:2] == ["--report"]:  # for a program that runs several of this one
+        _, report = sys.argv.pop(1), sys.argv.pop(1)
         torch.set_num_threads(1)
     load_groups()
     if len(sys.argv) == 1 and "tests.parallel" in sys.modules:
         sys.exit(sys.modules["tests.parallel"].main())
-    program = unittest.main(exit=False)
-    finish(program.result, report)
+    result = unittest.main(exit=False).result
+    finish(result, report)
     with contextlib.suppress(Exception):  # whatever the code under test has put there
         sys.stdout.flush()
-    os._exit(not program.result.wasSuccessful())  # ends threads that the code under test has started, too
+    os._exit(not result.wasSuccessful())  # ends threads that the code under test has started, too
