@@ -1,7 +1,4 @@
-"""Tests of train_aae. Its optimizers move nothing, so what it does can be computed from the objective and compared.
-
-This file needs only unittests.py: copy it to a folder tests/ next to unittests.py and your models.py and train.py.
-"""
+"""Runs a train.py, and one epoch of its train_aae with optimizers that move nothing: its calls, its steps, its logs."""
 
 import contextlib
 import functools
