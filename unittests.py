@@ -224,8 +224,8 @@ class LossGroup(ModelGroup):
             self.skipTest(f"{function}, which does not call self.discriminator(z_fake)")
         codes = torch.cat([codes.flatten(1)[:, :8] for codes, _ in calls])
         self.check((codes[:, 1:2] > self.MARK / 2).any(), NOT_OF_CODES)
-        return Namespace(images=images, z=z, loss=result[0], values=result[1], codes=codes,
-                         shifts=[shift for _, shift in calls],
+        return Namespace(images=images, z=z, loss=result[0], values={name: result[1][name].detach() for name in names},
+                         codes=codes, shifts=[shift for _, shift in calls],
                          logits=codes[:, 0].double(), fake=codes[:, 1] > self.MARK / 2)
 
     def check_cross_entropy(self, name, label, loss):
