@@ -116,7 +116,7 @@ class Run:
             return function(*args, **kwargs)
         if training and (len(self.train_aae) >= self.limit or time.monotonic() > self.end):
             raise GeneratorExit  # which `except Exception` does not catch
-        call = Namespace(given=given, model=model, outer=self.inner, codes=[], modes=[], lambdas=[], last=None, shift=0,
+        call = Namespace(given=given, model=model, codes=[], modes=[], lambdas=[], last=None, shift=0,
                          pictures={}, files=files(), random=torch.get_rng_state(), start=weights(model),
                          optimizers=[optimizer_facts(optimizer) for optimizer in given[5:7]],
                          steps=[getattr(logger, "global_step", None) for logger in given[3:5]], trained=weights(model),
@@ -124,18 +124,10 @@ class Run:
         call.made_before = getattr(self.inner, "last", None)  # what the decoder has returned in training
         self.order.append(name)
         getattr(self, name).extend([call] if training else [])
-        loss = model.get_loss_autoencoder
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, self, "inner", self.inner)
             self.inner = call
-            hook = nn.modules.module.register_module_forward_hook(functools.partial(self.note_mode, call, training))
-            stack.callback(hook.remove)
-            for owner, attribute, replacement in (
-                    (model, "get_loss_autoencoder", lambda *args, **kwargs: call.lambdas.append(
-                        arguments(loss, args, kwargs)[3] or 0) or loss(*args, **kwargs)),
-                    (model.encoder, "forward", functools.partial(self.encode, call, training, model.encoder.forward)),
-                    (model.decoder, "forward", functools.partial(self.decode, call, training, model.decoder.forward))):
-                stack.enter_context(mock.patch.object(owner, attribute, replacement))
+            self.observe_model(stack, call, training)
             result = function(*args, **kwargs)
         call.trained, call.drew = weights(model), not torch.equal(call.random, torch.get_rng_state())
         call.optimizers_after = [optimizer_facts(optimizer) for optimizer in given[5:7]]
@@ -143,6 +135,22 @@ class Run:
         call.pictures = {path: read_png(path) for path, _ in files() - call.files if path.suffix == ".png"}
         getattr(self, name).extend([call] if call.pictures and not training else [])
         return result
+
+    def observe_model(self, stack, call, training):
+        """Observe a model, or replace what its networks return for pictures, until the stack is left."""
+        model, loss = call.model, call.model.get_loss_autoencoder
+
+        def note_lambda(*args, **kwargs):
+            call.lambdas.append(arguments(loss, args, kwargs)[3] or 0)
+            return loss(*args, **kwargs)
+
+        hook = nn.modules.module.register_module_forward_hook(functools.partial(self.note_mode, call, training))
+        stack.callback(hook.remove)
+        for owner, name, replacement in (
+                (model, "get_loss_autoencoder", note_lambda),
+                (model.encoder, "forward", functools.partial(self.encode, call, training, model.encoder.forward)),
+                (model.decoder, "forward", functools.partial(self.decode, call, training, model.decoder.forward))):
+            stack.enter_context(mock.patch.object(owner, name, replacement))
 
     def note_mode(self, call, training, module, args, output):
         modal = isinstance(module, MODAL) and (getattr(module, "p", 0) or getattr(module, "track_running_stats", 0))
