@@ -191,7 +191,10 @@ class LossGroup(ModelGroup):
 
     def discriminator(self, logits, model=None):
         names = "loss_real", "loss_fake", "disc_loss", "accuracy"
-        return self.call("get_loss_discriminator", names, logits, model=model)
+        seen = self.call("get_loss_discriminator", names, logits, model=model)
+        self.check(not seen.fake.all(), "Mistake 5: the discriminator is shown no samples of N(0, I): draw as many as "
+                                        "there are codes, with torch.randn")
+        return seen
 
     def call(self, function, names, logits, images=(), lambda_=(), model=None):
         """Return what went into a loss, what came out, and what the discriminator has seen."""
@@ -293,8 +296,6 @@ class DiscriminatorLoss(LossGroup):
         model = self.model(8)
         calls = [self.discriminator([0.0] * 64, model) for _ in range(16)]
         real = [seen.codes[~seen.fake] for seen in calls]
-        self.check(len(real[0]), "Mistake 5: get_loss_discriminator does not show the discriminator samples of the "
-                                 "prior: draw them with torch.randn, as many as there are codes")
         self.check(not torch.equal(real[0], real[1]), "Mistake 5: all calls use the same prior samples: draw new ones "
                                                       "in each call")
         noisy = any(not torch.equal(seen.codes[seen.fake], seen.z) for seen in calls)  # the discriminator's inputs
@@ -350,6 +351,8 @@ class Sampling(LossGroup):
         calls, _ = listen(model.decoder), [model.sample(64) for _ in range(16)]
         if not calls:
             self.skipTest("sample(), which does not call self.decoder(z)")
+        self.check(not torch.equal(calls[0][0], calls[1][0]) or not calls[0][0].std(), "Mistake 27: all calls of "
+                   "sample() decode the same codes: call torch.manual_seed once, at the beginning of main")
         self.check_prior(torch.cat([z for z, _ in calls]), "sample()'s codes")
 
     def test_15_any_batch_size(self):

@@ -114,7 +114,9 @@ class WholeRun(TrainGroup):
         self.assertNotEqual(in_a_run("--seed", "4")[1], expected[1])
         self.addCleanup(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float64)
-        with torch.device("meta"), torch.no_grad():
+        self.addCleanup(torch.set_default_device, None)
+        torch.set_default_device("meta")
+        with torch.no_grad():
             before = state(), torch.get_rng_state().tolist()
             self.assertEqual(in_a_run(), expected)
             self.assertEqual((state(), torch.get_rng_state().tolist()), before)

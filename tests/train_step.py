@@ -2,6 +2,7 @@
 
 import torch
 
+from tests.model_layers import Layers
 from tests.train_epoch import NOT_DETACHED, PARTIAL, PARTS, PLAYERS, TrainGroup, close
 from tests.train_gradients import observe
 
@@ -21,12 +22,12 @@ LOST = ("Mistake 18: lambda_ does not weigh the losses that train_aae steps on a
 def faults_of_batches(seen):
     """Yield what is wrong with the images and codes that the losses get, in an epoch of three batches and a rest."""
     epoch, calls = seen.mixed, seen.mixed.losses["ae"]
-    origins = [epoch.origin_of_images(call.given["x"]) for call in calls]
+    origins = [epoch.origin_of_images(call.given["x"]) for call in calls if len(call.given["x"]) == 64]
     if len(calls) == 1:
         yield "Mistake 22: train_aae stops after one batch: is a break or a return left in the loop?"
-    if calls and {*origins} == {0}:
-        yield ("Mistake 23: train_aae trains the first batch again and again: loop over train_loader itself, with no "
-               "next(iter(train_loader)) in the loop")
+    if len(origins) > 2 and len({*origins}) == 1 and isinstance(origins[0], int):
+        yield ("Mistake 23: train_aae trains the same batch again and again: loop over train_loader itself, with no "
+               "next(iter(train_loader)) in the loop, and copy what you collect")
     if len(epoch.batches[-1]) not in [len(call.given["x"]) for call in calls] and calls and calls[-1].turn != 3:
         yield f"{PARTIAL} it is skipped"
     for name, images in (("the encoder", [call.given for call in epoch.encoded]),
@@ -36,8 +37,8 @@ def faults_of_batches(seen):
             if isinstance(origin, int):
                 mean, slope, noise = line(given, epoch.batches[origin])
                 right = float(epoch.batches[origin].mean())
-                noisy = name == "the encoder" and noise > 0.05  # which is no mistake
-                if not noisy and (abs(mean - right) > 0.1 or not 0.85 < slope < 1.15):
+                denoising = name == "the encoder" and noise > 0.05  # which is no mistake
+                if not denoising and (abs(mean - right) > 0.1 or not 0.85 < slope < 1.15 or noise > 0.05):
                     yield (f"Mistake 23: {name} gets changed images (their mean is {mean:.2f} in place of {right:.2f}, "
                            f"their contrast {slope:.2f} times the loader's): leave them in [-1, 1]")
     yield from faults_of_codes(epoch)
@@ -55,7 +56,7 @@ def faults_of_codes(epoch):
                    if candidates and len(candidates[0]) == len(epoch.batches[0])]
         if {loss.turn for loss in losses} == {len(epoch.batches) - 1}:  # the batches were collected before
             origins = [(min(found, key=str), found) for _, found in origins]
-        wrong = [found for turn, found in origins if turn not in found]
+        wrong = [found for turn, found in origins if turn not in found and "other images" not in found]
         if epoch.encoded and len(wrong) > len(origins) / 2:
             what = "another batch" if isinstance(min(wrong[-1], key=str), int) else min(wrong[-1], key=str)
             yield (f"Mistake 31: {name} is made from codes of {what}: use those that the encoder makes of this batch, "
@@ -200,6 +201,8 @@ class TrainStep(TrainGroup):
         self.working_model()  # or skip
         fault = self.attempt("train_aae", lambda train: next((fault for search in searches for fault in search(
             observe(train.train_aae, self.models.AdversarialAE, self.seed))), None))
+        if fault and "Mistake 17" in fault and Layers in self.faulty:  # a network that cannot learn
+            self.skipTest(self.TOLD)
         self.check(fault is None, fault)
 
     def test_batches(self):

@@ -34,16 +34,18 @@ class RandomState:
 @contextlib.contextmanager
 def default_torch_state():
     """Give a program torch's default type and device, gradients, and a random state of its own; then restore them."""
-    dtype = torch.get_default_dtype()
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    on_cpu = torch.get_default_device().type == "cpu"  # torch.device slows down every call, so it is used if needed
-    with (torch.random.fork_rng(gpus), torch.inference_mode(False),  # which also records gradients
-          contextlib.nullcontext() if on_cpu else torch.device("cpu")):
+    with torch.random.fork_rng(gpus), torch.inference_mode(False):  # which also records gradients
         torch.set_default_dtype(torch.float32)
+        if device.type != "cpu":  # a default device slows down every call, so it is set only if needed
+            torch.set_default_device("cpu")
         try:
             yield
         finally:
             torch.set_default_dtype(dtype)
+            if device.type != "cpu":
+                torch.set_default_device(device)
 
 
 def setup_device(no_cuda=False, precision="fp32", deterministic=False, mps=True):
