@@ -65,7 +65,8 @@ class Training(TrainGroup):
         def one_step(epoch, model, batches, *others):
             torch.manual_seed(1)
             train_aae(epoch, model, [(x, None)], *others)
-            losses.append({name: mean for logger in others[:2] for name, mean in logger.end_epoch().items()})
+            means = {name: mean for logger in others[:2] for name, mean in logger.end_epoch().items()}
+            losses.append({name: mean for name, mean in means.items() if name != "accuracy"})  # logits near 0 may flip
             self.assertEqual({weight.dtype for weight in model.parameters()}, {torch.float32})
             raise SystemExit
 
