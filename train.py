@@ -5,7 +5,7 @@ events, settings, weights and pictures to <log_dir>/<YYYY_mm_dd_HH_MM_SS>/. With
 its last checkpoint; on the same CPU, it ends with the same weights, bit for bit, as an uninterrupted one.
 """
 
-import training.threads  # noqa: F401 (before torch, which reads the variables that it sets)
+import training  # noqa: F401 (before torch, which reads the variables that it sets)
 
 # isort: split
 
@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torchvision.transforms.functional import to_pil_image
 
-from evaluation.monitoring import save_measurements, save_summary
 from training.cli import OneLineParser, number, run_program
 from training.cuda_graph import captured
 from training.data import load_data
 from training.device import RandomState, default_torch_state, setup_device
 from training.files import png_bytes, write_atomically
 from training.model import EMA, build_model, evaluation_mode
+from training.monitoring import save_measurements, save_summary
 from training.run import open_run, resolve
 from utils import TensorBoardLogger, log_images
 

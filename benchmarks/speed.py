@@ -25,9 +25,9 @@ import torch
 from benchmarks import tables
 from benchmarks.report import PROJECT
 from mnist import mnist
+from training import usable_cpus
 from training.cli import OneLineParser, UserError, number, print_line, run_program
 from training.device import device_name
-from training.threads import usable_cpus
 
 WAYS = ("default", "--precision bf16", "--base")  # train.py with these flags
 CUDA_WAYS = ("--no-graph", "--deterministic")

@@ -1,6 +1,6 @@
 """The program that evaluates a trained model on test images of its data set:  python -m evaluation RUN"""
 
-import training.threads  # noqa: F401 (before torch, which reads the variables that it sets)
+import training  # noqa: F401 (before torch, which reads the variables that it sets)
 
 # isort: split
 

@@ -28,7 +28,7 @@ __unittest = True
 class WholeRun(TrainGroup):
     """`main` from start to end on the bundled digits."""
 
-    needs = (*TrainGroup.needs, "evaluation.monitoring")
+    needs = (*TrainGroup.needs, "training.monitoring")
 
     def test_everything_is_written(self):
         run, weights = self.train_quietly("--epochs", "5", "--z_dim", "2")

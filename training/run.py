@@ -17,11 +17,10 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from training import files
+from training import QUOTA, files
 from training.cli import FlagError, UserError, has_width, print_line, shell_command, warn
 from training.device import device_name, unused_gpu_warning
 from training.files import write_atomically
-from training.threads import QUOTA
 
 FORMAT = "adversarial autoencoder, training state 5"
 STATE = "training_state.pt"
