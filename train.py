@@ -44,7 +44,7 @@ def make_parser():
                            epilog=EXAMPLES)
 
     add = parser.add_argument_group("model").add_argument
-    add("--z_dim", type=number(int, 1), default=8, metavar="N", help="dimension of the latent code")
+    add("--z_dim", **number(int, 1), default=8, help="dimension of the latent code")
     add("--posterior", choices=("deterministic", "gaussian", "universal"), default="deterministic",
         help="encoder distribution q(z|x); universal: of any form, with noise as an extra input of the encoder")
     add("--networks", choices=("residual", "base"), default="residual",
@@ -54,29 +54,24 @@ def make_parser():
     preset = " ".join(f"--{name} {value}" for name, value in BASE.items())
     add("--base", action="store_true",
         help=f"preset of the assignment's suggestions, short for {preset}; flags given explicitly take precedence")
-    add("--epochs", type=number(int, 1), default=100, metavar="N", help="passes over the training set")
-    add("--batch_size", type=number(int, 1), default=64, metavar="N", help="images per training step")
-    add("--lambda_", type=number(float, 0, 1), default=0.995, metavar="X",
+    add("--epochs", **number(int, 1), default=100, help="passes over the training set")
+    add("--batch_size", **number(int, 1), default=64, help="images per training step")
+    add("--lambda_", **number(float, 0, 1), default=0.995,
         help="weight of the reconstruction loss, in [0, 1]; the adversarial loss has weight 1 - X")
-    add("--ae_lr", type=number(float, 0), default=1e-3, metavar="X",
-        help="learning rate of the encoder and decoder (Adam)")
-    add("--drop_after", type=number(int, 0), default=90, metavar="N",
-        help="after this epoch --ae_lr is divided by 10; 0: never")
-    add("--d_lr", type=number(float, 0), default=5e-3, metavar="X", help="learning rate of the discriminator (SGD)")
-    add("--d_momentum", type=number(float, 0, 0.999), default=0.95, metavar="X",
-        help="momentum of the discriminator's SGD")
-    add("--averaging", type=number(float, 0, 0.99999), default=0.999, metavar="X",
-        help="decay per step of the moving average of the weights, which is shown, evaluated and saved; "
-             "0: no averaging")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=42, metavar="N",
-        help="random seed; bitwise reproducible on the same CPU with as many threads, on CUDA at most with "
-             "--deterministic")
+    add("--ae_lr", **number(float, 0), default=1e-3, help="learning rate of the encoder and decoder (Adam)")
+    add("--drop_after", **number(int, 0), default=90, help="after this epoch --ae_lr is divided by 10; 0: never")
+    add("--d_lr", **number(float, 0), default=5e-3, help="learning rate of the discriminator (SGD)")
+    add("--d_momentum", **number(float, 0, 0.999), default=0.95, help="momentum of the discriminator's SGD")
+    add("--averaging", **number(float, 0, 0.99999), default=0.999,
+        help="decay per step of the weights' moving average, which is shown, evaluated and saved; 0: no averaging")
+    add("--seed", **number(int, 0, 2**63 - 1), default=42,
+        help="random seed; same bits on the same CPU with as many threads, on CUDA at most with --deterministic")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=("auto", "mnist", "digits"), default="auto",
         help="training data; auto: MNIST if available, otherwise the bundled digits")
     add("--data_dir", default="../data/", metavar="DIR", help="MNIST's folder; the files are downloaded if missing")
-    add("--num_workers", type=number(int, 0), default=0, metavar="N",
+    add("--num_workers", **number(int, 0), default=0,
         help="no effect, because the data are in memory; part of the assignment's interface")
 
     add = parser.add_argument_group("output").add_argument
@@ -105,10 +100,7 @@ def parse_args(argv=None):
 # Pictures ------------------------------------------------------------------------------------------------------------
 
 def generate_and_save(model, epoch, summary_writer, batch_size=64):
-    """Save a grid of `batch_size` samples, 8 a row, to TensorBoard (`samples`) and as a PNG under the run's folder.
-
-    Every call decodes the same codes, so the pictures show how the digits take shape over the epochs.
-    """
+    """Save a grid of `batch_size` samples, 8 a row, to TensorBoard and as a PNG; every call decodes the same codes."""
     with evaluation_mode(model):
         torch.manual_seed(SAMPLE_SEED)  # evaluation_mode restores the random state
         samples = model.sample(batch_size)
@@ -116,10 +108,7 @@ def generate_and_save(model, epoch, summary_writer, batch_size=64):
 
 
 def save_reconstruction(model, epoch, summary_writer, data, count=8):
-    """Save a row of the first `count` images of `data`, [N, 1, 28, 28] in [-1, 1], above a row of reconstructions.
-
-    The picture goes to TensorBoard (`reconstructions`) and, as a PNG, to the run's folder.
-    """
+    """Save a row of the first `count` images of `data`, [N, 1, 28, 28] in [-1, 1], above one of reconstructions."""
     with evaluation_mode(model):
         images = data[:count].to(model.device)
         pairs = torch.cat([images, model(images)[0]])
@@ -144,8 +133,7 @@ def train_aae(epoch, model, train_loader, logger_ae, logger_disc, optimizer_ae, 
         epoch: number of the epoch, from 1; part of the assignment's interface.
         model, train_loader: see models.AdversarialAE and mnist.mnist, or anything with the same interface.
         logger_ae, logger_disc: their `add_values` receives each step's values.
-        optimizer_ae: optimizes the parameters of encoder and decoder, and no others.
-        optimizer_disc: optimizes the parameters of the discriminator, and no others.
+        optimizer_ae, optimizer_disc: of the parameters of encoder and decoder, of the discriminator, and no others.
         lambda_: weight of the reconstruction loss; the adversarial loss has weight 1 - lambda_.
     """
     model.train()
@@ -176,11 +164,8 @@ def train_step(model, optimizer_ae, optimizer_disc, lambda_, x):
 
 
 def set_learning_rate(optimizer_ae, epoch, args):
-    """Set the autoencoder's learning rate for an epoch, counted from 1: args.ae_lr, a tenth after args.drop_after.
-
-    With the lower rate, the codes move less from step to step, so the discriminator learns finer differences between
-    them and the prior. The rate does not depend on the number of epochs, so a run can be extended.
-    """
+    """Set the autoencoder's learning rate for an epoch, counted from 1: args.ae_lr, a tenth after args.drop_after."""
+    # Codes that move less are told from the prior by finer differences. Independent of --epochs: runs can be extended.
     rate = args.ae_lr / 10 if 0 < args.drop_after < epoch else args.ae_lr
     for group in optimizer_ae.param_groups:
         group["lr"] = rate

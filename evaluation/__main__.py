@@ -84,7 +84,7 @@ def parse_args(argv=None):
     parser.add_argument("--output", metavar="DIR", help="folder for the files (default: the run's evaluation/)")
     parser.add_argument("--data_dir", metavar="DIR", help="MNIST's folder; the files are downloaded if missing "
                                                           "(default: the run's, or ../data/)")
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="random seed")
+    parser.add_argument("--seed", **number(int, 0, 2**63 - 1), default=0, help="random seed")
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA, even if it is available")
     return parser.parse_args(argv)
 
