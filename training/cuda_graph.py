@@ -16,10 +16,9 @@ MOST = 8     # recordings of a run; options that change more often are trained e
 def captured(step):
     """Decorate `step(model, optimizer_ae, optimizer_disc, lambda_, x)`: on CUDA, record a CUDA graph and replay it.
 
-    Each shape of x, lambda_ and set of options of the optimizers, such as learning rates, has a recording of its own,
-    which lives at most as long as optimizer_ae. It runs nothing; the WARM_UP steps before it are training steps. Each
-    step has new random numbers, and overwrites the values that the previous one returned. Eager are models that are not
-    `capturable`, and everything on AMD GPUs, where graphs are untested. For whoever edits a step: docs/DEVELOPING.md.
+    Each shape of x, lambda_ and set of options of the optimizers, such as learning rates, has a recording of its own.
+    Each step has new random numbers, and overwrites the values that the previous one returned. Eager are models that
+    are not `capturable`, and AMD GPUs, where graphs are untested. For whoever edits a step: docs/DEVELOPING.md.
     """
     recordings = weakref.WeakKeyDictionary()  # optimizer_ae -> Recordings
 

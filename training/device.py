@@ -47,10 +47,7 @@ def default_torch_state():
 
 
 def setup_device(no_cuda=False, precision="fp32", deterministic=False, mps=True):
-    """Return the device to compute on: CUDA unless `no_cuda`, else MPS if `mps` (it lacks float64), else the CPU.
-
-    `precision` is "fp32" or "bf16". Raises FlagError if the device has no units for it.
-    """
+    """Return the device to compute on: CUDA unless `no_cuda`, else MPS if `mps` (it lacks float64), else the CPU."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is initialised
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a kernel per tensor

@@ -24,15 +24,11 @@ WEIGHTS = "model_checkpoint.pt"  # a run's weights, for other uses
 
 
 def write_atomically(path, content):
-    """Write bytes to a file atomically: at any time, it has either all of them or its previous content.
-
-    The file's folder is created if it is missing, but not the folder's parent: a run's folder that somebody has removed
-    does not come back incomplete.
-    """
+    """Write bytes to a file atomically: at any time, it has either all of them or its previous content."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True)  # not its parents: a run's folder that somebody removed does not come back
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
@@ -75,10 +71,7 @@ def serialize(value):
 
 
 def load_checked(path, advice="name another file", content=None):
-    """Return what torch.save wrote into a file, on the CPU; raise UserError if it is damaged.
-
-    `content` has the file's bytes if they have been read already.
-    """
+    """Return what torch.save wrote to a file, on the CPU; UserError if it is damaged. `content`: its bytes, if read."""
     try:
         stream = io.BytesIO(Path(path).read_bytes() if content is None else content)
         with zipfile.ZipFile(stream) as archive:  # the format of torch.save; torch.load ignores checksums
@@ -97,8 +90,6 @@ def png_bytes(picture):
     picture.save(content, "png")
     return content.getvalue()
 
-
-# A run's folder ------------------------------------------------------------------------------------------------------
 
 def create_run_folder(log_dir):
     """Create <log_dir>/<YYYY_mm_dd_HH_MM_SS>/ and return its path. If it exists, wait for the next second."""

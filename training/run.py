@@ -20,15 +20,12 @@ from tqdm import tqdm
 from training import QUOTA, files
 from training.cli import FlagError, UserError, has_width, print_line, shell_command, warn
 from training.device import device_name, unused_gpu_warning
-from training.files import write_atomically
 
 FORMAT = "adversarial autoencoder, training state 5"
 STATE = "training_state.pt"
 OF_THE_MACHINE = {"data_dir", "log_dir", "num_workers", "no_cuda", "no_graph"}  # flags that no run passes on
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
-
-# What --resume names, and the flags that follow from it --------------------------------------------------------------
 
 def resolve(args, defaults, base):
     """Return a run's flags as a Namespace and, with --resume, its state, in which "folder" is its folder; else None.
@@ -77,8 +74,6 @@ def load_state(folder):
     return state
 
 
-# The run --------------------------------------------------------------------------------------------------------------
-
 @contextlib.contextmanager
 def open_run(args, saved, data, device):
     """Yield a locked Run: a new one or, given a saved state, that one."""
@@ -102,11 +97,7 @@ def open_run(args, saved, data, device):
 
 
 class Run:
-    """A run as `main` uses it.
-
-    Attributes: `folder`; `writer`, of its TensorBoard events; `settings`, the content of hparams.json; `means` of the
-    losses over the last epoch.
-    """
+    """A run as `main` uses it: its folder, TensorBoard writer, settings (hparams.json) and last epoch's mean losses."""
 
     def __init__(self, folder, settings, saved, writer):
         self.folder, self.settings, self.writer, self._saved = folder, settings, writer, saved
@@ -118,16 +109,14 @@ class Run:
         self._parts, self._loggers, self._steps, self._bar = {}, (), 0, None  # steps of an epoch
 
     def restore(self, **parts):
-        """Take the parts of the run by name, all that has a state, and give them that of a stopped run, if it is one.
-
-        Each has a `state_dict` and a `load_state_dict`; only a loader may have none, such as torch's.
-        """
-        self._parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+        """Take the parts of the run by name, all that has a state; give them that of a stopped run, if it is one."""
+        self._parts = {name: part for name, part in parts.items()
+                       if hasattr(part, "state_dict")}  # a loader may have none, such as torch's
         self._loggers, self._steps = (parts["logger_ae"], parts["logger_disc"]), len(parts["loader"])
         if self._saved:
             self._load()
             files.rewind(self.folder, self._saved["events"])
-        write_atomically(self.folder / "hparams.json", (json.dumps(self.settings, indent=2) + "\n").encode())
+        files.write_atomically(self.folder / "hparams.json", (json.dumps(self.settings, indent=2) + "\n").encode())
         if self._saved:
             self._save(self._epoch)  # settings may be new, and the weights file older than the state
 
@@ -140,14 +129,12 @@ class Run:
         except (RuntimeError, ValueError, KeyError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise UserError(
-                f"{self.folder} cannot be resumed: the checkpoint does not fit models.py or train.py, which may have "
-                f"changed since: {' '.join(str(error).split())[:200]}") from None
+            raise UserError(f"{self.folder} cannot be resumed: the checkpoint does not fit models.py or train.py, as "
+                            f"they are now: {' '.join(str(error).split())[:200]}") from None
         for name in ("device", "device_name", "torch"):
             before, now = self._saved["settings"][name], self.settings[name]
             if before != now:
-                warn(f"the run began with {before} and continues with {now} ({name}): the results may not be "
-                     f"bitwise reproducible")
+                warn(f"the run began with {before} and continues with {now} ({name}): its bits may differ")
 
     def epochs(self):
         """Yield the numbers of the epochs to come: from 0, before training, or from the one after the saved epoch."""
@@ -164,13 +151,15 @@ class Run:
     def step_done(self):
         """Move the progress bar; raise UserError if the autoencoder's loss was not finite in the last logged window."""
         self._bar.update()
-        if latest := merged(logger.latest for logger in self._loggers):
+        logger_ae, logger_disc = self._loggers
+        if latest := logger_ae.latest | logger_disc.latest:
             self._show(latest)
 
     def end_epoch(self, epoch):
         """Print the epoch's losses, and save everything; raise UserError if training has diverged."""
         if epoch:
-            self.means = merged(logger.end_epoch() for logger in self._loggers)
+            logger_ae, logger_disc = self._loggers
+            self.means = logger_ae.end_epoch() | logger_disc.end_epoch()
             self._show(self.means)
             print_line(f"epoch {epoch}/{self.settings['epochs']}: {format_means(self.means)}, "
                        f"{time.monotonic() - self._epoch_started:.1f} s")
@@ -189,9 +178,9 @@ class Run:
         progress = {"epoch": epoch, "means": self.means, "seconds": time.monotonic() - self._started}
         state = {"format": FORMAT, "settings": self.settings, "events": files.sync_event_files(self.folder),
                  "run": progress, **{name: part.state_dict() for name, part in self._parts.items()}}
-        write_atomically(self.folder / "checkpoints" / STATE, files.serialize(state))
+        files.write_atomically(self.folder / "checkpoints" / STATE, files.serialize(state))
         self._epoch = epoch
-        write_atomically(self.folder / "checkpoints" / files.WEIGHTS, files.serialize(state["ema"]["weights"]))
+        files.write_atomically(self.folder / "checkpoints" / files.WEIGHTS, files.serialize(state["ema"]["weights"]))
 
     def print_start(self, images):
         """Print the device, the data and the folder."""
@@ -230,11 +219,6 @@ def load_optimizer(optimizer, state):
         for name, moment in moments.items():
             if torch.is_tensor(moment) and moment.shape == weight.shape:  # fused steps read both in memory order
                 moments[name] = torch.empty_like(weight).copy_(moment)
-
-
-def merged(means):
-    """Return the means of several loggers as one dict."""
-    return {name: mean for part in means for name, mean in part.items()}
 
 
 def format_means(means):
