@@ -46,7 +46,6 @@ def base_decoder(z_dim):
 
 
 # Ours: batch normalisation, SiLU, and a residual MLP between convolutions and code -----------------------------------
-#
 # To match the prior, the encoder must merge the clusters of the ten digits into one Gaussian without gaps, and the
 # decoder must undo this. One linear layer cannot. The convolutions have no bias, which BatchNorm2d would cancel.
 
@@ -171,11 +170,7 @@ ENCODERS = {"deterministic": ConvEncoder, "gaussian": GaussianEncoder, "universa
 
 
 class AdversarialAE(nn.Module):
-    """An adversarial autoencoder with z_dim latent dimensions, its two losses, and sampling.
-
-    `posterior`, one of ENCODERS, selects the encoder's q(z|x): a function of the image alone, Gaussian, or of any form.
-    `networks`, one of NETWORKS, selects the architecture of encoder and decoder.
-    """
+    """An adversarial autoencoder, its losses and sampling; `posterior` is a key of ENCODERS, `networks` of NETWORKS."""
 
     capturable = True  # the losses copy nothing between host and device, so a CUDA graph can capture them
 

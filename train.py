@@ -5,9 +5,7 @@ events, settings, weights and pictures to <log_dir>/<YYYY_mm_dd_HH_MM_SS>/. With
 its last checkpoint; on the same CPU, it ends with the same weights, bit for bit, as an uninterrupted one.
 """
 
-import training  # noqa: F401 (before torch, which reads the variables that it sets)
-
-# isort: split
+import training  # noqa: F401 isort: skip (before torch, which reads the variables that it sets)
 
 import argparse
 import sys
@@ -20,13 +18,12 @@ from training.cli import OneLineParser, number, run_program
 from training.cuda_graph import captured
 from training.data import load_data
 from training.device import RandomState, default_torch_state, setup_device
-from training.files import png_bytes, write_atomically
+from training.files import serialize, write_atomically
 from training.model import EMA, build_model, evaluation_mode
 from training.monitoring import save_measurements, save_summary
 from training.run import open_run, resolve
 from utils import TensorBoardLogger, log_images
 
-SAMPLE_SEED = 0
 MAX_GRAD_NORM = 1.0  # gradient clipping of the discriminator; see docs/EXPERIMENTS.md
 BASE = {"networks": "base", "drop_after": 0, "d_momentum": 0.0, "averaging": 0.0}  # --base
 EXAMPLES = """examples:
@@ -36,20 +33,16 @@ EXAMPLES = """examples:
 """
 
 
-# Flags ---------------------------------------------------------------------------------------------------------------
-
 def make_parser():
     """Return the parser of the command line."""
     parser = OneLineParser("train.py", "Train an adversarial autoencoder on MNIST.", usage="python train.py [flags]",
                            epilog=EXAMPLES)
-
     add = parser.add_argument_group("model").add_argument
     add("--z_dim", **number(int, 1), default=8, help="dimension of the latent code")
     add("--posterior", choices=("deterministic", "gaussian", "universal"), default="deterministic",
         help="encoder distribution q(z|x); universal: of any form, with noise as an extra input of the encoder")
     add("--networks", choices=("residual", "base"), default="residual",
         help="encoder and decoder; base: as the assignment suggests them")
-
     add = parser.add_argument_group("training").add_argument
     preset = " ".join(f"--{name} {value}" for name, value in BASE.items())
     add("--base", action="store_true",
@@ -66,19 +59,16 @@ def make_parser():
         help="decay per step of the weights' moving average, which is shown, evaluated and saved; 0: no averaging")
     add("--seed", **number(int, 0, 2**63 - 1), default=42,
         help="random seed; same bits on the same CPU with as many threads, on CUDA at most with --deterministic")
-
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=("auto", "mnist", "digits"), default="auto",
         help="training data; auto: MNIST if available, otherwise the bundled digits")
     add("--data_dir", default="../data/", metavar="DIR", help="MNIST's folder; the files are downloaded if missing")
     add("--num_workers", **number(int, 0), default=0,
         help="no effect, because the data are in memory; part of the assignment's interface")
-
     add = parser.add_argument_group("output").add_argument
     add("--log_dir", default="AAE_logs/", metavar="DIR", help="each run creates its own folder in this one")
     add("--resume", metavar="RUN",
         help="resume a run: its folder, or `latest` for the one saved last in --log_dir; --epochs may be raised")
-
     add = parser.add_argument_group("hardware").add_argument
     add("--no-cuda", action="store_true", help="do not use CUDA, even if it is available")
     add("--no-graph", action="store_true", help="on CUDA, run each step eagerly instead of replaying a CUDA graph")
@@ -97,12 +87,10 @@ def parse_args(argv=None):
     return argparse.Namespace(**{name: value for name, value in vars(flags).items() if value is not None})
 
 
-# Pictures ------------------------------------------------------------------------------------------------------------
-
 def generate_and_save(model, epoch, summary_writer, batch_size=64):
     """Save a grid of `batch_size` samples, 8 a row, to TensorBoard and as a PNG; every call decodes the same codes."""
     with evaluation_mode(model):
-        torch.manual_seed(SAMPLE_SEED)  # evaluation_mode restores the random state
+        torch.manual_seed(0)  # evaluation_mode restores the random state
         samples = model.sample(batch_size)
     save_grid(samples, 8, "samples", epoch, summary_writer, f"Prior_samples/samples_epoch_{epoch}.png")
 
@@ -121,20 +109,14 @@ def save_grid(images, columns, tag, epoch, summary_writer, name):
     grid = log_images(summary_writer, tag, images, epoch, columns)
     results = Path(summary_writer.log_dir) / "results"
     results.mkdir(exist_ok=True)
-    write_atomically(results / name, png_bytes(to_pil_image(grid)))
+    write_atomically(results / name, serialize(to_pil_image(grid)))
 
-
-# Training ------------------------------------------------------------------------------------------------------------
 
 def train_aae(epoch, model, train_loader, logger_ae, logger_disc, optimizer_ae, optimizer_disc, lambda_=1):
-    """Train for one epoch.
+    """Train for one epoch, with weight lambda_ for the reconstruction loss and 1 - lambda_ for the adversarial loss.
 
-    Args:
-        epoch: number of the epoch, from 1; part of the assignment's interface.
-        model, train_loader: see models.AdversarialAE and mnist.mnist, or anything with the same interface.
-        logger_ae, logger_disc: their `add_values` receives each step's values.
-        optimizer_ae, optimizer_disc: of the parameters of encoder and decoder, of the discriminator, and no others.
-        lambda_: weight of the reconstruction loss; the adversarial loss has weight 1 - lambda_.
+    Model and loader are those of models.py and mnist.py, or have their interface; the loggers get each step's values.
+    optimizer_ae has the parameters of encoder and decoder, optimizer_disc those of the discriminator, and no others.
     """
     model.train()
     for x, _ in train_loader:
@@ -171,14 +153,8 @@ def set_learning_rate(optimizer_ae, epoch, args):
         group["lr"] = rate
 
 
-# The whole run -------------------------------------------------------------------------------------------------------
-
 class Batches:
-    """A loader's batches for any train_aae. When the next batch is requested, the average of the weights moves.
-
-    So a train_aae that collects the batches first averages before its first step, and one that leaves its loop early
-    skips the last average.
-    """
+    """A loader's batches for any train_aae. When the next batch is requested, the average of the weights moves."""
 
     def __init__(self, loader, ema, run):
         self.loader, self.ema, self.run = loader, ema, run
@@ -189,7 +165,7 @@ class Batches:
     def __iter__(self):
         for batch in self.loader:
             yield batch
-            self.ema.update()
+            self.ema.update()  # before the first step, if all batches are collected first
             self.run.step_done()
 
     def __getattr__(self, name):
@@ -198,10 +174,7 @@ class Batches:
 
 @default_torch_state()
 def main(args):
-    """Train as the flags specify and return the run's folder. Flags missing from `args` get their defaults.
-
-    Raises UserError or mnist.DataError for errors that the user can fix; other errors note how to resume the run.
-    """
+    """Train as the flags specify, missing ones by default; return the run's folder. Errors note how to resume it."""
     args, saved = resolve(args, DEFAULTS, BASE)  # with --resume, the flags and the state of a stopped run
     torch.manual_seed(args.seed)
     device = setup_device(args.no_cuda, args.precision, args.deterministic)
@@ -212,8 +185,7 @@ def main(args):
     fused = device.type in ("cpu", "cuda")  # one call for all weights; untested on other devices
     optimizer_ae = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()], lr=args.ae_lr,
                                     betas=(0.5, 0.999), fused=fused, capturable=device.type == "cuda")
-    optimizer_disc = torch.optim.SGD(model.discriminator.parameters(), lr=args.d_lr, momentum=args.d_momentum,
-                                     fused=fused)
+    optimizer_disc = torch.optim.SGD(model.discriminator.parameters(), args.d_lr, args.d_momentum, fused=fused)
     with open_run(args, saved, data, device) as run:
         logger_ae = TensorBoardLogger(run.writer, name="generator")
         logger_disc = TensorBoardLogger(run.writer, name="discriminator")

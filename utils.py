@@ -52,7 +52,6 @@ class TensorBoardLogger:
         return {"global_step": self.global_step, "window": self._window}
 
     def load_state_dict(self, state):
-        """Restore what `state_dict` returned."""
         self.global_step, self._window = state["global_step"], state["window"]
 
 

@@ -285,7 +285,7 @@ class Flags(TrainGroup):
         with mock.patch("os.replace", side_effect=[refusal, mock.DEFAULT], wraps=os.replace):  # Windows: it is read
             files.write_atomically(path, b"second")
         for place, error in (("os.fsync", OSError(5, "Input/output error")), ("os.replace", refusal)):
-            with mock.patch(place, side_effect=error), mock.patch("time.monotonic", side_effect=range(100)), \
+            with mock.patch(place, side_effect=error), mock.patch("time.sleep"), \
                     self.assertRaises(OSError) as caught:
                 files.write_atomically(path, b"third")
             self.assertEqual(caught.exception.filename, str(path))

@@ -34,16 +34,15 @@ class RandomState:
 @contextlib.contextmanager
 def default_torch_state():
     """Give a program torch's default type and device, gradients, and a random state of its own; then restore them."""
-    dtype = torch.get_default_dtype()
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    on_cpu = torch.get_default_device().type == "cpu"  # torch.device slows down every call, so it is used if needed
-    with (torch.random.fork_rng(gpus), torch.inference_mode(False),  # which also records gradients
-          contextlib.nullcontext() if on_cpu else torch.device("cpu")):
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
+        stack.enter_context(torch.random.fork_rng(gpus))
+        stack.enter_context(torch.inference_mode(False))  # which also records gradients
+        if torch.get_default_device().type != "cpu":  # as torch.device slows down every call
+            stack.enter_context(torch.device("cpu"))
+        yield
 
 
 def setup_device(no_cuda=False, precision="fp32", deterministic=False, mps=True):

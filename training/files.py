@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from training.cli import NO_MEMORY, UserError, warn
 
@@ -53,20 +54,20 @@ def sync(file):
 
 def replace(source, target):
     """Rename a file; if that is refused, as on Windows while another program reads it, try again for two seconds."""
-    end = time.monotonic() + 2
-    while True:
-        try:
+    for _ in range(40):
+        with contextlib.suppress(PermissionError):
             return os.replace(source, target)
-        except PermissionError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.05)
+        time.sleep(0.05)
+    return os.replace(source, target)
 
 
 def serialize(value):
-    """Return what torch.save writes for a value, as bytes."""
+    """Return the bytes of a file: of a PNG for a PIL image, and what torch.save writes for anything else."""
     content = io.BytesIO()
-    torch.save(value, content)
+    if isinstance(value, Image.Image):
+        value.save(content, "png")
+    else:
+        torch.save(value, content)
     return content.getvalue()
 
 
@@ -82,13 +83,6 @@ def load_checked(path, advice="name another file", content=None):
         if isinstance(error, (OSError, MemoryError)) or NO_MEMORY.search(str(error)):
             raise
     raise UserError(f"{path} is damaged, or not a checkpoint; {advice}")
-
-
-def png_bytes(picture):
-    """Return a PIL image as the content of a PNG file."""
-    content = io.BytesIO()
-    picture.save(content, "png")
-    return content.getvalue()
 
 
 def create_run_folder(log_dir):

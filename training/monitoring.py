@@ -54,10 +54,7 @@ def save_measurements(model, epoch, summary_writer, images):
 
 
 def save_summary(model, epoch, summary_writer, data, settings, means):
-    """Write a finished run to TensorBoard: 1,000 test codes for the projector, and its settings with the final results.
-
-    These are curves of one point (`final/`): the last epoch's `means`, and measurements if there are test images.
-    """
+    """Write a finished run to TensorBoard: test codes for the projector, its settings, its results (also as curves)."""
     results = {f"final/{name}": means[name] for name in ("recon_loss", "accuracy") if name in means}
     if data.test_images is not None:
         codes, values = measurements(model, data.test_images)

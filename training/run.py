@@ -28,10 +28,7 @@ TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
 def resolve(args, defaults, base):
-    """Return a run's flags as a Namespace and, with --resume, its state, in which "folder" is its folder; else None.
-
-    The flags given in `args` come before the preset --base, this before a resumed run, and that before the defaults.
-    """
+    """Return a run's flags as a Namespace and, with --resume, its state, in which "folder" is its folder; else None."""
     given, saved, of_run = vars(args), None, {}
     if given.get("base"):
         given = {**base, **given}
@@ -43,6 +40,7 @@ def resolve(args, defaults, base):
             if given[name] != of_run[name] and not (name == "epochs" and given[name] > of_run[name]):
                 raise FlagError(f"--{name} {given[name]} contradicts the run, which has {of_run[name]}; omit the flag, "
                                 f"or start a new run")
+    # What is given comes before the preset --base, this before a resumed run, and that before the defaults.
     args = Namespace(**{name: value for name, value in {**defaults, **of_run, **given}.items()
                         if name not in ("base", "resume")})
     args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir))  # hparams.json is read in other folders, too
@@ -53,14 +51,12 @@ def resolve(args, defaults, base):
 def find_run(resume, log_dir):
     """Return the folder of the run that --resume names: its folder or training state, or "latest" in `log_dir`."""
     place = Path(os.path.abspath(os.path.expanduser(log_dir if resume == "latest" else resume)))
+    folder = place.parents[1] if place.name == STATE else place
     if resume == "latest":
         states = sorted(place.glob(f"*/checkpoints/{STATE}"), key=os.path.getmtime)
         folder = states[-1].parents[1] if states else place
-    else:
-        folder = place.parents[1] if place.name == STATE else place
     if not os.path.exists(folder / "checkpoints" / STATE):
-        raise UserError(f"{place} cannot be resumed: it has no checkpoints/{STATE}; name a run's folder, or start a "
-                        f"new run")
+        raise UserError(f"{place} cannot be resumed: it has no checkpoints/{STATE}; name a run's folder")
     return folder
 
 
@@ -69,8 +65,7 @@ def load_state(folder):
     path = Path(folder) / "checkpoints" / STATE
     state = files.load_checked(path, "start a new run")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{path} is not a training state of this version of the program; finish the run with the "
-                        f"commit that made it, or start a new run")
+        raise UserError(f"{path} is of another version; finish the run with the commit that made it, or start anew")
     return state
 
 
@@ -102,8 +97,7 @@ class Run:
     def __init__(self, folder, settings, saved, writer):
         self.folder, self.settings, self.writer, self._saved = folder, settings, writer, saved
         progress = saved["run"] if saved else {"epoch": None, "means": {}, "seconds": 0}
-        self._epoch = progress["epoch"]  # the last one that is saved; 0 is before training
-        self.means = progress["means"]
+        self._epoch, self.means = progress["epoch"], progress["means"]  # of the last saved epoch; 0: before training
         self._epoch_started = time.monotonic()
         self._started = self._epoch_started - progress["seconds"]
         self._parts, self._loggers, self._steps, self._bar = {}, (), 0, None  # steps of an epoch
