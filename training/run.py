@@ -65,7 +65,7 @@ def load_state(folder):
     path = Path(folder) / "checkpoints" / STATE
     state = files.load_checked(path, "start a new run")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{path} is of another version; finish the run with the commit that made it, or start anew")
+        raise UserError(f"{path} is not of this version; finish the run with the commit that made it, or start anew")
     return state
 
 
