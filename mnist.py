@@ -1,7 +1,6 @@
 """The training data: MNIST or the bundled digits, decoded once into tensors, and the loader that shuffles them.
 
-MNIST (LeCun, Cortes and Burges) is read from `<root>/MNIST/raw/`, where torchvision keeps and downloads its four files.
-The bundled digits, which replace it without a network, are those of assets/README.md.
+MNIST (LeCun, Cortes and Burges) is in `<root>/MNIST/raw/`, as torchvision has it; the digits: assets/README.md.
 """
 
 import contextlib

@@ -46,7 +46,6 @@ def base_decoder(z_dim):
 
 
 # Ours: batch normalisation, SiLU, and a residual MLP between convolutions and code -----------------------------------
-#
 # To match the prior, the encoder must merge the clusters of the ten digits into one Gaussian without gaps, and the
 # decoder must undo this. One linear layer cannot. The convolutions have no bias, which BatchNorm2d would cancel.
 
@@ -91,14 +90,12 @@ class ResidualBlock(nn.Module):
 NETWORKS = {"residual": (residual_encoder, residual_decoder), "base": (base_encoder, base_decoder)}
 
 
-# Encoder, decoder, discriminator -------------------------------------------------------------------------------------
+class Network(nn.Module):
+    """What encoder, decoder and discriminator share: the layers `net`, and the device of their weights."""
 
-class ConvEncoder(nn.Module):
-    """Maps images [B, 1, 28, 28] in [-1, 1] to latent codes [B, z_dim] without noise; `networks` is one of NETWORKS."""
-
-    def __init__(self, z_dim, networks="residual"):
+    def __init__(self, net):
         super().__init__()
-        self.net = NETWORKS[networks][0](z_dim)
+        self.net = net
 
     def forward(self, x):
         return self.net(x)
@@ -108,11 +105,17 @@ class ConvEncoder(nn.Module):
         return next(self.parameters()).device
 
 
-class GaussianEncoder(ConvEncoder):
-    """Maps images to samples of q(z|x) = N(mean(x), diag(exp(log_variance(x)))), which the network outputs.
+class ConvEncoder(Network):
+    """Maps images [B, 1, 28, 28] in [-1, 1] to latent codes [B, z_dim] without noise; `networks` is one of NETWORKS."""
 
-    A sample is mean + exp(log_variance / 2) * noise, so that gradients pass through it (reparameterization, Kingma and
-    Welling, arXiv:1312.6114, section 2.4). Every call samples anew, also in evaluation mode.
+    def __init__(self, z_dim, networks="residual"):
+        super().__init__(NETWORKS[networks][0](z_dim))
+
+
+class GaussianEncoder(ConvEncoder):
+    """Maps images to samples of q(z|x) = N(mean(x), diag(exp(log_variance(x)))), anew in every call.
+
+    Gradients pass through mean and variance (reparameterization, Kingma and Welling, arXiv:1312.6114, section 2.4).
     """
 
     def __init__(self, z_dim, networks="residual"):
@@ -126,8 +129,7 @@ class GaussianEncoder(ConvEncoder):
 class UniversalEncoder(ConvEncoder):
     """Maps images to samples of a q(z|x) of any form, with noise from N(0, I) as an input (Makhzani et al., section 2).
 
-    The noise is appended to HIDDEN features of the image, and a hidden layer mixes the two. Every call samples anew,
-    also in evaluation mode.
+    The noise, new in every call, is appended to HIDDEN features of the image, and a hidden layer mixes the two.
     """
 
     HIDDEN, NOISE = 128, 16
@@ -144,35 +146,23 @@ class UniversalEncoder(ConvEncoder):
         return self.mix(torch.cat([features, noise], dim=1))
 
 
-class ConvDecoder(nn.Module):
+class ConvDecoder(Network):
     """Maps latent codes [B, z_dim] to images [B, 1, 28, 28] in [-1, 1]; its layers mirror the encoder's."""
 
     def __init__(self, z_dim, networks="residual"):
-        super().__init__()
-        self.net = NETWORKS[networks][1](z_dim)
+        super().__init__(NETWORKS[networks][1](z_dim))
         # Start at MNIST's mean pixel: from a brighter start, the first steps drive tanh to -1, where gradients vanish.
         nn.init.constant_(self.net[-2].bias, math.atanh(-0.74))
 
-    def forward(self, z):
-        return self.net(z)
 
-
-class Discriminator(nn.Module):
+class Discriminator(Network):
     """Maps latent codes [B, z_dim] to logits [B, 1]: above 0 for "from the prior", below 0 for "from the encoder"."""
 
     def __init__(self, z_dim):
-        super().__init__()
-        self.net = nn.Sequential(
+        super().__init__(nn.Sequential(
             nn.Linear(z_dim, 512), nn.LeakyReLU(0.2),
             nn.Linear(512, 512), nn.LeakyReLU(0.2),
-            nn.Linear(512, 1))
-
-    def forward(self, z):
-        return self.net(z)
-
-    @property
-    def device(self):
-        return next(self.parameters()).device
+            nn.Linear(512, 1)))
 
 
 Encoder, Decoder = ConvEncoder, ConvDecoder  # names that other solutions of the assignment use
@@ -180,11 +170,7 @@ ENCODERS = {"deterministic": ConvEncoder, "gaussian": GaussianEncoder, "universa
 
 
 class AdversarialAE(nn.Module):
-    """An adversarial autoencoder with z_dim latent dimensions, its two losses, and sampling.
-
-    `posterior`, one of ENCODERS, selects the encoder's q(z|x): a function of the image alone, Gaussian, or of any form.
-    `networks`, one of NETWORKS, selects the architecture of encoder and decoder.
-    """
+    """An adversarial autoencoder, its losses and sampling; `posterior` is a key of ENCODERS, `networks` of NETWORKS."""
 
     capturable = True  # the losses copy nothing between host and device, so a CUDA graph can capture them
 
@@ -207,9 +193,9 @@ class AdversarialAE(nn.Module):
     def get_loss_autoencoder(self, x, recon_x, z_fake, lambda_=1):
         """Return the loss of encoder and decoder, a scalar, and a dict of scalar tensors: the loss and its two parts.
 
-        ae_loss = lambda_ * recon_loss + (1 - lambda_) * gen_loss. recon_loss is the mean squared error over pixels;
-        gen_loss = -E_x[log D(E(x))], the non-saturating form of the encoder's adversarial term (Goodfellow et al.,
-        arXiv:1406.2661, section 3). Its gradient reaches the discriminator's weights too; clear it before their step.
+        recon_loss is the mean squared error over pixels; gen_loss = -E_x[log D(E(x))], the non-saturating form of the
+        encoder's adversarial term (Goodfellow et al., arXiv:1406.2661, section 3). Its gradient reaches the
+        discriminator's weights too; clear it before their step.
         """
         recon_loss = F.mse_loss(recon_x, x)
         gen_loss = cross_entropy(self.discriminator(z_fake), REAL)
@@ -235,12 +221,9 @@ class AdversarialAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, batch_size):
-        """Return images [batch_size, 1, 28, 28] in [-1, 1], decoded from prior samples, without gradients.
-
-        The model's weights, statistics and modes do not change. The codes are drawn from torch's generator on the CPU:
-        the same seed gives the same codes on every device.
-        """
-        z = torch.randn(batch_size, self.z_dim, device="cpu").to(next(self.decoder.parameters()))
+        """Return images [batch_size, 1, 28, 28] in [-1, 1], decoded from prior samples; the model does not change."""
+        z = torch.randn(batch_size, self.z_dim, device="cpu")  # the same seed gives the same codes on every device
+        z = z.to(next(self.decoder.parameters()))
         modes = [(module, module.training) for module in self.decoder.modules()]
         try:
             return self.decoder.eval()(z)

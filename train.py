@@ -5,9 +5,7 @@ events, settings, weights and pictures to <log_dir>/<YYYY_mm_dd_HH_MM_SS>/. With
 its last checkpoint; on the same CPU, it ends with the same weights, bit for bit, as an uninterrupted one.
 """
 
-import training.threads  # noqa: F401 (before torch, which reads the variables that it sets)
-
-# isort: split
+import training  # noqa: F401 isort: skip (before torch, which reads the variables that it sets)
 
 import argparse
 import sys
@@ -16,17 +14,16 @@ from pathlib import Path
 import torch
 from torchvision.transforms.functional import to_pil_image
 
-from evaluation.monitoring import save_measurements, save_summary
 from training.cli import OneLineParser, number, run_program
 from training.cuda_graph import captured
 from training.data import load_data
 from training.device import RandomState, default_torch_state, setup_device
-from training.files import png_bytes, write_atomically
+from training.files import serialize, write_atomically
 from training.model import EMA, build_model, evaluation_mode
+from training.monitoring import save_measurements, save_summary
 from training.run import open_run, resolve
 from utils import TensorBoardLogger, log_images
 
-SAMPLE_SEED = 0
 MAX_GRAD_NORM = 1.0  # gradient clipping of the discriminator; see docs/EXPERIMENTS.md
 BASE = {"networks": "base", "drop_after": 0, "d_momentum": 0.0, "averaging": 0.0}  # --base
 EXAMPLES = """examples:
@@ -36,54 +33,42 @@ EXAMPLES = """examples:
 """
 
 
-# Flags ---------------------------------------------------------------------------------------------------------------
-
 def make_parser():
     """Return the parser of the command line."""
     parser = OneLineParser("train.py", "Train an adversarial autoencoder on MNIST.", usage="python train.py [flags]",
                            epilog=EXAMPLES)
-
     add = parser.add_argument_group("model").add_argument
-    add("--z_dim", type=number(int, 1), default=8, metavar="N", help="dimension of the latent code")
+    add("--z_dim", **number(int, 1), default=8, help="dimension of the latent code")
     add("--posterior", choices=("deterministic", "gaussian", "universal"), default="deterministic",
         help="encoder distribution q(z|x); universal: of any form, with noise as an extra input of the encoder")
     add("--networks", choices=("residual", "base"), default="residual",
         help="encoder and decoder; base: as the assignment suggests them")
-
     add = parser.add_argument_group("training").add_argument
     preset = " ".join(f"--{name} {value}" for name, value in BASE.items())
     add("--base", action="store_true",
         help=f"preset of the assignment's suggestions, short for {preset}; flags given explicitly take precedence")
-    add("--epochs", type=number(int, 1), default=100, metavar="N", help="passes over the training set")
-    add("--batch_size", type=number(int, 1), default=64, metavar="N", help="images per training step")
-    add("--lambda_", type=number(float, 0, 1), default=0.995, metavar="X",
+    add("--epochs", **number(int, 1), default=100, help="passes over the training set")
+    add("--batch_size", **number(int, 1), default=64, help="images per training step")
+    add("--lambda_", **number(float, 0, 1), default=0.995,
         help="weight of the reconstruction loss, in [0, 1]; the adversarial loss has weight 1 - X")
-    add("--ae_lr", type=number(float, 0), default=1e-3, metavar="X",
-        help="learning rate of the encoder and decoder (Adam)")
-    add("--drop_after", type=number(int, 0), default=90, metavar="N",
-        help="after this epoch --ae_lr is divided by 10; 0: never")
-    add("--d_lr", type=number(float, 0), default=5e-3, metavar="X", help="learning rate of the discriminator (SGD)")
-    add("--d_momentum", type=number(float, 0, 0.999), default=0.95, metavar="X",
-        help="momentum of the discriminator's SGD")
-    add("--averaging", type=number(float, 0, 0.99999), default=0.999, metavar="X",
-        help="decay per step of the moving average of the weights, which is shown, evaluated and saved; "
-             "0: no averaging")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=42, metavar="N",
-        help="random seed; bitwise reproducible on the same CPU with as many threads, on CUDA at most with "
-             "--deterministic")
-
+    add("--ae_lr", **number(float, 0), default=1e-3, help="learning rate of the encoder and decoder (Adam)")
+    add("--drop_after", **number(int, 0), default=90, help="after this epoch --ae_lr is divided by 10; 0: never")
+    add("--d_lr", **number(float, 0), default=5e-3, help="learning rate of the discriminator (SGD)")
+    add("--d_momentum", **number(float, 0, 0.999), default=0.95, help="momentum of the discriminator's SGD")
+    add("--averaging", **number(float, 0, 0.99999), default=0.999,
+        help="decay per step of the weights' moving average, which is shown, evaluated and saved; 0: no averaging")
+    add("--seed", **number(int, 0, 2**63 - 1), default=42,
+        help="random seed; same bits on the same CPU with as many threads, on CUDA at most with --deterministic")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=("auto", "mnist", "digits"), default="auto",
         help="training data; auto: MNIST if available, otherwise the bundled digits")
     add("--data_dir", default="../data/", metavar="DIR", help="MNIST's folder; the files are downloaded if missing")
-    add("--num_workers", type=number(int, 0), default=0, metavar="N",
+    add("--num_workers", **number(int, 0), default=0,
         help="no effect, because the data are in memory; part of the assignment's interface")
-
     add = parser.add_argument_group("output").add_argument
     add("--log_dir", default="AAE_logs/", metavar="DIR", help="each run creates its own folder in this one")
     add("--resume", metavar="RUN",
         help="resume a run: its folder, or `latest` for the one saved last in --log_dir; --epochs may be raised")
-
     add = parser.add_argument_group("hardware").add_argument
     add("--no-cuda", action="store_true", help="do not use CUDA, even if it is available")
     add("--no-graph", action="store_true", help="on CUDA, run each step eagerly instead of replaying a CUDA graph")
@@ -102,24 +87,16 @@ def parse_args(argv=None):
     return argparse.Namespace(**{name: value for name, value in vars(flags).items() if value is not None})
 
 
-# Pictures ------------------------------------------------------------------------------------------------------------
-
 def generate_and_save(model, epoch, summary_writer, batch_size=64):
-    """Save a grid of `batch_size` samples, 8 a row, to TensorBoard (`samples`) and as a PNG under the run's folder.
-
-    Every call decodes the same codes, so the pictures show how the digits take shape over the epochs.
-    """
+    """Save a grid of `batch_size` samples, 8 a row, to TensorBoard and as a PNG; every call decodes the same codes."""
     with evaluation_mode(model):
-        torch.manual_seed(SAMPLE_SEED)  # evaluation_mode restores the random state
+        torch.manual_seed(0)  # evaluation_mode restores the random state
         samples = model.sample(batch_size)
     save_grid(samples, 8, "samples", epoch, summary_writer, f"Prior_samples/samples_epoch_{epoch}.png")
 
 
 def save_reconstruction(model, epoch, summary_writer, data, count=8):
-    """Save a row of the first `count` images of `data`, [N, 1, 28, 28] in [-1, 1], above a row of reconstructions.
-
-    The picture goes to TensorBoard (`reconstructions`) and, as a PNG, to the run's folder.
-    """
+    """Save a row of the first `count` images of `data`, [N, 1, 28, 28] in [-1, 1], above one of reconstructions."""
     with evaluation_mode(model):
         images = data[:count].to(model.device)
         pairs = torch.cat([images, model(images)[0]])
@@ -132,21 +109,14 @@ def save_grid(images, columns, tag, epoch, summary_writer, name):
     grid = log_images(summary_writer, tag, images, epoch, columns)
     results = Path(summary_writer.log_dir) / "results"
     results.mkdir(exist_ok=True)
-    write_atomically(results / name, png_bytes(to_pil_image(grid)))
+    write_atomically(results / name, serialize(to_pil_image(grid)))
 
-
-# Training ------------------------------------------------------------------------------------------------------------
 
 def train_aae(epoch, model, train_loader, logger_ae, logger_disc, optimizer_ae, optimizer_disc, lambda_=1):
-    """Train for one epoch.
+    """Train for one epoch, with weight lambda_ for the reconstruction loss and 1 - lambda_ for the adversarial loss.
 
-    Args:
-        epoch: number of the epoch, from 1; part of the assignment's interface.
-        model, train_loader: see models.AdversarialAE and mnist.mnist, or anything with the same interface.
-        logger_ae, logger_disc: their `add_values` receives each step's values.
-        optimizer_ae: optimizes the parameters of encoder and decoder, and no others.
-        optimizer_disc: optimizes the parameters of the discriminator, and no others.
-        lambda_: weight of the reconstruction loss; the adversarial loss has weight 1 - lambda_.
+    Model and loader are those of models.py and mnist.py, or have their interface; the loggers get each step's values.
+    optimizer_ae has the parameters of encoder and decoder, optimizer_disc those of the discriminator, and no others.
     """
     model.train()
     for x, _ in train_loader:
@@ -176,24 +146,15 @@ def train_step(model, optimizer_ae, optimizer_disc, lambda_, x):
 
 
 def set_learning_rate(optimizer_ae, epoch, args):
-    """Set the autoencoder's learning rate for an epoch, counted from 1: args.ae_lr, a tenth after args.drop_after.
-
-    With the lower rate, the codes move less from step to step, so the discriminator learns finer differences between
-    them and the prior. The rate does not depend on the number of epochs, so a run can be extended.
-    """
+    """Set the autoencoder's learning rate for an epoch, counted from 1: args.ae_lr, a tenth after args.drop_after."""
+    # Codes that move less are told from the prior by finer differences. Independent of --epochs: runs can be extended.
     rate = args.ae_lr / 10 if 0 < args.drop_after < epoch else args.ae_lr
     for group in optimizer_ae.param_groups:
         group["lr"] = rate
 
 
-# The whole run -------------------------------------------------------------------------------------------------------
-
 class Batches:
-    """A loader's batches for any train_aae. When the next batch is requested, the average of the weights moves.
-
-    So a train_aae that collects the batches first averages before its first step, and one that leaves its loop early
-    skips the last average.
-    """
+    """A loader's batches for any train_aae. When the next batch is requested, the average of the weights moves."""
 
     def __init__(self, loader, ema, run):
         self.loader, self.ema, self.run = loader, ema, run
@@ -204,7 +165,7 @@ class Batches:
     def __iter__(self):
         for batch in self.loader:
             yield batch
-            self.ema.update()
+            self.ema.update()  # before the first step, if all batches are collected first
             self.run.step_done()
 
     def __getattr__(self, name):
@@ -213,10 +174,7 @@ class Batches:
 
 @default_torch_state()
 def main(args):
-    """Train as the flags specify and return the run's folder. Flags missing from `args` get their defaults.
-
-    Raises UserError or mnist.DataError for errors that the user can fix; other errors note how to resume the run.
-    """
+    """Train as the flags specify, missing ones by default; return the run's folder. Errors note how to resume it."""
     args, saved = resolve(args, DEFAULTS, BASE)  # with --resume, the flags and the state of a stopped run
     torch.manual_seed(args.seed)
     device = setup_device(args.no_cuda, args.precision, args.deterministic)
@@ -227,8 +185,7 @@ def main(args):
     fused = device.type in ("cpu", "cuda")  # one call for all weights; untested on other devices
     optimizer_ae = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()], lr=args.ae_lr,
                                     betas=(0.5, 0.999), fused=fused, capturable=device.type == "cuda")
-    optimizer_disc = torch.optim.SGD(model.discriminator.parameters(), lr=args.d_lr, momentum=args.d_momentum,
-                                     fused=fused)
+    optimizer_disc = torch.optim.SGD(model.discriminator.parameters(), args.d_lr, args.d_momentum, fused=fused)
     with open_run(args, saved, data, device) as run:
         logger_ae = TensorBoardLogger(run.writer, name="generator")
         logger_disc = TensorBoardLogger(run.writer, name="discriminator")

@@ -8,7 +8,6 @@ class TensorBoardLogger:
     """Logs the mean of every value over windows of `avg_window` steps, at the last step of each window.
 
     Values are summed on their own device; the CPU waits for it only when a window is complete and when an epoch ends.
-    `latest` has the means of the last window that was logged.
     """
 
     def __init__(self, summary_writer, avg_window=50, name=None):
@@ -16,7 +15,7 @@ class TensorBoardLogger:
         self.avg_window = avg_window
         self.prefix = "" if name is None else f"{name}/"
         self.global_step = 0
-        self.latest = {}
+        self.latest = {}  # the means of the last window that was logged
         self._unread, self._window, self._epoch = {}, {}, {}  # each: name -> (sum, number of values)
 
     def add_values(self, values):
@@ -53,7 +52,6 @@ class TensorBoardLogger:
         return {"global_step": self.global_step, "window": self._window}
 
     def load_state_dict(self, state):
-        """Restore what `state_dict` returned."""
         self.global_step, self._window = state["global_step"], state["window"]
 
 

@@ -6,8 +6,8 @@ from PIL import Image
 
 from benchmarks.plots import ORANGE, plt, save
 from evaluation.model_files import load_images, load_run
-from evaluation.monitoring import reconstruct
 from training.model import evaluation_mode
+from training.monitoring import reconstruct
 from utils import image_grid
 
 SAMPLES = "results/Prior_samples/samples_epoch_{}.png"

@@ -25,9 +25,9 @@ import torch
 from benchmarks import tables
 from benchmarks.report import PROJECT
 from mnist import mnist
+from training import usable_cpus
 from training.cli import OneLineParser, UserError, number, print_line, run_program
 from training.device import device_name
-from training.threads import usable_cpus
 
 WAYS = ("default", "--precision bf16", "--base")  # train.py with these flags
 CUDA_WAYS = ("--no-graph", "--deterministic")
@@ -161,8 +161,8 @@ def main(args):
 
 def parse_args(argv=None):
     parser = OneLineParser("python -m benchmarks.speed", "Compare train.py's steps with those of a plain loop.")
-    parser.add_argument("--rounds", type=number(int, 2), default=20, help="turns of each way, after one to warm up")
-    parser.add_argument("--steps", type=number(int, 1, 937), default=40, help="steps of a turn; on a GPU, 400 or more")
+    parser.add_argument("--rounds", **number(int, 2), default=20, help="turns of each way, after one to warm up")
+    parser.add_argument("--steps", **number(int, 1, 937), default=40, help="steps of a turn; on a GPU, 400 or more")
     parser.add_argument("--data_dir", type=os.path.abspath, default=str(PROJECT.parent / "data"), help="MNIST's folder")
     parser.add_argument("--json", type=Path, help="save the results to this file")
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA")

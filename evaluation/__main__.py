@@ -1,8 +1,6 @@
 """The program that evaluates a trained model on test images of its data set:  python -m evaluation RUN"""
 
-import training.threads  # noqa: F401 (before torch, which reads the variables that it sets)
-
-# isort: split
+import training  # noqa: F401 isort: skip (before torch, which reads the variables that it sets)
 
 import json
 import sys
@@ -17,7 +15,7 @@ from evaluation.model_files import load_images, load_run
 from evaluation.pictures import draw_pictures
 from training.cli import OneLineParser, number, print_line, run_program
 from training.device import default_torch_state, device_name, setup_device
-from training.files import WEIGHTS, png_bytes, write_atomically
+from training.files import WEIGHTS, serialize, write_atomically
 
 INFERRED = ("weights", "weights_md5", "trained_on", "z_dim", "posterior", "networks")  # settings kept in metrics.json
 
@@ -39,7 +37,7 @@ def main(args):
     folder = Path(args.output or folder / "evaluation")
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in draw_pictures(model, *data, args.seed).items():
-        write_atomically(folder / name, png_bytes(picture))
+        write_atomically(folder / name, serialize(picture))
     write_atomically(folder / "metrics.json", (json.dumps(figures, indent=2) + "\n").encode())
     print_line(f"see: {folder}")
 
@@ -84,7 +82,7 @@ def parse_args(argv=None):
     parser.add_argument("--output", metavar="DIR", help="folder for the files (default: the run's evaluation/)")
     parser.add_argument("--data_dir", metavar="DIR", help="MNIST's folder; the files are downloaded if missing "
                                                           "(default: the run's, or ../data/)")
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="random seed")
+    parser.add_argument("--seed", **number(int, 0, 2**63 - 1), default=0, help="random seed")
     parser.add_argument("--no-cuda", action="store_true", help="do not use CUDA, even if it is available")
     return parser.parse_args(argv)
 

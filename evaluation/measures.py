@@ -4,9 +4,9 @@ import torch
 
 from evaluation import metrics
 from evaluation.classifier import BATCH, features_and_probabilities, load_classifier
-from evaluation.monitoring import ks_distance, reconstruct
 from training.cli import UserError
 from training.model import evaluation_mode
+from training.monitoring import ks_distance, reconstruct
 
 SAMPLES = 10_000       # drawn for the log-likelihood and the classifier
 SIGMA_IMAGES = 1_000   # the last training images, on which the Parzen window's sigma is chosen

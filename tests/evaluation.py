@@ -20,8 +20,8 @@ assert_close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-
 class Evaluation(TrainGroup):
     """python -m evaluation on a few of the bundled digits, and its metrics compared with other ways to compute them."""
 
-    needs = (*TrainGroup.needs, "training.files", *(f"evaluation.{name}" for name in (
-        "__main__", "classifier", "measures", "metrics", "model_files", "monitoring", "pictures")))
+    needs = (*TrainGroup.needs, "training.files", "training.monitoring", *(f"evaluation.{name}" for name in (
+        "__main__", "classifier", "measures", "metrics", "model_files", "pictures")))
 
     def setUp(self):
         super().setUp()

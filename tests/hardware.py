@@ -21,7 +21,7 @@ __unittest = True
 class Hardware(TrainGroup):
     """What the user is told about the hardware, how it is set up, and the variables that are set before torch."""
 
-    needs = (*TrainGroup.needs, "training.device", "training.threads")
+    needs = (*TrainGroup.needs, "training.device", "training")
 
     def assert_run_refused(self, status, words, *flags):
         """Check that a run with these flags is rejected in one sentence."""
@@ -67,7 +67,7 @@ class Hardware(TrainGroup):
         self.assertEqual((status, err), (0, 2 * "WARNING: no GPU\n"))  # at the start and at the end
 
     def test_a_short_spin_and_no_more_threads_than_the_quota_allows_unless_the_user_has_set_them(self):
-        file, spin = self.folder() / "cpu.max", {"GOMP_SPINCOUNT": str(self.threads.SPIN_COUNT)}
+        file, spin = self.folder() / "cpu.max", {"GOMP_SPINCOUNT": str(self.training.SPIN_COUNT)}
         for environment, quota, changes, returned in (
                 ({}, "50000 100000", {**spin, "OMP_NUM_THREADS": "1"}, 0.5),
                 ({}, "390000 100000\n", {**spin, "OMP_NUM_THREADS": "3"}, 3.9),
@@ -77,14 +77,15 @@ class Hardware(TrainGroup):
             file.write_text(quota) if quota else file.unlink()
             with mock.patch.dict(os.environ, environment, clear=True), mock.patch("sys.platform", "linux"), \
                     mock.patch("os.sched_getaffinity", lambda _: range(4), create=True), \
-                    mock.patch.object(self.threads, "CPU_MAX", file):
-                self.assertEqual((self.threads.configure(), dict(os.environ)), (returned, {**environment, **changes}))
+                    mock.patch.object(self.training, "CPU_MAX", file):
+                self.assertEqual(self.training.limit_threads(), returned)
+                self.assertEqual(dict(os.environ), {**environment, **changes})
 
     def test_every_program_sets_it_before_torch_is_imported(self):
         for name in ("train.py", "unittests.py", "evaluation/__main__.py", "benchmarks/__init__.py"):
             imports = re.findall(r"(?m)^ *(?:import|from) ((\w+)\S*)", (HERE / name).read_text(encoding="utf-8"))
             others = [module for module, package in imports if package not in sys.stdlib_module_names]
-            self.assertEqual(others[0], "training.threads", name)
+            self.assertEqual(others[0], "training", name)
 
 
 class Cuda(TrainGroup):

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import unittests
-from training.threads import usable_cpus
+from training import usable_cpus
 from unittests import HERE, Group
 
 __unittest = True

@@ -47,8 +47,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def number(convert, low, high=2**31 - 1):
-    """Return a type for argparse: numbers of type `convert` in [low, high]; NaN is rejected."""
-    kind = {int: "an integer", float: "a number"}[convert]
+    """Return add_argument's options for a flag: a number of type `convert` in [low, high]; NaN is rejected."""
+    kind, metavar = {int: ("an integer", "N"), float: ("a number", "X")}[convert]
 
     def parse(text):
         try:
@@ -59,7 +59,7 @@ def number(convert, low, high=2**31 - 1):
             raise argparse.ArgumentTypeError(f"{text!r} is not {kind} from {low} to {high}")
         return value
 
-    return parse
+    return {"type": parse, "metavar": metavar}
 
 
 def print_line(text, stream=None):

@@ -16,10 +16,9 @@ MOST = 8     # recordings of a run; options that change more often are trained e
 def captured(step):
     """Decorate `step(model, optimizer_ae, optimizer_disc, lambda_, x)`: on CUDA, record a CUDA graph and replay it.
 
-    Each shape of x, lambda_ and set of options of the optimizers, such as learning rates, has a recording of its own,
-    which lives at most as long as optimizer_ae. It runs nothing; the WARM_UP steps before it are training steps. Each
-    step has new random numbers, and overwrites the values that the previous one returned. Eager are models that are not
-    `capturable`, and everything on AMD GPUs, where graphs are untested. For whoever edits a step: docs/DEVELOPING.md.
+    Each shape of x, lambda_ and set of options of the optimizers, such as learning rates, has a recording of its own.
+    Each step has new random numbers, and overwrites the values that the previous one returned. Eager are models that
+    are not `capturable`, and AMD GPUs, where graphs are untested. For whoever edits a step: docs/DEVELOPING.md.
     """
     recordings = weakref.WeakKeyDictionary()  # optimizer_ae -> Recordings
 
@@ -43,18 +42,17 @@ class Recordings:
 
     def __init__(self):
         self._warm = Counter()  # shape -> eager steps so far
-        self._graphs = {}       # key -> the graph, the batch that it reads, the values that it writes
-        self._given_up = False
+        self._graphs = {}       # key -> the graph, the batch that it reads, the values that it writes; None: given up
         self._stream = torch.cuda.Stream()
 
     def step(self, eager, key, x):
+        if self._graphs is None:
+            return eager(x)
         if key in self._graphs:
             graph, batch, values = self._graphs[key]
             batch.copy_(x)
             graph.replay()
             return values
-        if self._given_up:
-            return eager(x)
         if self._warm[x.shape] < WARM_UP:
             self._warm[x.shape] += 1
             self._stream.wait_stream(torch.cuda.current_stream())
@@ -92,7 +90,6 @@ class Recordings:
 
     def _give_up(self, reason):
         """Record nothing more, forget what is recorded, and warn once."""
-        self._given_up = True
-        self._graphs.clear()  # after a failed capture, the others use the random generator's old state
+        self._graphs = None  # after a failed capture, the others use the random generator's old state
         warn(f"training continues without a CUDA graph, and more slowly, because {reason}; --no-graph, or "
              f"`capturable = False` in the model's class, takes such steps from the start")

@@ -34,25 +34,20 @@ class RandomState:
 @contextlib.contextmanager
 def default_torch_state():
     """Give a program torch's default type and device, gradients, and a random state of its own; then restore them."""
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(gpus), torch.inference_mode(False):  # which also records gradients
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
-        if device.type != "cpu":  # a default device slows down every call, so it is set only if needed
+        stack.enter_context(torch.random.fork_rng(gpus))
+        stack.enter_context(torch.inference_mode(False))  # which also records gradients
+        if (device := torch.get_default_device()).type != "cpu":  # as a default device slows down every call
+            stack.callback(torch.set_default_device, device)
             torch.set_default_device("cpu")
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
-            if device.type != "cpu":
-                torch.set_default_device(device)
+        yield
 
 
 def setup_device(no_cuda=False, precision="fp32", deterministic=False, mps=True):
-    """Return the device to compute on: CUDA unless `no_cuda`, else MPS if `mps` (it lacks float64), else the CPU.
-
-    `precision` is "fp32" or "bf16". Raises FlagError if the device has no units for it.
-    """
+    """Return the device to compute on: CUDA unless `no_cuda`, else MPS if `mps` (it lacks float64), else the CPU."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is initialised
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a kernel per tensor

@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from training.cli import NO_MEMORY, UserError, warn
 
@@ -24,15 +25,11 @@ WEIGHTS = "model_checkpoint.pt"  # a run's weights, for other uses
 
 
 def write_atomically(path, content):
-    """Write bytes to a file atomically: at any time, it has either all of them or its previous content.
-
-    The file's folder is created if it is missing, but not the folder's parent: a run's folder that somebody has removed
-    does not come back incomplete.
-    """
+    """Write bytes to a file atomically: at any time, it has either all of them or its previous content."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True)  # not its parents: a run's folder that somebody removed does not come back
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
@@ -57,28 +54,25 @@ def sync(file):
 
 def replace(source, target):
     """Rename a file; if that is refused, as on Windows while another program reads it, try again for two seconds."""
-    end = time.monotonic() + 2
-    while True:
-        try:
+    for _ in range(40):
+        with contextlib.suppress(PermissionError):
             return os.replace(source, target)
-        except PermissionError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.05)
+        time.sleep(0.05)
+    return os.replace(source, target)
 
 
 def serialize(value):
-    """Return what torch.save writes for a value, as bytes."""
+    """Return the bytes of a file: of a PNG for a PIL image, and what torch.save writes for anything else."""
     content = io.BytesIO()
-    torch.save(value, content)
+    if isinstance(value, Image.Image):
+        value.save(content, "png")
+    else:
+        torch.save(value, content)
     return content.getvalue()
 
 
 def load_checked(path, advice="name another file", content=None):
-    """Return what torch.save wrote into a file, on the CPU; raise UserError if it is damaged.
-
-    `content` has the file's bytes if they have been read already.
-    """
+    """Return what torch.save wrote to a file, on the CPU; UserError if it is damaged. `content`: its bytes, if read."""
     try:
         stream = io.BytesIO(Path(path).read_bytes() if content is None else content)
         with zipfile.ZipFile(stream) as archive:  # the format of torch.save; torch.load ignores checksums
@@ -90,15 +84,6 @@ def load_checked(path, advice="name another file", content=None):
             raise
     raise UserError(f"{path} is damaged, or not a checkpoint; {advice}")
 
-
-def png_bytes(picture):
-    """Return a PIL image as the content of a PNG file."""
-    content = io.BytesIO()
-    picture.save(content, "png")
-    return content.getvalue()
-
-
-# A run's folder ------------------------------------------------------------------------------------------------------
 
 def create_run_folder(log_dir):
     """Create <log_dir>/<YYYY_mm_dd_HH_MM_SS>/ and return its path. If it exists, wait for the next second."""

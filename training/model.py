@@ -29,8 +29,7 @@ class EMA:
     """A copy of a model, `model`, whose weights are an exponential moving average of the original's over the steps.
 
     The decay of the n-th step is min(decay, (1 + n) / (10 + n)): 0.999 averages over about 1,000 steps, and in the
-    first 9,000 over about the last tenth of them. The statistics of batch normalisation are averaged too. (Polyak and
-    Juditsky 1992; Karras et al., arXiv:1710.10196, appendix A.1: averaged weights give better samples.)
+    first 9,000 over about the last tenth of them (Polyak and Juditsky 1992; Karras et al., arXiv:1710.10196, A.1).
     """
 
     def __init__(self, model, decay):
@@ -62,12 +61,9 @@ class EMA:
 def evaluation_mode(model):
     """Use a model in evaluation mode and without gradients; then restore its modes and torch's random state."""
     random = RandomState(model.device)
-    modes, state = [(module, module.training) for module in model.modules()], random.state_dict()
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        random.load_state_dict(state)
-        for module, mode in modes:
-            module.training = mode
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        stack.callback(random.load_state_dict, random.state_dict())
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+        model.eval()
+        yield

@@ -17,11 +17,9 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from training import files
+from training import QUOTA, files
 from training.cli import FlagError, UserError, has_width, print_line, shell_command, warn
 from training.device import device_name, unused_gpu_warning
-from training.files import write_atomically
-from training.threads import QUOTA
 
 FORMAT = "adversarial autoencoder, training state 5"
 STATE = "training_state.pt"
@@ -29,13 +27,8 @@ OF_THE_MACHINE = {"data_dir", "log_dir", "num_workers", "no_cuda", "no_graph"}  
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
-# What --resume names, and the flags that follow from it --------------------------------------------------------------
-
 def resolve(args, defaults, base):
-    """Return a run's flags as a Namespace and, with --resume, its state, in which "folder" is its folder; else None.
-
-    The flags given in `args` come before the preset --base, this before a resumed run, and that before the defaults.
-    """
+    """Return a run's flags as a Namespace and, with --resume, its state, in which "folder" is its folder; else None."""
     given, saved, of_run = vars(args), None, {}
     if given.get("base"):
         given = {**base, **given}
@@ -47,6 +40,7 @@ def resolve(args, defaults, base):
             if given[name] != of_run[name] and not (name == "epochs" and given[name] > of_run[name]):
                 raise FlagError(f"--{name} {given[name]} contradicts the run, which has {of_run[name]}; omit the flag, "
                                 f"or start a new run")
+    # What is given comes before the preset --base, this before a resumed run, and that before the defaults.
     args = Namespace(**{name: value for name, value in {**defaults, **of_run, **given}.items()
                         if name not in ("base", "resume")})
     args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir))  # hparams.json is read in other folders, too
@@ -57,14 +51,12 @@ def resolve(args, defaults, base):
 def find_run(resume, log_dir):
     """Return the folder of the run that --resume names: its folder or training state, or "latest" in `log_dir`."""
     place = Path(os.path.abspath(os.path.expanduser(log_dir if resume == "latest" else resume)))
+    folder = place.parents[1] if place.name == STATE else place
     if resume == "latest":
         states = sorted(place.glob(f"*/checkpoints/{STATE}"), key=os.path.getmtime)
         folder = states[-1].parents[1] if states else place
-    else:
-        folder = place.parents[1] if place.name == STATE else place
     if not os.path.exists(folder / "checkpoints" / STATE):
-        raise UserError(f"{place} cannot be resumed: it has no checkpoints/{STATE}; name a run's folder, or start a "
-                        f"new run")
+        raise UserError(f"{place} cannot be resumed: it has no checkpoints/{STATE}; name a run's folder")
     return folder
 
 
@@ -73,12 +65,9 @@ def load_state(folder):
     path = Path(folder) / "checkpoints" / STATE
     state = files.load_checked(path, "start a new run")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{path} is not a training state of this version of the program; finish the run with the "
-                        f"commit that made it, or start a new run")
+        raise UserError(f"{path} is not of this version; finish the run with the commit that made it, or start anew")
     return state
 
-
-# The run --------------------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def open_run(args, saved, data, device):
@@ -103,32 +92,25 @@ def open_run(args, saved, data, device):
 
 
 class Run:
-    """A run as `main` uses it.
-
-    Attributes: `folder`; `writer`, of its TensorBoard events; `settings`, the content of hparams.json; `means` of the
-    losses over the last epoch.
-    """
+    """A run as `main` uses it: its folder, TensorBoard writer, settings (hparams.json) and last epoch's mean losses."""
 
     def __init__(self, folder, settings, saved, writer):
         self.folder, self.settings, self.writer, self._saved = folder, settings, writer, saved
         progress = saved["run"] if saved else {"epoch": None, "means": {}, "seconds": 0}
-        self._epoch = progress["epoch"]  # the last one that is saved; 0 is before training
-        self.means = progress["means"]
+        self._epoch, self.means = progress["epoch"], progress["means"]  # of the last saved epoch; 0: before training
         self._epoch_started = time.monotonic()
         self._started = self._epoch_started - progress["seconds"]
         self._parts, self._loggers, self._steps, self._bar = {}, (), 0, None  # steps of an epoch
 
     def restore(self, **parts):
-        """Take the parts of the run by name, all that has a state, and give them that of a stopped run, if it is one.
-
-        Each has a `state_dict` and a `load_state_dict`; only a loader may have none, such as torch's.
-        """
-        self._parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+        """Take the parts of the run by name, all that has a state; give them that of a stopped run, if it is one."""
+        self._parts = {name: part for name, part in parts.items()
+                       if hasattr(part, "state_dict")}  # a loader may have none, such as torch's
         self._loggers, self._steps = (parts["logger_ae"], parts["logger_disc"]), len(parts["loader"])
         if self._saved:
             self._load()
             files.rewind(self.folder, self._saved["events"])
-        write_atomically(self.folder / "hparams.json", (json.dumps(self.settings, indent=2) + "\n").encode())
+        files.write_atomically(self.folder / "hparams.json", (json.dumps(self.settings, indent=2) + "\n").encode())
         if self._saved:
             self._save(self._epoch)  # settings may be new, and the weights file older than the state
 
@@ -141,14 +123,12 @@ class Run:
         except (RuntimeError, ValueError, KeyError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise UserError(
-                f"{self.folder} cannot be resumed: the checkpoint does not fit models.py or train.py, which may have "
-                f"changed since: {' '.join(str(error).split())[:200]}") from None
+            raise UserError(f"{self.folder} cannot be resumed: the checkpoint does not fit models.py or train.py, as "
+                            f"they are now: {' '.join(str(error).split())[:200]}") from None
         for name in ("device", "device_name", "torch"):
             before, now = self._saved["settings"][name], self.settings[name]
             if before != now:
-                warn(f"the run began with {before} and continues with {now} ({name}): the results may not be "
-                     f"bitwise reproducible")
+                warn(f"the run began with {before} and continues with {now} ({name}): its bits may differ")
 
     def epochs(self):
         """Yield the numbers of the epochs to come: from 0, before training, or from the one after the saved epoch."""
@@ -165,13 +145,15 @@ class Run:
     def step_done(self):
         """Move the progress bar; raise UserError if the autoencoder's loss was not finite in the last logged window."""
         self._bar.update()
-        if latest := merged(logger.latest for logger in self._loggers):
+        logger_ae, logger_disc = self._loggers
+        if latest := logger_ae.latest | logger_disc.latest:
             self._show(latest)
 
     def end_epoch(self, epoch):
         """Print the epoch's losses, and save everything; raise UserError if training has diverged."""
         if epoch:
-            self.means = merged(logger.end_epoch() for logger in self._loggers)
+            logger_ae, logger_disc = self._loggers
+            self.means = logger_ae.end_epoch() | logger_disc.end_epoch()
             self._show(self.means)
             print_line(f"epoch {epoch}/{self.settings['epochs']}: {format_means(self.means)}, "
                        f"{time.monotonic() - self._epoch_started:.1f} s")
@@ -190,9 +172,9 @@ class Run:
         progress = {"epoch": epoch, "means": self.means, "seconds": time.monotonic() - self._started}
         state = {"format": FORMAT, "settings": self.settings, "events": files.sync_event_files(self.folder),
                  "run": progress, **{name: part.state_dict() for name, part in self._parts.items()}}
-        write_atomically(self.folder / "checkpoints" / STATE, files.serialize(state))
+        files.write_atomically(self.folder / "checkpoints" / STATE, files.serialize(state))
         self._epoch = epoch
-        write_atomically(self.folder / "checkpoints" / files.WEIGHTS, files.serialize(state["ema"]["weights"]))
+        files.write_atomically(self.folder / "checkpoints" / files.WEIGHTS, files.serialize(state["ema"]["weights"]))
 
     def print_start(self, images):
         """Print the device, the data and the folder."""
@@ -231,11 +213,6 @@ def load_optimizer(optimizer, state):
         for name, moment in moments.items():
             if torch.is_tensor(moment) and moment.shape == weight.shape:  # fused steps read both in memory order
                 moments[name] = torch.empty_like(weight).copy_(moment)
-
-
-def merged(means):
-    """Return the means of several loggers as one dict."""
-    return {name: mean for part in means for name, mean in part.items()}
 
 
 def format_means(means):

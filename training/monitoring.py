@@ -42,26 +42,19 @@ def measurements(model, images):
 
 
 def save_measurements(model, epoch, summary_writer, images):
-    """Write measurements on images to TensorBoard: curves (`test/`), and a histogram of each dimension.
-
-    The histograms' tag is the last by name, as TensorBoard's first page sorts by names: it begins with the curves.
-    """
-    if images is None:  # the test set is not available
+    """Write measurements on images, if there are any, to TensorBoard: curves (`test/`), a histogram per dimension."""
+    if images is None:
         return
     codes, values = measurements(model, images)
     for name, value in values.items():
         summary_writer.add_scalar(f"test/{name}", value, epoch)
     if epoch and codes.abs().max() < 1e20:  # at epoch 0 all are one spike, next to which later histograms look flat
-        for dimension, column in enumerate(codes.T):
+        for dimension, column in enumerate(codes.T):  # a tag that sorts last: TensorBoard's first page sorts by names
             summary_writer.add_histogram(f"test_codes/{dimension}", column, epoch)  # fails for NaN and above 1e20
 
 
 def save_summary(model, epoch, summary_writer, data, settings, means):
-    """Write a finished run to TensorBoard: 1,000 test codes for the projector, and its settings with the final results.
-
-    `data` is a training.data.Data; `settings` and `means`, those of the last epoch, are dicts. The results, training
-    losses and measurements on test images if these are available, are curves of one point (`final/`).
-    """
+    """Write a finished run to TensorBoard: test codes for the projector, its settings, its results (also as curves)."""
     results = {f"final/{name}": means[name] for name in ("recon_loss", "accuracy") if name in means}
     if data.test_images is not None:
         codes, values = measurements(model, data.test_images)
