@@ -71,7 +71,8 @@ def mark(submission, limit=300):
         folder, report, result = Path(desk, "submission"), Path(desk, "report.json"), None
         text = "".join(copy_submission(submission, folder)).encode()[:KEPT]
         if not any((folder / name).is_file() for name in ("models.py", "models/__init__.py")):
-            like = [path for name in ("[mM]odels*", "[mM]odel.py", "*.ipynb") for path in sorted(folder.rglob(name))]
+            similar = "[mM]odels*", "[mM]odel.py", "*.ipynb", "*.zip"
+            like = [path for name in similar for path in sorted(folder.rglob(name))]
             found = like[0].relative_to(folder) if like else "nothing similar"
             return ["failed", "", "", f"no readable models.py, but {found}"], text
         (folder / "tests").mkdir()

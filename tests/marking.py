@@ -21,12 +21,14 @@ PLAIN = (HERE / "tests" / "solutions" / "plain.py").read_text()
 WRONG = PLAIN.replace("self.discriminator(z_fake), 1", "self.discriminator(z_fake), 0")
 FILES = {"anna/models.py": PLAIN, "anna/train.py": PLAIN, "anna/unittests.py": "1 / 0", "anna/tests/own.py": "1 / 0",
          "anna/large.pt": "", "ben/models.py": WRONG, "dora/deeper/models.py": PLAIN, "emil.zip": "",
+         "finn/work.zip": "",
          "carla/models.py": 'import os\nprint("OK\\n" * 10**6, flush=True)\nos._exit(0)'}
 PRINTED = r"""not unpacked: emil.zip
 anna +passed +mistakes: none
 ben +failed +mistakes: 1 +1 of \d+ tests failed; there is no train.py; not checked: .*main, .*
 carla +failed +mistakes: none +ended early
 dora +failed +mistakes: none +no readable models.py, but deeper.models.py
+finn +failed +mistakes: none +no readable models.py, but work.zip
 """
 
 

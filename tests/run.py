@@ -173,9 +173,13 @@ class Shell(TrainGroup):
     @unittest.skipIf(os.name == "nt", "Windows has no SIGINT to send")
     def test_an_interrupt_while_torch_is_imported(self):
         folder = self.folder()
-        (folder / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)")
-        process = self.start([], {"PYTHONPATH": str(folder)}, stderr=subprocess.PIPE, text=True)
-        self.assertEqual((process.communicate()[1], process.returncode), ("\ninterrupted\n", -signal.SIGINT))
+        press = "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(9)\n"
+        for then, status in (("finally:\n    pass", -signal.SIGINT), ("except KeyboardInterrupt:\n    import none", 1)):
+            (folder / "torch.py").write_text(press + then)
+            process = self.start([], {"PYTHONPATH": str(folder)}, stderr=subprocess.PIPE, text=True)
+            self.assertEqual((process.communicate()[1], process.returncode), ("\ninterrupted\n", status))
+        with mock.patch.object(self.cli, "presses", [signal.SIGINT]):  # C code has dropped it
+            self.assertEqual(self.run_cli("--help"), (130, "", "\ninterrupted\n"))
 
     def test_missing_streams(self):  # as after 2>&- and >&-
         with mock.patch.multiple(sys, stdout=None, stderr=None), self.few_digits:

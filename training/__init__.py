@@ -4,21 +4,30 @@ A waiting thread of libgomp, torch's thread pool on Linux, spins on its core bef
 the CPU too, it may take the core from the very thread that it waits for; a short spin avoids this (docs/SPEED.md).
 """
 
+import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
 
 CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # "QUOTA PERIOD" or "max PERIOD": a container's limit (Linux, cgroups v2)
 SPIN_COUNT = 2000  # iterations of a waiting loop; libgomp's default is 300,000 (see GOMP_SPINCOUNT in its manual)
+presses = []  # of Ctrl-C
 
 
-def report_exception(kind, *others):
+def interrupt(signum, _):
+    """Handle Ctrl-C, and note it: C code of torch and numpy may drop the error while it imports modules."""
+    presses.append(signum)
+    raise KeyboardInterrupt
+
+
+def report_exception(*error):
     """Replace sys.excepthook: Ctrl-C while a program still imports torch needs no traceback."""
-    if kind is KeyboardInterrupt:
+    if presses or error[0] is KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
     else:
-        sys.__excepthook__(kind, *others)
+        sys.__excepthook__(*error)
 
 
 def usable_cpus():
@@ -40,8 +49,10 @@ def limit_threads():
     return quota / period
 
 
-if hasattr(sys.modules["__main__"], "__file__"):  # not in a notebook or at a prompt
-    sys.excepthook = report_exception
+if hasattr(sys.modules["__main__"], "__file__") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    sys.excepthook = report_exception  # not in a notebook or at a prompt
+    with contextlib.suppress(ValueError):  # a thread may not set it
+        signal.signal(signal.SIGINT, interrupt)
 # TensorBoard's switch for doing without TensorFlow: it is slow to import, and an empty folder of its name is an error.
 sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
 QUOTA = limit_threads()

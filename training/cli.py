@@ -14,6 +14,7 @@ import threading
 from tqdm import tqdm
 
 from mnist import DataError
+from training import presses
 
 NO_MEMORY = re.compile(r"out of memory|tried to allocate|ALLOC\w*FAILED|busy or unavailable")  # of CUDA, of the CPU
 
@@ -89,6 +90,8 @@ def run_program(program, main, parse, argv):
     """Run `main(parse(argv))` and return the exit status; report errors that the user can fix in one sentence."""
     prepare_streams()
     try:
+        if presses:  # while modules were imported
+            raise KeyboardInterrupt
         main(parse(argv))
         return 0
     except (KeyboardInterrupt, Exception) as error:

@@ -46,9 +46,10 @@ class EMA:
         torch._foreach_lerp_(self._averaged, self._current, 1 - decay)  # one call for all, as in torch.optim.swa_utils
 
     def state_dict(self):
-        """Return the number of steps and the averaged weights, contiguous, as other programs need them."""
+        """Return the number of steps and the averaged weights, in the layout that other programs expect."""
         current = self._original.state_dict()  # has the counters of steps, which are no floats
-        weights = {name: (tensor if tensor.is_floating_point() else current[name]).cpu().contiguous()
+        weights = {name: (tensor if tensor.is_floating_point() else current[name])
+                   .to("cpu", copy=True, memory_format=torch.contiguous_format)  # contiguous() keeps some strides
                    for name, tensor in self.model.state_dict().items()}
         return {"updates": self.updates, "weights": weights}
 
