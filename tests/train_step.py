@@ -46,6 +46,9 @@ def faults_of_batches(seen):
 
 def faults_of_codes(epoch):
     """Yield if the codes of the discriminator's loss, or those decoded for recon_x, are not those of the batch."""
+    trained = {turn: [] for turn in range(-1, len(epoch.batches))}  # batches, by the one that was drawn last
+    for loss in epoch.losses["ae"]:
+        trained[loss.turn].append(epoch.origin_of_images(loss.given["x"]))
     given = [[call.given for call in epoch.decoded if close(call.output, loss.given["recon_x"])]
              for loss in epoch.losses["ae"] if "recon_x" in loss.given]
     for name, losses, codes in (
@@ -54,9 +57,7 @@ def faults_of_codes(epoch):
         origins = [(loss.turn, set().union(*map(epoch.origins_of_codes, candidates)))
                    for loss, candidates in zip(losses, codes, strict=False)
                    if candidates and len(candidates[0]) == len(epoch.batches[0])]
-        if {loss.turn for loss in losses} == {len(epoch.batches) - 1}:  # the batches were collected before
-            origins = [(min(found, key=str), found) for _, found in origins]
-        wrong = [found for turn, found in origins if turn not in found and "other images" not in found]
+        wrong = [found for turn, found in origins if not found & {turn, "other images", *trained[turn]}]
         if epoch.encoded and len(wrong) > len(origins) / 2:
             what = "another batch" if isinstance(min(wrong[-1], key=str), int) else min(wrong[-1], key=str)
             yield (f"Mistake 31: {name} is made from codes of {what}: use those that the encoder makes of this batch, "
