@@ -111,7 +111,7 @@ def put_rows(table, rows):
 
 
 def main(args):
-    submissions, results = (Path(folder).resolve() for folder in args.folders)
+    submissions, results = Path(args.submissions).resolve(), Path(args.results).resolve()
     if submissions in (results, *results.parents):
         raise UserError(f"{results} is in {submissions}, where nothing is written; name another folder for the results")
     paths = [path for path in sorted(submissions.glob("*")) if not IGNORED.fullmatch(path.name)]
@@ -136,8 +136,8 @@ def main(args):
 
 def cli(argv=None):
     parser = OneLineParser("python -m tests.mark", "Mark a class; docs/CHECK.md explains the result.")
-    parser.add_argument("folders", nargs=2, metavar=("SUBMISSIONS", "RESULTS"),
-                        help="the folder that has one for each student, and that for marks.csv and each one's output")
+    parser.add_argument("submissions", metavar="SUBMISSIONS", help="the folder that has one for each student")
+    parser.add_argument("results", metavar="RESULTS", help="the folder for marks.csv and each one's output")
     return run_program("python -m tests.mark", main, parser.parse_args, argv)
 
 
