@@ -255,7 +255,6 @@ class Epoch:
 
     def explain(self, error):
         """Return the mistake behind an error of autograd, or None."""
-        last = (self.losses["ae"] + self.losses["disc"])[-1:]
         disc = self.losses["disc"][-1:]
         if "does not require grad" in error:
             for player, calls in self.losses.items():
@@ -265,7 +264,7 @@ class Epoch:
                             "requires_grad_(False) before it")
         if disc and disc[0].reaches_encoder and ("second time" in error or "inplace" in error and self.root == "disc"):
             return NOT_DETACHED
-        if last and "inplace" in error:
+        if "inplace" in error and (disc or self.losses["ae"]):
             return ("Mistake 16: an optimizer's step() stands between a loss and its backward(), and changes weights "
                     "that it needs. An order that works: both losses (disc_loss of z.detach()), then zero_grad(), "
                     "backward() and step() of the autoencoder, then the three of the discriminator")

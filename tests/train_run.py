@@ -116,10 +116,11 @@ class Run:
             return function(*args, **kwargs)
         if training and (len(self.train_aae) >= self.limit or time.monotonic() > self.end):
             raise GeneratorExit  # which `except Exception` does not catch
+        start = weights(model)
         call = Namespace(given=given, model=model, codes=[], modes=[], lambdas=[], last=None, shift=0,
-                         pictures={}, files=files(), random=torch.get_rng_state(), start=weights(model),
+                         pictures={}, files=files(), random=torch.get_rng_state(), start=start, trained=start,
                          optimizers=[optimizer_facts(optimizer) for optimizer in given[5:7]],
-                         steps=[getattr(logger, "global_step", None) for logger in given[3:5]], trained=weights(model),
+                         steps=[getattr(logger, "global_step", None) for logger in given[3:5]],
                          drew=False, optimizers_after=[], steps_after=[])
         call.made_before = getattr(self.inner, "last", None)  # what the decoder has returned in training
         self.order.append(name)
