@@ -4,18 +4,18 @@ They need matplotlib (requirements.txt). Colour-blind readers can tell their col
 jfly.uni-koeln.de/color); their letters can be read at half the picture's size.
 """
 
-from statistics import mean, median, quantiles
+from statistics import mean
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image
 
-from benchmarks.tables import BASE, SEEDS, STAGES, after, by_variant, epoch_seconds
+from benchmarks.tables import BASE, SEEDS, STAGES, after, by_variant
 
 plt.switch_backend("agg")  # opens no windows
-ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE, GREY = (
-    "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8c8c8c")
+ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE = (
+    "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
 plt.rcParams.update({
     "font.size": 13, "axes.titlesize": 13, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "axes.axisbelow": True, "grid.color": "#e4e4e4", "lines.linewidth": 2, "lines.markersize": 6,
@@ -32,7 +32,7 @@ CURVES = {  # label: runs, colour, line style
 
 def write_plots(figures, folder):
     """Write every plot into a folder."""
-    for draw in (quality, loss, speed, ablation):
+    for draw in (quality, loss, ablation):
         save(draw(figures), folder / f"{draw.__name__}.png")
 
 
@@ -94,35 +94,20 @@ def use_round_log_ticks(axis):
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def speed(figures):
-    """Seconds per epoch of each way, median of the rounds, with the quartiles."""
-    seconds = {way: quantiles(values, n=4, method="inclusive")
-               for way, values in epoch_seconds(figures["speed"]).items()}
-    colors = [GREY if way.startswith("plain") else BLUE for way in seconds]
-    return draw_bars(seconds, median, colors,
-                     f"seconds per epoch, median and quartiles ({figures['speed']['device']})")[0]
-
-
 def ablation(figures):
     """The samples' distance of each variant, sorted, with the range of the default's seeds as a band."""
     variants = by_variant(figures["ablation"])
     distances = {name: [run["frechet_samples"] for run in runs] for name, runs in variants.items()}
     distances = dict(sorted(distances.items(), key=lambda item: mean(item[1])))
     colors = [{"final": BLUE, "base": VERMILLION}.get(name, SKY) for name in distances]
-    figure, panel = draw_bars(distances, mean, colors, "squared Fréchet distance of samples, mean and range")
-    panel.axvspan(min(distances["final"]), max(distances["final"]), color="black", alpha=0.16, linewidth=0)
-    return figure
-
-
-def draw_bars(groups, average, colors, label):
-    """Return a figure and its panel with a bar for the average of each group of values, and a line for their range."""
-    figure, panel = plt.subplots(figsize=(9.2, 1.3 + 0.45 * len(groups)))
-    for name, values, color in zip(groups, groups.values(), colors, strict=True):
-        middle = average(values)
+    figure, panel = plt.subplots(figsize=(9.2, 1.3 + 0.45 * len(distances)))
+    for name, values, color in zip(distances, distances.values(), colors, strict=True):
+        middle = mean(values)
         panel.barh(name, middle, 0.7, color=color, capsize=4, xerr=[[middle - min(values)], [max(values) - middle]])
         panel.annotate(f"{middle:.3g}", (max(values), name), (8, 0), textcoords="offset points", va="center")
+    panel.axvspan(min(distances["final"]), max(distances["final"]), color="black", alpha=0.16, linewidth=0)
     panel.invert_yaxis()  # the first bar is the topmost
     panel.grid(False, axis="y")
     panel.margins(x=0.08, y=0.02)
-    figure.supxlabel(label, fontsize="medium")
-    return figure, panel
+    figure.supxlabel("squared Fréchet distance of samples, mean and range", fontsize="medium")
+    return figure
