@@ -42,8 +42,7 @@ class Evaluation(TrainGroup):
 
     def evaluate_cli(self, *flags):
         program = functools.partial(self.cli.run_program, "evaluation", self.__main__.main, self.__main__.parse_args)
-        with mock.patch.object(self.train, "cli", program):
-            return self.run_cli(*flags, "--no-cuda")
+        return self.run_cli(*flags, "--no-cuda", cli=program)
 
     def metrics_in(self, folder, *flags):
         """Return the metrics that the program, with these flags, writes into a folder, and what it prints."""
