@@ -7,9 +7,7 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import torch
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
@@ -30,11 +28,6 @@ def snapshot(model):
 def same(state, other):
     """Whether two dicts of tensors are equal to the last bit."""
     return state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
-
-
-def read_png(file):
-    """Return a picture's red channel, [H, W]."""
-    return np.asarray(Image.open(file).convert("RGB"))[:, :, 0].astype(int)
 
 
 def read_events(folder):

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.common import FolderGroup
-from unittests import HERE
+from tests.train_run import write_mnist
+from unittests import HERE, images_like_mnist
 
 __unittest = True
 
@@ -28,22 +29,20 @@ class Data(FolderGroup):
 
     def setUp(self):
         super().setUp()
-        self.enterContext(torch.device("meta"))  # what an earlier cell of a notebook has set must not matter
-        self.addCleanup(torch.set_default_dtype, torch.get_default_dtype())
-        torch.set_default_dtype(torch.float64)
         self.root, self.files, self.md5, self.timeout = self.folder(), {}, self.mnist.MNIST_MD5, self.mnist.TIMEOUT
-        for name in self.md5:
-            count = 130 if "train" in name else 20
-            pixels = np.random.default_rng(count).integers(0, 256, (count, 28, 28), np.uint8)
-            array = pixels if "images" in name else np.arange(count, dtype=np.uint8) % 10
-            self.files[name] = np.array([0x0800 + array.ndim, *array.shape], ">i4").tobytes() + array.tobytes()
-            self.files[f"{name}.gz"] = gzip.compress(self.files[name], mtime=0)
+        raw = write_mnist(self.folder(), train=images_like_mnist(130), t10k=images_like_mnist(20))
+        for path in raw.iterdir():
+            self.files[path.name] = path.read_bytes()
+            self.files[f"{path.name}.gz"] = gzip.compress(self.files[path.name], mtime=0)
         md5 = {file: hashlib.md5(content, usedforsecurity=False).hexdigest() for file, content in self.files.items()}
         packed = [(file, md5.pop(file)) for file in self.files if file.endswith(".gz")]
         self.err = self.enterContext(mock.patch("sys.stderr", new_callable=io.StringIO))  # with progress bars
         self.enterContext(mock.patch.multiple(self.mnist, MNIST_MD5=md5, TIMEOUT=1))
         self.enterContext(mock.patch.multiple("torchvision.datasets.MNIST", resources=packed, mirrors=[]))
         self.enterContext(mock.patch.dict(os.environ, {"no_proxy": "*"}))
+        self.enterContext(torch.device("meta"))  # what an earlier cell of a notebook has set must not matter
+        self.addCleanup(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float64)
 
     def put(self, place):
         """Write the files to a new folder; `place` is a name's format, with the two ways of writing it as arguments."""
@@ -143,8 +142,10 @@ class Data(FolderGroup):
     def test_settings_of_a_resumed_run_decide(self):
         args = mock.Mock(dataset="auto", data_dir=self.root, batch_size=64)
         self.assertIn("MNIST is not in", self.data.load_data(args, "cpu", None).warning)
-        settings = {"trained_on": "digits", "fallback": "then"}
-        self.assertEqual(self.data.load_data(args, "cpu", settings)[1:3], ("digits", "then"))
+        loader, *others, shown, _, _ = self.data.load_data(args, "cpu", {"trained_on": "digits", "fallback": "then"})
+        images, labels = loader.dataset.tensors
+        self.assertEqual(others, ["digits", "then"])
+        self.assertTrue(shown.equal(torch.cat([images[labels == label][:1] for label in range(10)])))
         with self.assertRaises(self.mnist.MissingData):
             self.data.load_data(args, "cpu", {"trained_on": "mnist", "fallback": None})
 

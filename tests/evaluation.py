@@ -8,9 +8,9 @@ from unittest import mock
 
 import numpy as np
 import torch
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from tests.common import TrainGroup, read_events, read_png, same, snapshot
+from tests.common import TrainGroup, same, snapshot
+from tests.train_run import read_png
 from unittests import images_like_mnist, listen
 
 __unittest = True
@@ -77,7 +77,6 @@ class Evaluation(TrainGroup):
         quality = self.measures.classifier_quality({"test_images": self.images, "seen": seen_recon_x})["seen"]
         assert_close(metrics["digit_classifier"]["training_reconstructions"], quality)
         self.check_pictures(run / "evaluation", recon_x)
-        self.check_tensorboard(read_events(run))
 
     def check_pictures(self, folder, recon_x):
         """Check the sizes of all pictures, and a reconstruction; one test image has the label 4."""
@@ -88,14 +87,6 @@ class Evaluation(TrainGroup):
         column = pictures["reconstructions.png"][4:120:2, 4 + 3 * 60:60 * 4:2]  # enlarged by a factor of two
         for place, shown in ((slice(28), self.images), (slice(30, 58), recon_x)):
             np.testing.assert_allclose(column[place], (shown[self.labels == 3][0, 0] + 1) * 127.5, atol=1)
-
-    def check_tensorboard(self, events):
-        """Check what TensorBoard shows first: curves and pictures before histograms, the flags by which runs differ."""
-        tags = events.Tags()
-        self.assertGreater(min(tags["histograms"]), max(tags["scalars"] + tags["images"]))
-        content = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/experiment").plugin_data.content)
-        self.assertEqual([info.name for info in content.experiment.hparam_infos if info.differs],
-                         ["z_dim", "lambda_", "posterior", "networks", "epochs"])
 
     def test_the_table_is_printed_before_the_files_are_written_and_output_is_their_place(self):
         run, weights = self.a_run()

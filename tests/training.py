@@ -13,7 +13,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from tests.common import TrainGroup, read_events, read_png, same, snapshot
+from tests.common import TrainGroup, read_events, same, snapshot
+from tests.train_run import read_png
 from training.run import load_state
 from unittests import images_like_mnist
 
