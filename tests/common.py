@@ -55,9 +55,13 @@ def run_contents(run):
 class FolderGroup(Group):
     """Tests that write files."""
 
-    def folder(self):
-        """Return a new folder, removed when the test ends."""
-        return Path(self.enterContext(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+    def folder(self, files=()):
+        """Return a new folder with files, {name: bytes or text}, removed when the test ends."""
+        folder = Path(self.enterContext(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+        for name, content in dict(files).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return folder
 
     def run_cli(self, *flags, cli=None):
         """Run a command line, that of train.py by default; return its exit status, standard output and error."""

@@ -46,17 +46,13 @@ class Data(FolderGroup):
 
     def put(self, place):
         """Write the files to a new folder; `place` is a name's format, with the two ways of writing it as arguments."""
-        self.root = self.folder()
-        for name in self.md5:
-            path = self.root / "MNIST" / "raw" / place.format(name, name.replace("-idx", ".idx"))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(self.files[name + ".gz" * place.endswith(".gz")])
+        gz = ".gz" * place.endswith(".gz")
+        self.root = self.folder({f"MNIST/raw/{place.format(name, name.replace('-idx', '.idx'))}": self.files[name + gz]
+                                 for name in self.md5})
 
     def mirror(self, change=bytes):
         """Serve the files, each changed by a function, on localhost; return the address."""
-        folder = self.folder()
-        for name, content in self.files.items():
-            (folder / name).write_bytes(change(content))
+        folder = self.folder({name: change(content) for name, content in self.files.items()})
         server = self.enterContext(http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *args:
                                    http.server.SimpleHTTPRequestHandler(*args, directory=folder)))
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -130,14 +126,11 @@ class Data(FolderGroup):
 
     def test_two_programs_download_at_once_from_the_first_mirror_that_works(self):
         self.addCleanup(socket.setdefaulttimeout, None)  # two threads may restore each other's
-        raw = self.root / "MNIST" / "raw"
-        raw.mkdir(parents=True)
-        for name in (self.IMAGES, "notes"):
-            (raw / name).write_bytes(b"of the user")
+        root = self.folder({f"MNIST/raw/{name}": b"of the user" for name in (self.IMAGES, "notes")})
         mirrors = [self.mirror(lambda content: content[:-9]), "http://nonsense:port/", self.mirror()]
         with mock.patch("torchvision.datasets.MNIST.mirrors", mirrors), ThreadPool(2) as pool:
-            self.assertEqual([len(images) for images, _ in pool.map(self.mnist.load_mnist, [self.root] * 2)], [130] * 2)
-        self.assertEqual({path.name for path in raw.iterdir()}, {*self.mnist.MNIST_MD5, "notes"})
+            self.assertEqual([len(images) for images, _ in pool.map(self.mnist.load_mnist, [root] * 2)], [130] * 2)
+        self.assertEqual({path.name for path in root.glob("MNIST/raw/*")}, {*self.mnist.MNIST_MD5, "notes"})
 
     def test_settings_of_a_resumed_run_decide(self):
         args = mock.Mock(dataset="auto", data_dir=self.root, batch_size=64)

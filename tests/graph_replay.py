@@ -88,7 +88,7 @@ def cuda_on_the_cpu(group, failing=None):
 
     Runs draw no pictures. Capture number `failing` fails when it ends, and one that fails in its block once more there.
     """
-    graphs, generator, tensor = [], mock.Mock(), torch.tensor
+    graphs, generator = [], mock.Mock()
 
     @contextlib.contextmanager
     def capture(graph, stream, capture_error_mode):
@@ -106,7 +106,6 @@ def cuda_on_the_cpu(group, failing=None):
     mocks = {name: mock.MagicMock() for name in ("Stream", "stream", "current_stream", "set_stream")}
     with mock.patch.object(group.models.AdversarialAE, "device", torch.device("cuda")), \
             mock.patch("torch.version.hip", None), mock.patch.multiple(group.train, **pictures), \
-            mock.patch("torch.tensor", lambda *args, device=None, **options: tensor(*args, **options)), \
             mock.patch.multiple("torch.cuda", **mocks, CUDAGraph=RecordedGraph, graph=capture,
                                 default_generators={None: generator},  # of the CPU's index
                                 get_rng_state=torch.get_rng_state, set_rng_state=torch.set_rng_state):

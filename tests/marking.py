@@ -26,20 +26,13 @@ dora +failed +mistakes: none +no readable models.py, but deeper.models.py
 
 
 class Marks(FolderGroup):
-    def write(self, files):
-        folder = self.folder()
-        for name, text in files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(text)
-        return folder
-
     def mark(self, submissions, results, output=b"", error=None):
         """Mark submissions whose tests print `output` or end with an error; return status, output and error."""
         with mock.patch.object(mark, "run_tests", side_effect=error, return_value=(None, output)):
             return self.run_cli(submissions, results, cli=mark.cli)
 
     def test_a_class(self):
-        submissions, results = self.write(FILES), self.folder()
+        submissions, results = self.folder(FILES), self.folder()
         os.truncate(submissions / "anna" / "large.pt", mark.FILE + 1)
         if os.name == "posix":
             os.mkfifo(submissions / "anna" / "pipe")
@@ -55,8 +48,8 @@ class Marks(FolderGroup):
 
     def test_any_name_and_a_second_call(self):
         names, results = ["=1", *["R\udce9", "a\nb"] * (sys.platform == "linux"), "x" * 250, "\u0141"], self.folder()
-        self.mark(self.write({f"{name}/models.py": "" for name in (*names, ".git")}), results)
-        late = self.write({"=1/work.zip": "", "Zoe/models.py": ""})
+        self.mark(self.folder({f"{name}/models.py": "" for name in (*names, ".git")}), results)
+        late = self.folder({"=1/work.zip": "", "Zoe/models.py": ""})
         self.assertEqual(self.mark(late, results, error=KeyboardInterrupt)[0], 130)
         _, first, *others = (results / "marks.csv").read_text("utf-8-sig").splitlines()
         self.assertEqual(first, '\'=1,failed,,,"no readable models.py, but work.zip"')
@@ -65,13 +58,13 @@ class Marks(FolderGroup):
         self.assertEqual(len([*results.glob("*.txt")]), len(names) + 1)
 
     def test_refusals(self):
-        folder = self.write({"class/anna/models.py": "", "file": "", "other/marks.csv": "folder,verdict\n"})
+        folder = self.folder({"class/anna/models.py": "", "file": "", "other/marks.csv": "folder,verdict\n"})
         for submissions, results in (("none", "new"), ("file", "new"), ("class/anna", "new"), ("class", "file"),
                                      ("class", "file/below"), ("class", "class/results"), ("class", "other")):
             self.assert_refused(self.mark(folder / submissions, folder / results), 1, "python -m tests.mark: error: ")
 
     def test_a_full_temporary_folder_gives_no_verdict(self):
-        submissions, results, words = self.write({"anna/models.py": ""}), self.folder(), "No space left on device"
+        submissions, results, words = self.folder({"anna/models.py": ""}), self.folder(), "No space left on device"
         for copy in (mark.shutil.copyfile, OSError(28, words)):
             with mock.patch("shutil.copyfile", side_effect=copy):
                 result = self.mark(submissions, results, words.encode())

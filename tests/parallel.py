@@ -90,12 +90,10 @@ class Processes(FolderGroup):
         self.check("NoSuchGroup" in str(result["failures"]), result)
 
     def test_what_does_not_end_is_stopped(self):
-        file = self.folder() / "unittests.py"
         for code, limit in (("while True: pass", 1), ("while True: print('x' * 10**4)", 20)):
-            start = time.monotonic()
-            file.write_text(code)
+            start, folder = time.monotonic(), self.folder({"unittests.py": code})
             with mock.patch.dict(globals(), PRINTED=2**20):
-                _, output = run_tests(file.parent, (), {}, limit)
+                _, output = run_tests(folder, (), {}, limit)
             self.assertRegex(output, rb"\nstopped: .*\n\Z")
             self.assertLess(time.monotonic() - start, 15)
 

@@ -61,10 +61,6 @@ class WholeRun(TrainGroup):
         first, later = (read_png(run / f"results/Reconstruction/reconstruction_{epoch}.png") for epoch in (0, 5))
         self.assertTrue(np.array_equal(first[:31], later[:31]) and not np.array_equal(first[31:], later[31:]))
         self.assertEqual(first.shape, (62, 302), "the digits of ten labels are not shown")
-        self.check_final_measurements(events, run, weights)
-
-    def check_final_measurements(self, events, run, weights):
-        """Compare the results on test images, and the projector's files, with those of a model with these weights."""
         images, labels = self.few_tests
         model = self.models.AdversarialAE(z_dim=2).eval()
         model.load_state_dict(weights)
@@ -170,11 +166,10 @@ class Shell(TrainGroup):
 
     @unittest.skipIf(os.name == "nt", "Windows has no SIGINT to send")
     def test_an_interrupt_while_torch_is_imported(self):
-        folder = self.folder()
         press = "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(9)\n"
         for then, status in (("finally:\n    pass", -signal.SIGINT), ("except KeyboardInterrupt:\n    import none", 1)):
-            (folder / "torch.py").write_text(press + then)
-            process = self.start([], {"PYTHONPATH": str(folder)}, stderr=subprocess.PIPE, text=True)
+            path = self.folder({"torch.py": press + then})
+            process = self.start([], {"PYTHONPATH": str(path)}, stderr=subprocess.PIPE, text=True)
             self.assertEqual((process.communicate()[1], process.returncode), ("\ninterrupted\n", status))
         with mock.patch.object(self.cli, "presses", [signal.SIGINT]):  # C code has dropped it
             self.assertEqual(self.run_cli("--help"), (130, "", "\ninterrupted\n"))
@@ -247,9 +242,7 @@ class Flags(TrainGroup):
                 self.assertEqual(flags, {name: expected[name] for name in default.keys() - {"base", "resume"}})
 
     def test_data_that_cannot_be_used(self):
-        folder = self.folder()
-        (folder / "MNIST" / "raw").mkdir(parents=True)
-        (folder / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(b"half")
+        folder = self.folder({"MNIST/raw/train-images-idx3-ubyte": b"half"})
         for dataset, data_dir, words in (("auto", folder, "is damaged"), ("auto", __file__, f"{__file__} is a file"),
                                          ("mnist", folder / "none", "could not be downloaded")):
             flags = "--dataset", dataset, "--data_dir", data_dir, "--log_dir", folder / "logs", "--no-cuda"
