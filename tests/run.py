@@ -225,14 +225,12 @@ class Flags(TrainGroup):
         base, default = self.train.BASE, self.train.DEFAULTS
         for given, expected in (
                 (["--base", "--d_momentum", "0.9"], {**base, "d_momentum": 0.9}),
-                (Namespace(d_momentum=0.9, base=True), {**base, "d_momentum": 0.9}),
                 (["--resume", "x"], {"epochs": 4, "lambda_": 1.0}),
                 (["--resume", "x", "--epochs", "5", "--lambda_", "1"], {"epochs": 5, "lambda_": 1.0}),
                 (["--resume", "x", "--epochs", "3"], "epochs 3 contradicts the run, which has 4"),
                 (["--resume", "x", "--base"], "networks base contradicts the run, which has residual"),
-                (["--resume", "x", "--lambda_", "0.995"], "lambda_ 0.995 contradicts the run"),  # given, if a default
-                (Namespace(resume="x", lambda_=0.5), "lambda_ 0.5 contradicts the run")):
-            args = given if isinstance(given, Namespace) else self.train.parse_args(given)
+                (["--resume", "x", "--lambda_", "0.995"], "lambda_ 0.995 contradicts the run")):  # given, if a default
+            args = self.train.parse_args(given)
             try:
                 flags = vars(runs.resolve(args, default, base)[0])
             except self.cli.FlagError as error:
