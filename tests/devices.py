@@ -57,7 +57,9 @@ class Device(TorchDispatchMode):
         device = kwargs.pop("device", None) or (CUDA if on_cuda else CPU)
         if on_cuda:
             refuse_mixtures(operation, args, tensors)
-            self.waits += device == CPU or must_wait(operation, args)
+            unknown = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(operation.tags)
+            self.waits += bool(device == CPU or unknown and operation is not aten.index.Tensor
+                               or operation is aten.copy_.default and args[0].is_cpu)
         results = operation(*tree_map(content_of, args), **tree_map(content_of, kwargs))
         given = {id(content_of(tensor)): tensor for tensor in tensors}  # the results of operations in place
 
@@ -66,11 +68,6 @@ class Device(TorchDispatchMode):
             return given.get(id(result), new)
 
         return tree_map(wrapped, results)
-
-
-def must_wait(operation, args):
-    tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(operation.tags)
-    return bool(tags) and operation is not aten.index.Tensor or operation is aten.copy_.default and args[0].is_cpu
 
 
 def refuse_mixtures(operation, args, tensors):

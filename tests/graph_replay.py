@@ -20,7 +20,6 @@ __unittest = True
 
 SIZES = (4, 4, 3)  # batch sizes in turn, the last one partial
 STEPS, REPLAYS = 15, 9  # the others are the warm-up of the two batch sizes
-FIRST = 5  # replays of one batch size before the other is captured, as the third one
 assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)  # rejects NaN, too
 
 
@@ -151,7 +150,7 @@ class GraphReplay(TrainGroup):
         flags = "--networks", "base", "--posterior", "gaussian"
         eager = self.trained(False, *flags)
         for cause, replays, options in (("CUDA error: capture failed", 0, {"failing": 1}),
-                                        ("CUDA error: capture failed", FIRST, {"failing": 3}),  # the other batch size
+                                        ("CUDA error: capture failed", 5, {"failing": 3}),  # the other batch size
                                         ("aten._local_scalar_dense.default: the CPU .*", 0, {"before": before})):
             with contextlib.redirect_stderr(io.StringIO()) as err:
                 assert_equal(self.trained(True, *flags, replays=replays, **options), eager)
