@@ -131,10 +131,9 @@ class Resume(TrainGroup):
             self.assertEqual(runs.find_run("latest", log_dir), log_dir / name)
 
     def test_what_cannot_be_resumed(self):
-        run, empty, file = self.finished_run("--epochs", "1"), self.folder(), self.folder({"training_state.pt": b""})
-        file /= "training_state.pt"
-        for wrong, named in ((empty, empty), (empty / "none", empty / "none"), (file, file), ("latest", empty),
-                             (run / "checkpoints" / "model_checkpoint.pt", "model_checkpoint.pt"), ("", ".")):
+        run, empty = self.finished_run("--epochs", "1"), self.folder({"training_state.pt": b""})
+        for wrong, named in ((empty, empty), (empty / "none", "none"), (empty / "training_state.pt", empty),
+                             ("latest", empty), (run / "hparams.json", "hparams.json"), ("", ".")):
             self.assert_refused(self.run_cli("--resume", wrong, "--log_dir", empty), 1, named, "resume")
         self.assert_refused(self.run_digits("--resume", run, "--z_dim", 3), 2, "--z_dim 3 contradicts the run")
         saved = runs.load_state(run)

@@ -5,7 +5,6 @@ import io
 import itertools
 import math
 from argparse import Namespace
-from collections import defaultdict
 from pathlib import Path
 from unittest import mock
 
@@ -131,13 +130,12 @@ class Training(TrainGroup):
         logger.flush()
         logger.flush()
         self.assertEqual(logger.global_step, 10)
-        points = defaultdict(list)
-        for tag, value, step in (call.args for call in writer.add_scalar.call_args_list):
-            points[tag].append((step, value))
+        logged = [call.args for call in writer.add_scalar.call_args_list]
         for tag, series in {"tensor": values, "overwritten": values, "number": values, "count": integers,
                             "truth": np.ones(10), "seldom": np.full(10, 2)}.items():
             means = [(end, series[start:end].mean()) for start, end in ((0, 4), (4, 8), (8, 10))]
-            np.testing.assert_allclose(points[f"part/{tag}"], means, rtol=1e-6, err_msg=tag)
+            points = [(step, value) for name, value, step in logged if name == f"part/{tag}"]
+            np.testing.assert_allclose(points, means, rtol=1e-6, err_msg=tag)
             np.testing.assert_allclose(latest[tag], means[1][1], rtol=1e-6, err_msg=tag)
             np.testing.assert_allclose([epoch[tag] for epoch in epochs], [series[:5].mean(), series[5:].mean()], 1e-6)
 
