@@ -1,4 +1,4 @@
-"""Shared by several groups of tests: a tiny model, readers of a run's files, and runs on a few digits."""
+"""Shared by several groups of tests: readers of a run's files, and runs on a few digits."""
 
 import contextlib
 import copy
@@ -7,10 +7,7 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import torch
-import torch.nn as nn
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
@@ -22,39 +19,6 @@ from unittests import Group
 __unittest = True
 
 
-class TinyAAE(nn.Module):
-    """A model whose networks have one weight each, small enough to compute by hand, and careless about gradients.
-
-    It does not detach the codes for the discriminator's loss: train_aae must keep the two players' gradients apart.
-    """
-
-    z_dim, device = 1, torch.device("cpu")
-
-    def __init__(self):
-        super().__init__()
-        self.encoder, self.decoder, self.discriminator = (nn.Conv2d(1, 1, 1, bias=False) for _ in range(3))
-        for network, weight in ((self.encoder, 0.7), (self.decoder, 0.9), (self.discriminator, 0.5)):
-            nn.init.constant_(network.weight, weight)
-
-    def forward(self, x):
-        z = self.encoder(x)
-        return self.decoder(z), z
-
-    def get_loss_autoencoder(self, x, recon_x, z_fake, lambda_=1):
-        recon_loss = (x - recon_x).square().mean()
-        gen_loss = nn.functional.softplus(-self.discriminator(z_fake)).mean()
-        return lambda_ * recon_loss + (1 - lambda_) * gen_loss, {"recon_loss": recon_loss}
-
-    def get_loss_discriminator(self, z_fake):
-        z_real = torch.linspace(-1, 2, len(z_fake)).view(-1, 1, 1, 1)
-        loss_real = nn.functional.softplus(-self.discriminator(z_real)).mean()
-        loss_fake = nn.functional.softplus(self.discriminator(z_fake)).mean()
-        return (loss_real + loss_fake) / 2, {"accuracy": 0.5}
-
-    def sample(self, batch_size):
-        return torch.randn(batch_size, 1, 28, 28).clamp(-1, 1)
-
-
 def snapshot(model):
     """Return copies of a model's weights, statistics and modes, and all random states, for `same`."""
     modes = torch.tensor([module.training for module in model.modules()])
@@ -64,11 +28,6 @@ def snapshot(model):
 def same(state, other):
     """Whether two dicts of tensors are equal to the last bit."""
     return state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
-
-
-def read_png(file):
-    """Return a picture's red channel, [H, W]."""
-    return np.asarray(Image.open(file).convert("RGB"))[:, :, 0].astype(int)
 
 
 def read_events(folder):
@@ -96,9 +55,29 @@ def run_contents(run):
 class FolderGroup(Group):
     """Tests that write files."""
 
-    def folder(self):
-        """Return a new folder, removed when the test ends."""
-        return Path(self.enterContext(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+    def folder(self, files=()):
+        """Return a new folder with files, {name: bytes or text}, removed when the test ends."""
+        folder = Path(self.enterContext(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+        for name, content in dict(files).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return folder
+
+    def run_cli(self, *flags, cli=None):
+        """Run a command line, that of train.py by default; return its exit status, standard output and error."""
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            try:
+                status = (cli or self.train.cli)([str(flag) for flag in flags])
+            except SystemExit as stop:
+                status = stop.code
+        return status, out.getvalue(), err.getvalue()
+
+    def assert_refused(self, result, status, *fragments):
+        """Check that a command line has ended with this status and one sentence, which contains the fragments."""
+        self.assertEqual(result[0], status, result[2])
+        self.assertRegex(result[2], r"\A[\w. -]+: error: [^\n]+\n\Z")
+        for fragment in fragments:
+            self.assertIn(str(fragment), result[2])
 
 
 class TrainGroup(FolderGroup):
@@ -119,26 +98,10 @@ class TrainGroup(FolderGroup):
             self.data, load_digits=lambda train: self.few_tests,
             digits=lambda batch_size, device: self.mnist.BatchLoader(*self.few, batch_size, device=device))
 
-    def run_cli(self, *flags):
-        """Run the command line in this process; return its exit status, standard output and standard error."""
-        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-            try:
-                status = self.train.cli([str(flag) for flag in flags])
-            except SystemExit as stop:
-                status = stop.code
-        return status, out.getvalue(), err.getvalue()
-
     def run_digits(self, *flags):
         """Run the command line on a few of the bundled digits, in two steps an epoch."""
         with self.few_digits:
             return self.run_cli(*self.DIGITS, *self.no_cuda, *flags)
-
-    def assert_refused(self, result, status, *fragments):
-        """Check that a command line has ended with this status and one sentence, which contains the fragments."""
-        self.assertEqual(result[0], status, result[2])
-        self.assertRegex(result[2], r"\A[\w. -]+: error: [^\n]+\n\Z")
-        for fragment in fragments:
-            self.assertIn(str(fragment), result[2])
 
     def train_quietly(self, *flags):
         """Run `main` on a few of the bundled digits; return the run's folder and saved weights."""

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from evaluation.pictures import grid
-from tests.common import TrainGroup, read_png
+from tests.common import TrainGroup
+from tests.train_run import read_png
 from unittests import HERE, listen
 
 __unittest = True

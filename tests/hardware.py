@@ -23,11 +23,6 @@ class Hardware(TrainGroup):
 
     needs = (*TrainGroup.needs, "training.device", "training")
 
-    def assert_run_refused(self, status, words, *flags):
-        """Check that a run with these flags is rejected in one sentence."""
-        result = self.run_cli("--dataset", "digits", "--epochs", 1, "--log_dir", self.folder(), *flags)
-        self.assert_refused(result, status, words)
-
     def test_bf16_is_rejected_on_cpus_without_units_for_it(self):
         file = self.folder() / "cpuinfo"
         self.enterContext(mock.patch.object(self.device, "CPUINFO", file))
@@ -37,8 +32,8 @@ class Hardware(TrainGroup):
             if supported:
                 self.device.check_bf16(torch.device("cpu"))
             else:
-                self.assert_run_refused(2, "AVX512-BF16; train with --precision fp32 here, or resume the run where",
-                                        "--no-cuda", "--precision", "bf16")
+                self.assert_refused(self.run_digits("--log_dir", self.folder(), "--precision", "bf16"), 2,
+                                    "AVX512-BF16; train with --precision fp32 here, or resume the run where")
         self.device.check_bf16(torch.device("cuda"))
         file.write_text("model name\t: Old\n")
         self.assertEqual(self.device.device_name(torch.device("cpu")), f"Old, {torch.get_num_threads()} threads")
@@ -49,10 +44,12 @@ class Hardware(TrainGroup):
                                  get_device_name=lambda *_: "NVIDIA Something"):
             self.assertEqual(self.device.setup_device(no_cuda=True, deterministic=True), torch.device("cpu"))
             self.assertTrue(torch.are_deterministic_algorithms_enabled())
-            with mock.patch("torch.ones", side_effect=RuntimeError("CUDA error: no kernel image is available")):
-                self.assert_run_refused(1, "no kernels for NVIDIA Something (compute capability 6.1); install a ver")
-            with mock.patch("torch.ones", side_effect=RuntimeError("a bug")):
-                self.assertRaises(RuntimeError, self.device.setup_device)
+            for error, kind, words in (
+                    ("CUDA error: no kernel image is available", self.cli.UserError,
+                     r"no kernels for NVIDIA Something \(compute capability 6.1\); install a ver"),
+                    ("a bug", RuntimeError, "^a bug$")):
+                with mock.patch("torch.ones", side_effect=RuntimeError(error)), self.assertRaisesRegex(kind, words):
+                    self.device.setup_device()
 
     def test_a_torch_that_cannot_use_the_gpu_says_so(self):
         self.enterContext(mock.patch("shutil.which", return_value=False))

@@ -1,30 +1,26 @@
 """Mark a class:  python -m tests.mark SUBMISSIONS RESULTS
 
-Prints a line for each folder in SUBMISSIONS, puts a row into RESULTS/marks.csv, and writes the output of its tests to
-RESULTS/<folder>.txt. Tests a copy of the folder, and does not use a submission's own unittests.py and tests/.
+Tests a copy of each folder in SUBMISSIONS, without its own unittests.py and tests/. docs/CHECK.md explains what it
+prints and writes to RESULTS.
 """
 
-import contextlib
 import csv
 import io
-import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
+from tests.parallel import KEPT, run_tests
 from training.cli import OneLineParser, UserError, print_line, run_program
 from training.files import write_atomically
+from unittests import HERE
 
-PROJECT = Path(__file__).resolve().parent.parent
 COLUMNS = ["folder", "verdict", "mistakes", "not checked", "remark"]
 IGNORED = re.compile(r"\..*|__MACOSX|__pycache__|@eaDir|lost\+found|site-packages|tests|unittests(\.py)?")
-FILE, ALL, PRINTED, KEPT = 50 * 2**20, 2**30, 2**27, 2**18  # bytes: of files, of an output, of its either end
+FILE, ALL = 50 * 2**20, 2**30  # bytes of a file and of a submission
 FULL = r"No space left on device|Disk quota exceeded|unexpected pos \d+ vs"  # the last is what torch.save says
 
 
@@ -35,55 +31,33 @@ def copy_submission(source, target):
         name = file.relative_to(source)
         if os.path.isfile(file) and not any(map(IGNORED.fullmatch, name.parts)):
             size = max(os.path.getsize(file), 4096)  # bounds the number of small files, too
-            if size > min(FILE, room) or not os.access(file, os.R_OK):
+            if size <= min(FILE, room) and os.access(file, os.R_OK):
+                room -= size
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target / name)
+            else:
                 yield f"not copied: {str(name)!r}\n"
-                continue
-            room -= size
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target / name)
-
-
-def run(arguments, folder, limit):
-    """Run Python in a group of processes of its own; return the output, without the middle if it is long."""
-    path = os.environ.get("PYTHONPATH", "").replace(str(PROJECT), "")  # whose train.py is not the submission's
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8:backslashreplace",
-                   "PYTHON_COLORS": "0", "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(folder.parent)}
-    with tempfile.TemporaryFile() as file, subprocess.Popen(
-            [sys.executable, *arguments], cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=file,
-            stderr=file, start_new_session=True) as process:
-        end = time.monotonic() + limit
-        try:
-            while process.poll() is None and time.monotonic() < end and os.fstat(file.fileno()).st_size < PRINTED:
-                time.sleep(0.05)
-        finally:
-            stopped = b"\nstopped: it runs or prints without end\n" * (process.poll() is None)
-            with contextlib.suppress(AttributeError, OSError):  # Windows has no groups of processes
-                os.killpg(process.pid, signal.SIGKILL)
-            process.kill()
-        file.seek(0)
-        text = file.read(2 * PRINTED) + stopped
-    return text if len(text) < 2 * KEPT else text[:KEPT] + b"\n(a part is left out here)\n" + text[-KEPT:]
 
 
 def mark(submission, limit=300):
     """Test a submission for at most `limit` seconds; return its row, without its name, and the output."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as desk:
-        folder, report, result = Path(desk, "submission"), Path(desk, "report.json"), None
+        folder = Path(desk, "submission")
         text = "".join(copy_submission(submission, folder)).encode()[:KEPT]
         if not any((folder / name).is_file() for name in ("models.py", "models/__init__.py")):
-            similar = "[mM]odels*", "[mM]odel.py", "*.ipynb", "*.zip"
-            like = [path for name in similar for path in sorted(folder.rglob(name))]
-            found = like[0].relative_to(folder) if like else "nothing similar"
-            return ["failed", "", "", f"no readable models.py, but {found}"], text
-        (folder / "tests").mkdir()
-        ours = ["unittests.py", *(f"tests/{file.name}" for file in PROJECT.glob("tests/*.py"))]
-        for name in (*ours, "mnist.py", "utils.py"):
+            similar = [path.relative_to(folder) for name in ("[mM]odels*", "[mM]odel.py", "*.ipynb", "*.zip")
+                       for path in sorted(folder.rglob(name))]
+            return ["failed", "", "", f"no readable models.py, but {[*similar, 'nothing similar'][0]}"], text
+        shutil.copytree(HERE / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__", "solutions"))
+        for name in ("unittests.py", "mnist.py", "utils.py"):
             if not [*folder.glob(name), *folder.glob(f"{name[:-3]}/*.py")]:  # handed out, and missing here
-                shutil.copyfile(PROJECT / name, folder / name)
-        text += run(["unittests.py", "--report", str(report)], folder, limit)
-        with contextlib.suppress(OSError, ValueError):  # there is no report, or half of one
-            result = json.loads(report.read_text(encoding="utf-8"))
+                shutil.copyfile(HERE / name, folder / name)
+        path = os.environ.get("PYTHONPATH", "").replace(str(HERE), "")  # whose train.py is not the submission's
+        environment = {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8:backslashreplace", "PYTHON_COLORS": "0",
+                       "CUDA_VISIBLE_DEVICES": "", "TMPDIR": desk}
+        result, output = run_tests(folder, (), environment, limit, start_new_session=True)
         Path(desk, "space").write_bytes(bytes(2**20))  # fails if the submission has filled the disk
+    text += output
     if full := re.search(FULL, f"{text} {result}"):
         raise OSError(0, full[0])
     return judge(**result) if result else ["failed", "", "", "ended early"], text
@@ -127,9 +101,9 @@ def main(args):
             raise UserError(f"{student.name!r} is not marked: {error.strerror}: {tempfile.tempdir}; free space there, "
                             "or set TMPDIR to another folder") from None
         write_atomically(results / f"{os.fsdecode(os.fsencode(student.name)[:240])}.txt", text)
-        row = name, verdict, mistakes, unchecked, remark = [
-            text if text.isprintable() else repr(text)[1:-1] for text in (student.name, *row)]
-        put_rows(results / "marks.csv", [["'" * text.startswith(("=", "+", "-", "@", "'")) + text for text in row]])
+        texts = [text if text.isprintable() else repr(text)[1:-1] for text in (student.name, *row)]
+        put_rows(results / "marks.csv", [["'" * text.startswith(("=", "+", "-", "@", "'")) + text for text in texts]])
+        name, verdict, mistakes, unchecked, remark = texts
         remark += f"; not checked: {unchecked}" * bool(unchecked)
         print_line(f"{name:<8} {verdict:<10}  mistakes: {mistakes or 'none':<6}  {remark}".rstrip())
 

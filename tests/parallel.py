@@ -1,22 +1,28 @@
 """Runs the groups of each file in a process of its own, as many at a time as there are CPUs."""
 
+import contextlib
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from unittest import mock
 
 import unittests
+from tests.common import FolderGroup
 from training import usable_cpus
-from unittests import HERE, Group
+from unittests import HERE
 
 __unittest = True
 
 GPU_GROUPS = ("Cuda",)  # the only ones that see a GPU
 STUDENTS = ("__main__", "unittests", "tests.model_layers", "tests.train_step", "tests.train_main")  # run together
+PRINTED, KEPT = 2**27, 2**18  # bytes of an output, and of its either end
 LONG = ("tests.student_tests", "tests.run", "tests.resume", "tests.graph_replay")  # begin first
 
 
@@ -44,30 +50,52 @@ def main():
 
 def run(names):
     """Run groups in a process; return their names, the result, and the seconds."""
-    start, environment = time.monotonic(), dict(os.environ)
-    if not {*names} & {*GPU_GROUPS}:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "report.json")
-        done = subprocess.run([sys.executable, str(HERE / "unittests.py"), "--report", str(report), *names],
-                              env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, check=False)
-        try:
-            result = json.loads(report.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            output = done.stdout.decode(errors="replace")[-3000:]
-            words = f"its process has ended with status {done.returncode}:\n{output}"
-            result = {"ran": 0, "failures": [[" ".join(names), words]], "skipped": []}
+    start, environment = time.monotonic(), {} if {*names} & {*GPU_GROUPS} else {"CUDA_VISIBLE_DEVICES": ""}
+    result, output = run_tests(HERE, names, environment)
+    if result is None:
+        result = {"ran": 0, "failures": [[" ".join(names), output.decode(errors="replace")[-3000:]]], "skipped": []}
     return names, result, time.monotonic() - start
 
 
-class Processes(Group):
+def run_tests(folder, names, environment, limit=math.inf, **options):
+    """Run a folder's unittests.py; return what it reports, and its output, without the middle if it is long."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as desk, tempfile.TemporaryFile() as file:
+        report, end, result = Path(desk, "report.json"), time.monotonic() + limit, None
+        with subprocess.Popen([sys.executable, "unittests.py", "--report", str(report), *names], cwd=folder,
+                              env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+                              **options) as process:
+            try:
+                while process.poll() is None and time.monotonic() < end and os.fstat(file.fileno()).st_size < PRINTED:
+                    time.sleep(0.05)
+            finally:
+                note = "stopped: it runs or prints without end" * (process.poll() is None)
+                with contextlib.suppress(AttributeError, OSError):  # it has no group of processes
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
+        try:
+            result = json.loads(report.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # there is no report, or half of one
+            note = note or f"its process has ended with status {process.returncode}"
+        file.seek(0)
+        text = file.read(2 * PRINTED) + f"\n{note}\n".encode() * bool(note)
+    return result, text if len(text) < 2 * KEPT else text[:KEPT] + b"\n(a part is left out here)\n" + text[-KEPT:]
+
+
+class Processes(FolderGroup):
     """The runner of all tests."""
 
     def test_a_group_whose_process_dies_has_failed(self):
         _, result, _ = run(["NoSuchGroup"])
         self.assertEqual((result["ran"], len(result["failures"])), (1, 1))
         self.check("NoSuchGroup" in str(result["failures"]), result)
+
+    def test_what_does_not_end_is_stopped(self):
+        for code, limit in (("while True: pass", 1), ("while True: print('x' * 10**4)", 20)):
+            start, folder = time.monotonic(), self.folder({"unittests.py": code})
+            with mock.patch.dict(globals(), PRINTED=2**20):
+                _, output = run_tests(folder, (), {}, limit)
+            self.assertRegex(output, rb"\nstopped: .*\n\Z")
+            self.assertLess(time.monotonic() - start, 15)
 
     def test_names(self):
         self.assertLessEqual({*GPU_GROUPS}, vars(unittests).keys(), "a group has another name now")

@@ -1,7 +1,6 @@
 """Interrupted and resumed runs, and their training states."""
 
 import functools
-import itertools
 import json
 import os
 import shutil
@@ -24,27 +23,20 @@ class Resume(TrainGroup):
 
     FLAGS = "--epochs", "3", "--drop_after", "1"  # of two steps each
 
-    @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        cls.trained, cls.trained_in = {}, Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+    trained = {}
 
     def finished_run(self, *flags):
-        """Return a copy of the run with these flags, which is trained once for all tests of a group."""
+        """Return a copy of the run with these flags, which is trained once for all tests of this group."""
         if flags not in self.trained:
-            run, _ = self.train_quietly(*flags)
-            self.trained[flags] = shutil.copytree(run, self.trained_in / str(len(self.trained)))
+            folder = Path(self.enterClassContext(tempfile.TemporaryDirectory()))
+            self.trained[flags] = shutil.copytree(self.train_quietly(*flags)[0], folder / "run")
         return shutil.copytree(self.trained[flags], self.folder() / "run", copy_function=shutil.copy)
 
-    def resume(self, run, *flags):
-        with self.few_digits:
-            return self.run_cli("--resume", run, *self.no_cuda, *flags)
-
     def assert_resumed(self, run, *flags):
-        """Resume a run to its end; return standard output and error."""
-        status, out, err = self.resume(run, *flags)
+        """Resume a run to its end; return standard error."""
+        status, _, err = self.run_digits("--resume", run, *flags)
         self.assertEqual(status, 0, err)
-        return out + err
+        return err
 
     def assert_same_contents(self, run, other):
         contents, others = run_contents(run), run_contents(other)
@@ -55,20 +47,6 @@ class Resume(TrainGroup):
         super().setUp()
         self.enterContext(mock.patch.object(self.train.TensorBoardLogger.__init__, "__defaults__", (3, None)))
         self.enterContext(mock.patch("training.device.check_bf16"))  # rejects it on most CPUs
-
-    def interrupted_run(self, steps, *flags):
-        """Train until Ctrl-C is pressed after a number of steps; return the run's folder and standard error."""
-        log_dir, step_done, count = self.folder(), runs.Run.step_done, itertools.count(1)
-
-        def interrupt(run):
-            step_done(run)
-            if next(count) == steps:
-                raise KeyboardInterrupt
-
-        with mock.patch.object(runs.Run, "step_done", interrupt):
-            status, _, err = self.run_digits("--log_dir", log_dir, *flags)
-        self.assertEqual(status, 130, err)
-        return next(log_dir.iterdir()), err
 
     def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one(self):
         ours = self.train.train_aae
@@ -81,14 +59,15 @@ class Resume(TrainGroup):
         for steps, saved, train_aae, flags in (
                 (5, 2, students, self.FLAGS), (4, 1, ours, ("--epochs", "2", "--posterior", "universal")),
                 (1, 0, ours, ("--epochs", "1", "--base", "--posterior", "gaussian", "--precision", "bf16"))):
+            log_dir, presses = self.folder(), [*(steps - 1) * [None], KeyboardInterrupt]
             with mock.patch.object(self.train, "train_aae", train_aae):
-                run, err = self.interrupted_run(steps, *flags)
-                self.assertEqual(err, f"\ninterrupted; epoch {saved} is saved; resume the run with: python "
-                                      f"{runs.TRAIN} --resume {run} --no-cuda\n")
+                with mock.patch.object(runs.Run, "step_done", side_effect=presses):
+                    status, _, err = self.run_digits("--log_dir", log_dir, *flags)
+                run, = log_dir.iterdir()
+                self.assertEqual((status, err), (130, f"\ninterrupted; epoch {saved} is saved; resume the run with: "
+                                                      f"python {runs.TRAIN} --resume {run} --no-cuda\n"))
                 self.assert_resumed(run)
             self.assert_same_contents(run, self.finished_run(*flags))
-        self.assert_resumed(run)  # with nothing left to do
-        self.assert_same_contents(run, self.finished_run(*flags))
 
     def test_an_interrupt_before_anything_is_saved(self):
         for place, words in (("training.data.one_of_each_label", "\ninterrupted\n"),
@@ -144,29 +123,22 @@ class Resume(TrainGroup):
         group, = runs.load_state(run)["optimizer_ae"]["param_groups"]
         self.assertEqual(group["lr"], 1e-4, "the learning rate does not drop after the epoch of --drop_after")
 
-    def change(self, run, **entries):
-        (run / "checkpoints" / "training_state.pt").write_bytes(files.serialize({**runs.load_state(run), **entries}))
-
     def test_latest_run_is_the_one_saved_last_whatever_its_name(self):
-        log_dir = self.folder()
+        log_dir = self.folder({f"{name}/checkpoints/training_state.pt": b"" for name in ("z20", "a")})
         (log_dir / "2999_01_01_00_00_00").mkdir()  # has no checkpoint
-        for time, name in enumerate(("z20", "a", "z20")):
-            state = log_dir / name / "checkpoints" / "training_state.pt"
-            state.parent.mkdir(parents=True, exist_ok=True)
-            state.touch()
-            os.utime(state, (time, time))
+        for time, name in enumerate(("z20", "a", "z20"), 2**32):
+            os.utime(log_dir / name / "checkpoints" / "training_state.pt", (time, time))
             self.assertEqual(runs.find_run("latest", log_dir), log_dir / name)
 
     def test_what_cannot_be_resumed(self):
-        run, empty, file = self.finished_run("--epochs", "1"), self.folder(), self.folder() / "training_state.pt"
-        file.write_bytes(b"")
-        for wrong, named in ((empty, empty), (empty / "none", empty / "none"), (file, file), ("latest", empty),
-                             (run / "checkpoints" / "model_checkpoint.pt", "model_checkpoint.pt"), ("", ".")):
+        run, empty = self.finished_run("--epochs", "1"), self.folder({"training_state.pt": b""})
+        for wrong, named in ((empty, empty), (empty / "none", "none"), (empty / "training_state.pt", empty),
+                             ("latest", empty), (run / "hparams.json", "hparams.json"), ("", ".")):
             self.assert_refused(self.run_cli("--resume", wrong, "--log_dir", empty), 1, named, "resume")
-        self.assert_refused(self.resume(run, "--z_dim", 3), 2, "--z_dim 3 contradicts the run")
-        state = runs.load_state(run)
-        with mock.patch.object(runs, "load_state", side_effect=[state, {**state, "run": {"seconds": 0}}]):
-            self.assert_refused(self.resume(run), 1, run, "was trained further by another process")
+        self.assert_refused(self.run_digits("--resume", run, "--z_dim", 3), 2, "--z_dim 3 contradicts the run")
+        saved = runs.load_state(run)
+        with mock.patch.object(runs, "load_state", side_effect=[saved, {**saved, "run": {"seconds": 0}}]):
+            self.assert_refused(self.run_digits("--resume", run), 1, run, "was trained further by another process")
         base = functools.partial(self.models.AdversarialAE, networks="base")
         denied = PermissionError(13, "Permission denied", str(run / "x"))
         full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
@@ -175,44 +147,40 @@ class Resume(TrainGroup):
                 ("training.model.AdversarialAE", base, "does not fit models.py"),
                 ("torch.optim.Adam.load_state_dict", mock.Mock(side_effect=full), "lacks memory: CUDA out of memory.")):
             with mock.patch(place, stand_in):
-                self.assert_refused(self.resume(run), 1, words)
+                self.assert_refused(self.run_digits("--resume", run), 1, words)
         self.assert_same_contents(run, self.finished_run("--epochs", "1"))
-
-    def test_damaged_and_older_states_are_rejected(self):
-        run = self.finished_run("--epochs", "1")
-        self.change(run, format="adversarial autoencoder, training state 3")
         state = run / "checkpoints" / "training_state.pt"
-        self.assert_refused(self.resume(run), 1, state, "finish the run with the commit that made it")
+        state.write_bytes(files.serialize({**saved, "format": "adversarial autoencoder, training state 3"}))
+        self.assert_refused(self.run_digits("--resume", run), 1, state, "finish the run with the commit that made it")
         content, middle = state.read_bytes(), state.stat().st_size // 3  # among the data of tensors
         one_bit = content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1:]
         for damaged in (content[:-100], b"", one_bit):
             state.write_bytes(damaged)
-            self.assert_refused(self.resume(run), 1, f"{state} is damaged, or not a checkpoint; start a new run\n")
+            self.assert_refused(self.run_digits("--resume", run), 1,
+                                f"{state} is damaged, or not a checkpoint; start a new run\n")
 
     def test_state_of_another_device_and_version(self):
         run = self.finished_run("--epochs", "1")
         state = runs.load_state(run)
-        cuda_layout = tree_map(lambda part: part.contiguous() if torch.is_tensor(part) else part, state["optimizer_ae"])
+        state["optimizer_ae"] = tree_map(lambda part: part.contiguous() if torch.is_tensor(part) else part,
+                                         state["optimizer_ae"])  # CUDA's layout
         del state["settings"]["precision"]  # as if the flag were newer than the run
-        self.change(run, optimizer_ae=cuda_layout, settings={**state["settings"], "device": "cuda", "no_graph": True},
-                    random={**state["random"], "cuda": torch.zeros(16, dtype=torch.uint8)})
+        state["settings"]["device"], state["random"]["cuda"] = "cuda", torch.zeros(16, dtype=torch.uint8)
+        (run / "checkpoints" / "training_state.pt").write_bytes(files.serialize(state))
         self.assertIn("began with cuda and continues with cpu", self.assert_resumed(run, "--epochs", 2))
         self.assert_same_contents(run, self.finished_run("--epochs", "2"))
-        self.assertFalse(runs.load_state(run)["settings"]["no_graph"], "what belongs to the machine is inherited")
 
     def test_finished_run_is_resumed_from_any_folder_and_locked(self):
         run = self.finished_run("--epochs", "1")
-        weights = run / "checkpoints" / "model_checkpoint.pt"
-        content = weights.read_bytes()
-        weights.unlink()  # as if the run had been killed between the state and the weights
+        (run / "checkpoints" / "model_checkpoint.pt").unlink()  # as if killed before it was written
         self.addCleanup(os.chdir, os.getcwd())
         for folder, name in ((run / "checkpoints", "training_state.pt"), (run, ".")):
             os.chdir(folder)
             self.assert_resumed(name)
-        self.assertEqual(weights.read_bytes(), content)
+        self.assert_same_contents(run, self.finished_run("--epochs", "1"))
         if files.fcntl is None:
             self.skipTest("runs are not locked here")
         with files.locked(run):
-            self.assert_refused(self.resume(run), 1, run, "in use")
+            self.assert_refused(self.run_digits("--resume", run), 1, run, "in use")
         with mock.patch.object(files.fcntl, "flock", side_effect=OSError(38, "Function not implemented")):
             self.assertIn("cannot be locked", self.assert_resumed(run))
