@@ -206,10 +206,5 @@ def main(args):
     return run.folder
 
 
-def cli(argv=None):
-    """Run `main` from the command line and return the exit status; report user errors in one sentence."""
-    return run_program("train.py", main, parse_args, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(cli())
+    sys.exit(run_program("train.py", main, parse_args, None))

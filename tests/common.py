@@ -63,11 +63,15 @@ class FolderGroup(Group):
             (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         return folder
 
+    def program(self, flags):
+        """Run train.py with flags; return its exit status."""
+        return self.cli.run_program("train.py", self.train.main, self.train.parse_args, flags)
+
     def run_cli(self, *flags, cli=None):
-        """Run a command line, that of train.py by default; return its exit status, standard output and error."""
+        """Run a command line, by default of train.py; return its exit status, standard output and error."""
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
             try:
-                status = (cli or self.train.cli)([str(flag) for flag in flags])
+                status = (cli or self.program)([str(flag) for flag in flags])
             except SystemExit as stop:
                 status = stop.code
         return status, out.getvalue(), err.getvalue()

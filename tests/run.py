@@ -177,7 +177,7 @@ class Shell(TrainGroup):
     def test_missing_streams(self):  # as after 2>&- and >&-
         with mock.patch.multiple(sys, stdout=None, stderr=None), self.few_digits:
             flags = *self.DIGITS, "--no-cuda", "--epochs", "1", "--log_dir", str(self.folder())
-            self.assertEqual(self.train.cli(flags), 0)
+            self.assertEqual(self.program(flags), 0)
 
     @unittest.skipIf(os.name == "nt", "Windows has no pseudo-terminals")
     def test_every_epoch_is_a_line_at_a_terminal_above_the_bar_if_one_fits(self):
@@ -190,7 +190,7 @@ class Shell(TrainGroup):
             fcntl.ioctl(terminal, termios.TIOCSWINSZ, np.array([24, columns, 0, 0], np.uint16).tobytes())
             with open(terminal, "w") as stream, mock.patch.multiple(sys, stdout=stream, stderr=stream), self.few_digits:
                 flags = *self.DIGITS, "--no-cuda", "--epochs", "2", "--log_dir", str(self.folder())
-                self.assertEqual(self.train.cli(flags), 0)
+                self.assertEqual(self.program(flags), 0)
                 shown = os.read(ours, 1 << 16).decode()
             os.close(ours)
             self.assertEqual(len(re.findall(r"(?m)[\r\n]epoch \d/2: recon_loss [^\r\n]* s\r$", shown)), 2, shown)

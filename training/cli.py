@@ -65,7 +65,6 @@ def number(convert, low, high=2**31 - 1):
 
 def print_line(text, stream=None):
     """Print a line, above the progress bar if there is one."""
-    stream = stream or sys.stdout
     with tqdm.external_write_mode(stream):
         print(text, file=stream, flush=True)
 
