@@ -153,12 +153,23 @@ def set_learning_rate(optimizer_ae, epoch, args):
         group["lr"] = rate
 
 
-def batches(loader, ema, run):
-    """Yield a loader's batches; when the next one is requested, move the average of the weights and the bar."""
-    for batch in loader:
-        yield batch
-        ema.update()
-        run.step_done()
+class Batches:
+    """A loader's batches for any train_aae. When the next batch is requested, the average of the weights moves."""
+
+    def __init__(self, loader, ema, run):
+        self.loader, self.ema, self.run = loader, ema, run
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for batch in self.loader:
+            yield batch
+            self.ema.update()  # before the first step, if all batches are collected first
+            self.run.step_done()
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
 
 
 @default_torch_state()
@@ -180,12 +191,12 @@ def main(args):
         logger_disc = TensorBoardLogger(run.writer, name="discriminator")
         run.restore(model=model, ema=ema, optimizer_ae=optimizer_ae, optimizer_disc=optimizer_disc,
                     logger_ae=logger_ae, logger_disc=logger_disc, loader=data.train_loader, random=RandomState(device))
+        batches = Batches(data.train_loader, ema, run)
         for epoch in run.epochs():  # from 0, which is before training
             if epoch > 0:
                 set_learning_rate(optimizer_ae, epoch, args)
                 with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16", cache_enabled=False):
-                    train_aae(epoch, model, batches(data.train_loader, ema, run), logger_ae, logger_disc,
-                              optimizer_ae, optimizer_disc, args.lambda_)
+                    train_aae(epoch, model, batches, logger_ae, logger_disc, optimizer_ae, optimizer_disc, args.lambda_)
             generate_and_save(ema.model, epoch, run.writer)
             save_reconstruction(ema.model, epoch, run.writer, data.fixed_images, count=len(data.fixed_images))
             if epoch == 1 or epoch % 5 == 0:

@@ -59,19 +59,17 @@ def train_py(args, take_turns):
     """Run `main` of train.py, and take turns where it calls train_aae for the first time."""
     import train
 
-    train_aae, batches = train.train_aae, train.batches
+    train_aae = train.train_aae
 
     def turns(epoch, model, train_loader, *others, **named):
-        take_turns(lambda: train_aae(epoch, model, itertools.islice(train_loader, args.steps), *others, **named),
+        batches = itertools.chain.from_iterable(itertools.repeat(train_loader))  # of one epoch after the other
+        take_turns(lambda: train_aae(epoch, model, itertools.islice(batches, args.steps), *others, **named),
                    model.device)
         sys.exit()  # ends `main`
 
-    def epochs(*parts):
-        return itertools.chain.from_iterable(batches(*parts) for _ in itertools.count())
-
     flags = ["--dataset", "mnist", "--data_dir", args.data_dir, *["--no-cuda"] * args.no_cuda,
              *args.way.removeprefix("default").split()]
-    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(train, train_aae=turns, batches=epochs):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(train, "train_aae", turns):
         train.main(train.parse_args(["--log_dir", folder, *flags]))
 
 
