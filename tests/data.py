@@ -82,7 +82,7 @@ class Data(FolderGroup):
             torch.manual_seed(seed)
             loader, stream = self.mnist.BatchLoader(numbers, numbers, 64), torch.get_rng_state()
             for _ in range(2):
-                batches = list(loader)
+                state, batches = loader.state_dict(), list(loader)
                 images, labels = (torch.cat(parts).tolist() for parts in zip(*batches, strict=True))
                 orders.append(images)
                 self.assertEqual((sorted(images), labels), (list(range(130)), images))
@@ -90,6 +90,10 @@ class Data(FolderGroup):
             self.check(torch.equal(stream, torch.get_rng_state()), "shuffling uses torch's global generator")
         self.assertEqual((orders[:2], len(loader), loader.epoch), (orders[2:4], 3, 2))
         self.assertEqual(len({*map(tuple, orders)}), 4, "two epochs or two seeds have the same order")
+        torch.manual_seed(3)
+        resumed = self.mnist.BatchLoader(numbers, numbers, 130)
+        resumed.load_state_dict(state)
+        self.assertEqual((next(iter(resumed))[0].tolist(), resumed.epoch), (orders[5], 2))
 
     def test_damaged_files_are_not_used(self):
         self.put("{}.gz")

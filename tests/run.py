@@ -98,13 +98,14 @@ class WholeRun(TrainGroup):
         def state():
             return torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
 
-        def in_a_run():
+        def in_a_run(*flags):
             with mock.patch.object(self.train, "generate_and_save", lambda *_: seen.append(state())):
-                model, *_ = self.parts()
+                model, *_ = self.parts(*flags)
             return seen.pop(), model.encoder.net[0].weight[0].tolist()
 
         seen = []
         expected = in_a_run()
+        self.assertNotEqual(in_a_run("--seed", "4")[1], expected[1])
         self.addCleanup(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float64)
         self.addCleanup(torch.set_default_device, "cpu")  # after None, torch 2.7 knows no default
@@ -225,12 +226,14 @@ class Flags(TrainGroup):
         base, default = self.train.BASE, self.train.DEFAULTS
         for given, expected in (
                 (["--base", "--d_momentum", "0.9"], {**base, "d_momentum": 0.9}),
+                (Namespace(d_momentum=0.9, base=True), {**base, "d_momentum": 0.9}),
                 (["--resume", "x"], {"epochs": 4, "lambda_": 1.0}),
                 (["--resume", "x", "--epochs", "5", "--lambda_", "1"], {"epochs": 5, "lambda_": 1.0}),
                 (["--resume", "x", "--epochs", "3"], "epochs 3 contradicts the run, which has 4"),
                 (["--resume", "x", "--base"], "networks base contradicts the run, which has residual"),
-                (["--resume", "x", "--lambda_", "0.995"], "lambda_ 0.995 contradicts the run")):  # given, if a default
-            args = self.train.parse_args(given)
+                (["--resume", "x", "--lambda_", "0.995"], "lambda_ 0.995 contradicts the run"),  # given, if a default
+                (Namespace(resume="x", lambda_=0.5), "lambda_ 0.5 contradicts the run")):
+            args = given if isinstance(given, Namespace) else self.train.parse_args(given)
             try:
                 flags = vars(runs.resolve(args, default, base)[0])
             except self.cli.FlagError as error:
