@@ -47,18 +47,17 @@ def base_decoder(z_dim):
 
 # Ours: batch normalisation, SiLU, and a residual MLP between convolutions and code -----------------------------------
 # To match the prior, the encoder must merge the clusters of the ten digits into one Gaussian without gaps, and the
-# decoder must undo this. One linear layer cannot. The convolutions have no bias, which BatchNorm2d would cancel.
+# decoder must undo this. One linear layer cannot. Convolutions that keep the size, as in the base networks, would
+# double the time of a step and gain nothing (docs/ABLATION.md). These have no bias, which BatchNorm2d would cancel.
 
-WIDTH = 64  # of the residual MLP
+WIDTH = 128  # of the residual MLP
 
 
 def residual_encoder(outputs):
     return nn.Sequential(
-        nn.Conv2d(1, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32), nn.SiLU(),   # 28x28 -> 14x14
-        nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.SiLU(),
-        nn.Conv2d(32, 64, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(64), nn.SiLU(),  # 14x14 -> 7x7
-        nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.SiLU(),
-        nn.Conv2d(64, 64, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(64), nn.SiLU(),  # 7x7 -> 4x4
+        nn.Conv2d(1, 24, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(24), nn.SiLU(),   # 28x28 -> 14x14
+        nn.Conv2d(24, 48, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(48), nn.SiLU(),  # 14x14 -> 7x7
+        nn.Conv2d(48, 64, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(64), nn.SiLU(),  # 7x7 -> 4x4
         nn.Flatten(),
         nn.Linear(64 * 4 * 4, WIDTH), ResidualBlock(), ResidualBlock(), ResidualBlock(), nn.SiLU(),
         nn.Linear(WIDTH, outputs))
@@ -69,11 +68,9 @@ def residual_decoder(z_dim):
         nn.Linear(z_dim, WIDTH), ResidualBlock(), ResidualBlock(), ResidualBlock(), nn.SiLU(),
         nn.Linear(WIDTH, 64 * 4 * 4), nn.SiLU(),
         nn.Unflatten(1, (64, 4, 4)),
-        nn.ConvTranspose2d(64, 64, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(64), nn.SiLU(),  # 4x4 -> 7x7
-        nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.SiLU(),
-        nn.ConvTranspose2d(64, 32, 3, stride=2, padding=1, output_padding=1, bias=False), nn.BatchNorm2d(32), nn.SiLU(),
-        nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.SiLU(),                     # 14x14
-        nn.ConvTranspose2d(32, 1, 3, stride=2, padding=1, output_padding=1), nn.Tanh())                 # 28x28
+        nn.ConvTranspose2d(64, 48, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(48), nn.SiLU(),  # 4x4 -> 7x7
+        nn.ConvTranspose2d(48, 24, 3, stride=2, padding=1, output_padding=1, bias=False), nn.BatchNorm2d(24), nn.SiLU(),
+        nn.ConvTranspose2d(24, 1, 3, stride=2, padding=1, output_padding=1), nn.Tanh())  # 7x7 -> 14x14 -> 28x28
 
 
 class ResidualBlock(nn.Module):
