@@ -69,7 +69,7 @@ def loss(figures):
     figure, panels = plt.subplots(1, 2, figsize=(9.2, 4.6))
     for panel, key in zip(panels, ("reconstruction loss", "discriminator accuracy"), strict=True):
         for label, (names, color, style) in CURVES.items():
-            runs = [figures["results"][name] for name in names]
+            runs = [figures["results"][name] for name in names if name in figures["results"]]
             points = list(zip(*(run["curves"][key] for run in runs), strict=True))
             x = [runs[0]["epochs"] * (index + 0.5) / len(points) for index in range(len(points))]
             draw_curve(panel, x, points, style, color=color, label=label)
