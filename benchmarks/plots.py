@@ -21,7 +21,7 @@ plt.rcParams.update({
     "axes.axisbelow": True, "grid.color": "#e4e4e4", "lines.linewidth": 2, "lines.markersize": 6,
     "legend.frameon": False, "legend.handlelength": 2.6, "figure.constrained_layout.use": True, "figure.dpi": 110})
 CURVES = {  # label: runs, colour, line style
-    "8 dimensions, default (3 seeds)": (SEEDS, BLUE, "-"),
+    "8 dimensions, default": (SEEDS, BLUE, "-"),
     "8 dimensions, base": ([BASE], VERMILLION, "--"),
     "8 dimensions, λ = 1": (["z8-lambda1"], ORANGE, "-."),
     "20 dimensions, default": (["z20"], GREEN, "-"),
