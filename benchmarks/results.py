@@ -7,10 +7,12 @@ report.py then writes the tables and plots of README.md and docs/.
 
 import functools
 import hashlib
+import io
 import json
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -134,10 +136,19 @@ def keep(name, run, args):
         weights = load_checked(run / "checkpoints" / WEIGHTS).items()
         weights = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in weights
                    if not key.startswith("discriminator.")}
-        write_atomically(PRETRAINED, serialize(weights))
+        write_atomically(PRETRAINED, deflated(serialize(weights)))
         results[name]["pretrained_md5"] = hashlib.md5(PRETRAINED.read_bytes(), usedforsecurity=False).hexdigest()
     results = {known: results[known] for known in RUNS if known in results}  # in the order of RUNS
     write_atomically(FIGURES / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+
+
+def deflated(content):
+    """Return what torch.save wrote, a ZIP file, compressed, as torch.load reads it, too."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as plain, zipfile.ZipFile(packed, "w") as archive:
+        for entry in plain.infolist():
+            archive.writestr(entry, plain.read(entry), zipfile.ZIP_DEFLATED, compresslevel=9)
+    return packed.getvalue()
 
 
 def main(args):
