@@ -74,8 +74,12 @@ class Docs(TrainGroup):
         stale = [page.name for page, text in pages.items() if text != self.pages[page]]
         self.check(not stale, f"stale tables (run python -m benchmarks.report): {', '.join(stale)}")
         result = json.loads((HERE / "docs" / "results" / "results.json").read_text())["z8"]
-        file = HERE / "assets" / "autoencoder.pt"
-        self.assertEqual(hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest(), result["pretrained_md5"])
+        file, table = HERE / "assets" / "autoencoder.pt", (HERE / "assets" / "README.md").read_text(encoding="utf-8")
+        stated = dict(re.findall(r"^\| `([^`]+)`.* `(\w+)` \|$", table, re.MULTILINE))
+        for name in ("autoencoder.pt", "digit_classifier.pt", "digits.csv.gz"):
+            digest = hashlib.md5((file.parent / name).read_bytes(), usedforsecurity=False).hexdigest()
+            self.assertEqual(stated[name], digest, name)
+        self.assertEqual(stated[file.name], result["pretrained_md5"])
         missing, unexpected = self.models.AdversarialAE(8).load_state_dict(torch.load(file, weights_only=True), False)
         self.assertEqual(({key.partition(".")[0] for key in missing}, unexpected), ({"discriminator"}, []))
 
