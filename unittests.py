@@ -123,12 +123,12 @@ class ModelGroup(StudentGroup):
         """Check codes against N(0, I), by bounds that a right solution misses less than once in 1e9 times."""
         values = codes.double().flatten().sort().values
         distance = (torch.special.ndtr(values) - torch.arange(len(values)) / len(values)).abs().max()
-        self.check(distance < 3.3 / len(values.unique()) ** 0.5,  # Kolmogorov-Smirnov: 2 exp(-2 * 3.3**2) = 7e-10
+        error = max(distance / 3.3, values.mean().abs() / 6.5, (values.std() - 1).abs() / 4.6)
+        self.check(error < len(values.unique()) ** -0.5 and values[-1] > 2.5,  # Kolmogorov: 2 exp(-2 * 3.3**2) = 7e-10
                    f"Mistake 5: {source} are not samples of N(0, I) (mean {values.mean():.3f}, standard deviation "
-                   f"{values.std():.3f}): draw them with torch.randn")
-        correlation = codes.T.corrcoef().triu(1).abs().max()  # its standard deviation is at most 1 / 32
-        self.check(len(codes.unique(dim=0)) > len(codes) / 2 and correlation < 0.3, f"Mistake 28: the numbers of "
-                   f"{source} depend on each other: draw one for each, with torch.randn")
+                   f"{values.std():.3f}, largest {values[-1]:.2f}): draw them with torch.randn")
+        self.check(len(codes.unique(dim=0)) > len(codes) / 2 and codes.T.corrcoef().triu(1).abs().max() < 0.3,
+                   f"Mistake 28: the numbers of {source} depend on each other: draw one for each, with torch.randn")
 
 
 class Networks(ModelGroup):
@@ -199,13 +199,16 @@ class LossGroup(ModelGroup):
     def call(self, function, names, logits, images=(), lambda_=(), model=None):
         """Return what went into a loss, what came out, and what the discriminator has seen."""
         model, calls, z = model or self.model(8), [], torch.zeros(len(logits), 8, dtype=self.code_type)
-        z[:, 0], z[:, 1] = torch.tensor(logits), self.MARK
+        z[:, 0], z[:, 1], z[:, 2] = torch.tensor(logits), self.MARK, torch.arange(len(logits))  # no two are equal
         z.requires_grad_()
 
         def forward(*args, **kwargs):
             codes = (*args, *kwargs.values())[0]
-            shift = torch.zeros_like(codes[:, :1]).requires_grad_()  # its gradient is that of the logits
-            calls.append((codes.detach(), shift))
+            rows, shift = codes.detach().flatten(1)[:, :8], torch.zeros_like(codes[:, :1]).requires_grad_()
+            known, shifts = map(torch.cat, zip(*calls, strict=True)) if calls else (rows[:0], None)
+            if (same := (rows[:, None] == known).all(2)).any(1).all():  # shown again, as for the accuracy
+                return codes[:, :1] + shifts[same.int().argmax(1)]
+            calls.append((rows, shift))  # the gradient of shift is that of the logits
             return codes[:, :1] + shift
 
         model.discriminator.forward = forward
@@ -219,11 +222,13 @@ class LossGroup(ModelGroup):
                    f"{function} must return (loss, dict), in that order")
         odd = [name for name in names if getattr(result[1].get(name), "numel", int)() != 1]  # int() is 0
         self.check(not odd, f"{', '.join(odd)} in the dict of {function} must be a scalar tensor")
+        if not calls and images and lambda_ in ((), (1.0,)):  # which needs no logits
+            calls.append((z.detach(), z[:, :1]))
         if not calls:  # a loss may use the discriminator in another way, and then depends on its weights
             other = getattr(self.model(8), function)(*images, z, *lambda_)[1]
             self.check(any(abs(other[name] - result[1][name]) > 1e-6 for name in names), NOT_OF_CODES)
             self.skipTest(f"{function}, which does not call self.discriminator(z_fake)")
-        codes = torch.cat([codes.flatten(1)[:, :8] for codes, _ in calls])
+        codes = torch.cat([codes for codes, _ in calls])
         self.check((codes[:, 1:2] > self.MARK / 2).any(), NOT_OF_CODES)
         return Namespace(images=images, z=z, loss=result[0], values={name: result[1][name].detach() for name in names},
                          codes=codes, shifts=[shift for _, shift in calls],
@@ -253,14 +258,12 @@ class AutoencoderLoss(LossGroup):
                          "recon_loss is not the mean squared error over pixels")
 
     def test_01_encoder_is_trained_to_deceive(self):
-        gen = [float(self.autoencoder([logit] * 64).values["gen_loss"]) for logit in (-20.0, 20.0)]
+        gen = [float(self.autoencoder([logit] * 64, 0.5).values["gen_loss"]) for logit in (-20.0, 20.0)]
         fake = [float(self.discriminator([logit] * 64).values["loss_fake"]) for logit in (-20.0, 20.0)]
         why = "since all labels are swapped" if fake[0] > fake[1] else "which helps the discriminator"
         self.check(gen[0] >= gen[1], f"Mistake 1: gen_loss is {gen[0]:.4g} at logits of -20 and {gen[1]:.4g} at 20, "
                    f"{why}: logits above 0 mean real, and gen_loss is the cross-entropy with the label 1 (real)")
-
-    def test_gen_loss(self):
-        self.check_cross_entropy("gen_loss", 1, self.autoencoder)
+        self.check_cross_entropy("gen_loss", 1, lambda logits: self.autoencoder(logits, 0.5))
 
     def test_09_lambda_weighs_the_reconstruction(self):
         for given in ([0.995], [0.3], [0.0], [1.0], []):
@@ -296,14 +299,11 @@ class DiscriminatorLoss(LossGroup):
         real = [seen.codes[~seen.fake] for seen in calls]
         self.check(not torch.equal(real[0], real[1]), "Mistake 5: all calls use the same prior samples: draw new ones "
                                                       "in each call")
-        noisy = any(not torch.equal(seen.codes[seen.fake], seen.z) for seen in calls)  # the discriminator's inputs
-        if len(real[0]) == 64 and not noisy:
+        if len(real[0]) == 64 and all(torch.equal(seen.codes[seen.fake], seen.z) for seen in calls):  # without noise
             self.check_prior(torch.cat(real), "the real codes")
 
-    def test_loss_fake(self):
+    def test_loss_fake_loss_real_and_disc_loss(self):
         self.check_cross_entropy("loss_fake", 0, self.discriminator)
-
-    def test_loss_real_and_disc_loss(self):
         seen = self.discriminator(self.LOGITS)
         loss_real, loss_fake = (seen.values[name].double() for name in ("loss_real", "loss_fake"))
         self.check_close(loss_real, softplus(-seen.logits[~seen.fake]).mean(),
@@ -357,14 +357,14 @@ class Sampling(LossGroup):
             model = self.model()
             try:
                 counts = [len(model(images_like_mnist(count))[0]), len(model.sample(count)),
-                          int(self.autoencoder([0.0] * count).fake.sum()),
+                          int(self.autoencoder([0.0] * count, 0.5).fake.sum()),
                           int((~self.discriminator([0.0] * count).fake).sum())]
             except (RuntimeError, ValueError) as error:
                 if count == 64:  # the default: another fault
                     raise
                 counts = error
-            self.check(counts == [count] * 4, f"Mistake 15: a batch size is written into models.py: for {count} "
-                       f"images, there are {counts} reconstructions, samples, codes and prior samples")
+            self.check(counts == [count] * 4, "Mistake 15: a batch size is written into models.py, or squeeze() drops "
+                       f"one of 1: {count} images give {counts} reconstructions, samples, codes and prior samples")
 
 
 def load_groups():
@@ -400,8 +400,8 @@ def finish(result, file):
         print(f"not checked: {', '.join(what)}{f' ({why})' * bool(why)}", file=sys.__stderr__)
     if file:
         failures = [[str(test), text] for test, text in (*result.failures, *result.errors)]
-        content = json.dumps({"ran": result.testsRun, "failures": failures, "skipped": [*skipped]})
-        Path(file).write_text(content, encoding="utf-8")
+        content = {"ran": result.testsRun, "failures": failures, "skipped": [*skipped]}
+        Path(file).write_text(json.dumps(content), encoding="utf-8")
 
 
 if __name__ == "__main__":

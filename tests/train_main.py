@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import re
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -125,9 +126,9 @@ class TrainMain(TrainGroup):
         self.check(any(state is not None for state in saved), f"{words} cannot be read with torch.load(..., "
                    "weights_only=True): save model.state_dict(), and no other objects")
         saved += [inner for state in saved if isinstance(state, dict) for inner in state.values()]  # under a key
-        states = [{str(name).removeprefix("module."): weight for name, weight in state.items()}
+        states = [{without_prefix(name): weight for name, weight in state.items()}
                   for state in saved if isinstance(state, dict)]
-        wanted = [name for name, _ in run.train_aae[0].model.named_parameters()]
+        wanted = [without_prefix(name) for name, _ in run.train_aae[0].model.named_parameters()]
         whole = [torch.cat([state[name].flatten() for name in wanted]) for state in states if {*wanted} <= state.keys()]
         self.check(whole or len(names) > 1, f"{words} lacks names of model.state_dict(): save that")
         start, trained = run.train_aae[0].start, [call.trained for call in run.train_aae]
@@ -135,6 +136,11 @@ class TrainMain(TrainGroup):
         self.check(not whole or start.equal(trained[-1]) or any(
             vector.shape == trained[0].shape and (vector - trained[0]).norm() < bound and not vector.equal(start)
             for vector in whole), f"{words} has weights that are not those that train_aae has trained")
+
+
+def without_prefix(name):
+    """Return a weight's name without what DataParallel or compile adds."""
+    return re.sub(r"^(module|_orig_mod)\.", "", str(name))
 
 
 def raise_error(error, _):

@@ -176,6 +176,14 @@ FURTHER = {  # other right solutions
                      "'loss_fake': loss_fake, 'accuracy': accuracy, 'norm': z_fake.norm().item(), 'logits': fake}",
                      "logger_disc.add": "logger_disc.add_values({name: disc_dict[name] for name in "
                      "list(disc_dict)[:4]})"},
+    "shown_again": {"return ae_loss": "deceived = (self.discriminator(z_fake) > 0).float().mean()\nreturn ae_loss, {"
+                    "'gen_loss': gen_loss, 'recon_loss': recon_loss, 'ae_loss': ae_loss, 'deceived': deceived}",
+                    "accuracy =": "with torch.no_grad():\n    again = self.discriminator(torch.cat([z_fake, z_real]))\n"
+                    "accuracy = ((again > 0) == (torch.arange(len(again)) >= len(fake))[:, None]).float().mean()"},
+    "no_logits_at_1": {"gen_loss =": "gen_loss = cross_entropy(self.discriminator(z_fake), 1) if lambda_ < 1 else "
+                       "torch.zeros(())"},
+    "compiled_whole": {"model = AdversarialAE(z_dim=args": "model = torch.compile(AdversarialAE(z_dim=args.z_dim), "
+                       "backend='eager')"},
     "own_attributes": {"class Discriminator": "def __init__(self, z_dim):\n    super().__init__(nn.Linear(z_dim, 64), "
                        "nn.ReLU(), nn.Linear(64, 1))\n    self.z_dim = z_dim\ndef loss(self, z, label):\n    return "
                        "cross_entropy(self(z.view(-1, self.z_dim)), label)",
