@@ -100,27 +100,29 @@ def load_digits(train=True):
 
 def read_idx(raw, name, download):
     """Return the content of MNIST's file `name`, which may be .gz, have a dot or lie in a subfolder; or download it."""
-    pattern, damaged = name.replace("-idx", "[-.]idx"), []
+    pattern = name.replace("-idx", "[-.]idx")
     paths = [path for place in (pattern, f"{pattern}.gz", f"*/{pattern}") for path in raw.glob(place)]
-    for path in filter(os.path.isfile, paths):  # no pipe, which could block forever
+    found = [path for path in paths if path.is_file()]  # no pipe, which could block forever
+    for path in found:
         with contextlib.suppress(OSError, EOFError, zlib.error):
             content = path.read_bytes()
             content = gzip.decompress(content) if path.suffix == ".gz" else content
             if hashlib.md5(content, usedforsecurity=False).hexdigest() == MNIST_MD5[name]:
                 return content
-        damaged.append(path)
+    if found:  # what others have put there is never replaced
+        raise DataError(f"{found[0]} is damaged, unreadable or not MNIST's; move it away, so that MNIST is downloaded, "
+                        f"or choose another --data_dir")
     for path in filter(os.path.isfile, (raw, *raw.parents)):
         raise DataError(f"{path} is a file; choose a folder for MNIST with --data_dir")
-    if failures := download_mnist(raw, damaged) if download else ["downloading is disabled"]:
-        state = f"{damaged[0]} is damaged or unreadable" if damaged else f"MNIST is not in {raw}"
-        raise (DataError if damaged else MissingData)(
-            f"{state} and could not be downloaded ({'; '.join(failures)}); put its four files there, "
+    if failures := download_mnist(raw) if download else ["downloading is disabled"]:
+        raise MissingData(
+            f"MNIST is not in {raw} and could not be downloaded ({'; '.join(failures)}); put its four files there, "
             f"{', '.join(MNIST_MD5)}, as they are or .gz, check network and disk, or choose another --data_dir")
     return read_idx(raw, name, download=False)
 
 
-def download_mnist(raw, damaged):
-    """Download MNIST and move its files to `raw` where they are missing or damaged; return what failed, if it did."""
+def download_mnist(raw):
+    """Download MNIST and move its files to `raw` where they are missing; return what failed, if it did."""
     from torchvision.datasets import MNIST  # imported here because it takes a second and is rarely needed
 
     failures, before = [], socket.getdefaulttimeout()
@@ -132,7 +134,7 @@ def download_mnist(raw, damaged):
             with tempfile.TemporaryDirectory(dir=raw, ignore_cleanup_errors=True) as folder:
                 type("MNIST", (MNIST,), {"mirrors": [mirror]})(folder, download=True)
                 for name in MNIST_MD5:
-                    if raw / name in damaged or not (raw / name).exists():
+                    if not (raw / name).exists():
                         os.replace(Path(folder, "MNIST", "raw", name), raw / name)
             return []
         except Exception as error:  # of any kind: an answer may be anything

@@ -100,8 +100,10 @@ class Data(FolderGroup):
         path, whole = self.root / "MNIST" / "raw" / f"{self.IMAGES}.gz", self.files[f"{self.IMAGES}.gz"]
         for damaged in (whole[:-1], whole[:10] + b"?" + whole[11:], b"", gzip.compress(b"not MNIST at all")):
             path.write_bytes(damaged)
-            with self.assertRaisesRegex(self.mnist.DataError, f"{path.name} is damaged") as caught:
+            with mock.patch("torchvision.datasets.MNIST.mirrors", [self.mirror()]), \
+                    self.assertRaisesRegex(self.mnist.DataError, f"{path.name} is damaged") as caught:
                 self.mnist.load_mnist(self.root)
+            self.assertEqual(path.read_bytes(), damaged, "a file of the user's is replaced")
             self.assertIs(type(caught.exception), self.mnist.DataError)  # not MissingData, which --dataset auto hides
         path.with_name(self.IMAGES.replace("-idx", ".idx")).write_bytes(self.files[self.IMAGES])
         self.assertEqual(len(self.mnist.load_mnist(self.root)[0]), 130)
@@ -126,7 +128,7 @@ class Data(FolderGroup):
 
     def test_two_programs_download_at_once_from_the_first_mirror_that_works(self):
         self.addCleanup(socket.setdefaulttimeout, None)  # two threads may restore each other's
-        root = self.folder({f"MNIST/raw/{name}": b"of the user" for name in (self.IMAGES, "notes")})
+        root = self.folder({"MNIST/raw/notes": b"of the user"})
         mirrors = [self.mirror(lambda content: content[:-9]), "http://nonsense:port/", self.mirror()]
         with mock.patch("torchvision.datasets.MNIST.mirrors", mirrors), ThreadPool(2) as pool:
             self.assertEqual([len(images) for images, _ in pool.map(self.mnist.load_mnist, [root] * 2)], [130] * 2)
