@@ -54,7 +54,7 @@ def quality(figures):
                 ("reconstructed training images", "frechet_training_reconstructions", "-.", color),
                 ("reconstructed test images", "frechet_reconstructions", "--", "white")):
             points = [[stage.get(key) for stage in found] for found in stages.values()]
-            if None not in sum(points, []):  # measured in all stages
+            if all(points) and None not in sum(points, []):  # measured in all stages
                 draw_curve(panel, stages, points, style, color=color, marker=marker, markerfacecolor=face,
                            label=f"{name}, {what}")
     panel.set(xscale="log", yscale="log", xlabel="epochs", ylabel="squared Fréchet distance")
@@ -72,7 +72,8 @@ def loss(figures):
             runs = [figures["results"][name] for name in names if name in figures["results"]]
             points = list(zip(*(run["curves"][key] for run in runs), strict=True))
             x = [runs[0]["epochs"] * (index + 0.5) / len(points) for index in range(len(points))]
-            draw_curve(panel, x, points, style, color=color, label=label)
+            if runs:
+                draw_curve(panel, x, points, style, color=color, label=label)
         panel.set(xlabel="epochs", ylabel=key, xlim=(0, None))
     panels[0].set(yscale="log", ylabel="reconstruction loss\n(mean squared error per pixel)", ylim=(0.01, 0.2))
     use_round_log_ticks(panels[0].yaxis)

@@ -1,6 +1,6 @@
 """Compare the time of train.py's steps with that of a plain training loop:  python -m benchmarks.speed
 
-All ways live at once, in processes of their own, and take turns of about a second (docs/SPEED.md says why). They are
+All ways live at once, in processes of their own, and take turns of a few seconds (docs/SPEED.md says why). They are
 `main` of train.py with the flags in WAYS, and `plain_loop`, which is what most implementations have: the same networks
 and optimizers in fp32, MNIST decoded image by image, a DataLoader, and .item() on every loss at every step.
 """
@@ -51,7 +51,7 @@ def work(args):
                 "step": step, "memory": peak_memory() - memory, "gpu_memory": torch.cuda.max_memory_allocated() / 2**20,
                 "device": device_name(device).replace(", 1 threads", ", 1 thread"), "profile": table}), answers)
 
-    with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(sys.stderr, "isatty", lambda: False):  # no bars
+    with contextlib.redirect_stdout(io.StringIO()), mock.patch("training.run.has_width", lambda _: False):  # no bars
         (plain_loop if args.way.startswith("plain loop") else train_py)(args, take_turns)
 
 

@@ -136,6 +136,9 @@ class Docs(TrainGroup):
                 (lines["8 dimensions, λ = 1"], plain["curves"]["reconstruction loss"]),
                 ([bar.get_width() for bar in drawn["ablation"].patches[:len(distances)]], sorted(distances))):
             np.testing.assert_allclose(shown, expected)
+        for name in ("z8-base", "z20"):  # which may not be measured yet
+            figures["results"].pop(name)
+        self.assertEqual([len(draw(figures).axes[0].lines) for draw in (plots.quality, plots.loss)], [2, 4])
         figure, file = save.call_args.args
         plots.save(figure, file)
         self.assertGreater(read_png(file).std(), 10)
