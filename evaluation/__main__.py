@@ -27,14 +27,14 @@ def main(args):
     model, settings, folder = load_run(args.run)
     load_classifier()  # first, because a missing file should be reported before a minute of computing
     data = load_images(settings, args.data_dir)
-    device = setup_device(args.no_cuda, mps=False)
+    device = setup_device(args.no_cuda)
     print_line("{weights}: z_dim {z_dim}, {posterior} encoder, {networks} networks, ".format(**settings) +
                f"{len(data[1]):,} test images of {settings['trained_on']}, on {device}\n")
     figures = {**{name: settings[name] for name in INFERRED}, **evaluate(model.to(device), *data, args.seed),
                "seed": args.seed, "device": device.type, "device_name": device_name(device), "torch": torch.__version__,
                "seconds": round(time.monotonic() - started, 1)}
     print_line(format_table(figures))  # first, as the folder may not be writable
-    folder = Path(args.output or folder / "evaluation")
+    folder = Path(args.output or folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in draw_pictures(model, *data, args.seed).items():
         write_atomically(folder / name, serialize(picture))
@@ -79,7 +79,8 @@ def row(title, *texts, width=17):
 def parse_args(argv=None):
     parser = OneLineParser("python -m evaluation", "Measure a trained model; write a table, metrics.json and pictures.")
     parser.add_argument("run", metavar="RUN", help=f"folder of a run of train.py, or a {WEIGHTS}")
-    parser.add_argument("--output", metavar="DIR", help="folder for the files (default: the run's evaluation/)")
+    parser.add_argument("--output", metavar="DIR", help="folder for the files (default: evaluation/ in the run; "
+                                                        "NAME_evaluation/ next to NAME.pt)")
     parser.add_argument("--data_dir", metavar="DIR", help="MNIST's folder; the files are downloaded if missing "
                                                           "(default: the run's, or ../data/)")
     parser.add_argument("--seed", **number(int, 0, 2**63 - 1), default=0, help="random seed")

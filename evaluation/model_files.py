@@ -14,7 +14,7 @@ from training.files import WEIGHTS, load_checked
 
 
 def load_run(path):
-    """Return the trained model of a run, its settings, and the folder for evaluation/.
+    """Return the trained model of a run, its settings, and the folder for what is measured.
 
     `path` is the run's folder or a file of weights, also outside a run. Raises UserError for weights of another model.
     """
@@ -23,8 +23,8 @@ def load_run(path):
     model, settings = load_model(file)
     folder = file.absolute().parent
     if folder.name != "checkpoints":
-        return model, settings, folder
-    return model, read_settings(folder.parent / "hparams.json", settings), folder.parent
+        return model, settings, folder / f"{file.stem}_evaluation"
+    return model, read_settings(folder.parent / "hparams.json", settings), folder.parent / "evaluation"
 
 
 def load_model(file):

@@ -158,12 +158,13 @@ class Evaluation(TrainGroup):
             state = {name: weight for name, weight in torch.load(path).items() if not name.startswith("discriminator")}
             torch.save({f"module._orig_mod.{name}": weight for name, weight in state.items()}, path)
             model, settings, folder = self.model_files.load_run(run)
-            self.assertEqual((folder, settings["weights"], settings["data_dir"]), (run, str(path), "nowhere"))
+            self.assertEqual((folder, settings["weights"]), (run / "evaluation", str(path)))
+            self.assertEqual(settings["data_dir"], "nowhere")
             self.assertLessEqual({"posterior": "deterministic", "networks": "base", **kind}.items(), settings.items())
             self.assertTrue(same(state, {name: model.state_dict()[name] for name in state}))
         path = path.rename(self.folder() / "weights.pt")
         with mock.patch.object(self.model_files, "load_mnist", return_value=self.few_tests) as load:
-            _, out = self.metrics_in(path.parent / "evaluation", path, "--data_dir", "there")
+            _, out = self.metrics_in(path.parent / "weights_evaluation", path, "--data_dir", "there")
         self.assertEqual(load.call_args.args[0], "there")
         self.assertIn("z_dim 3, universal encoder, residual networks, 30 test images of mnist", out)
 
