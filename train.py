@@ -182,10 +182,10 @@ def main(args):
     model = build_model(args, device)
     ema = EMA(model, args.averaging)  # the averaged weights are shown, evaluated and saved
 
-    fused = device.type in ("cpu", "cuda")  # one call for all weights; untested on other devices
-    optimizer_ae = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()], lr=args.ae_lr,
-                                    betas=(0.5, 0.999), fused=fused, capturable=device.type == "cuda")
-    optimizer_disc = torch.optim.SGD(model.discriminator.parameters(), args.d_lr, args.d_momentum, fused=fused)
+    autoencoder = torch.nn.ModuleList([model.encoder, model.decoder])  # yields weights that they share once
+    optimizer_ae = torch.optim.Adam(autoencoder.parameters(), lr=args.ae_lr, betas=(0.5, 0.999), fused=True,
+                                    capturable=device.type == "cuda")  # fused: one call for all weights
+    optimizer_disc = torch.optim.SGD(model.discriminator.parameters(), args.d_lr, args.d_momentum, fused=True)
     with open_run(args, saved, data, device) as run:
         logger_ae = TensorBoardLogger(run.writer, name="generator")
         logger_disc = TensorBoardLogger(run.writer, name="discriminator")

@@ -19,9 +19,10 @@ class TensorBoardLogger:
         self._unread, self._window, self._epoch = {}, {}, {}  # each: name -> (sum, number of values)
 
     def add_values(self, values):
-        """Add the values of one step, a dict of names to scalar tensors or numbers."""
+        """Add the values of one step, a dict of names to scalar tensors or numbers; other tensors are left out."""
         self.global_step += 1
-        add(self._unread, {name: (torch.as_tensor(value).detach().float(), 1) for name, value in values.items()})
+        tensors = {name: torch.as_tensor(value).detach().float() for name, value in values.items()}
+        add(self._unread, {name: (tensor, 1) for name, tensor in tensors.items() if tensor.numel() == 1})
         if self.global_step % self.avg_window == 0:
             self.flush()
 

@@ -72,7 +72,25 @@ class Training(TrainGroup):
         self.assertNotEqual(*(values["ae_loss"] for values in losses))
         self.assertNotIn(torch.bfloat16, {weight.dtype for _, weights in runs for weight in weights.values()})
 
-    def test_a_model_with_lazy_layers_is_trained(self):
+    def test_other_peoples_models_are_trained(self):
+        class Student(self.models.AdversarialAE):
+            device = "cpu"
+
+            def __init__(self, z_dim=8):
+                super().__init__(z_dim, networks="base")
+                self.decoder.net[5] = self.encoder.net[6]  # shared weights
+
+            def get_loss_autoencoder(self, x, recon_x, z_fake, lambda_=1):
+                loss, values = super().get_loss_autoencoder(x, recon_x, z_fake, lambda_)
+                return loss, {**values, "errors": recon_x - x}
+
+        with mock.patch("training.model.AdversarialAE", Student):
+            run, _ = self.train_quietly("--epochs", "1")
+            self.assert_refused(self.run_digits("--base"), 2, "accepts z_dim only", "omit --base")
+        state = load_state(run)
+        self.assertEqual({float(weight["step"]) for weight in state["optimizer_ae"]["state"].values()}, {2.0})
+        self.assertEqual(state["run"]["means"].keys() - {"gen_loss", "recon_loss", "ae_loss"},
+                         {"disc_loss", "loss_real", "loss_fake", "accuracy"})
         lazy = self.models.AdversarialAE(networks="base")
         lazy.encoder.net[-1] = nn.LazyLinear(8)
         with mock.patch("training.model.AdversarialAE", return_value=lazy):

@@ -25,7 +25,7 @@ def captured(step):
     @functools.wraps(step)
     def call(model, optimizer_ae, optimizer_disc, lambda_, x):
         eager = functools.partial(step, model, optimizer_ae, optimizer_disc, lambda_)
-        if model.device.type != "cuda" or torch.version.hip or not getattr(model, "capturable", False):
+        if torch.device(model.device).type != "cuda" or torch.version.hip or not getattr(model, "capturable", False):
             return eager(x)
         if optimizer_ae not in recordings:
             recordings[optimizer_ae] = Recordings()

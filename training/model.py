@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from models import AdversarialAE
+from training.cli import FlagError
 from training.device import RandomState
 
 
@@ -15,7 +16,12 @@ def build_model(args, device):
     options = {"posterior": args.posterior, "networks": args.networks}
     if options == {"posterior": "deterministic", "networks": "residual"}:
         options = {}
-    model = AdversarialAE(z_dim=args.z_dim, **options)
+    try:
+        model = AdversarialAE(z_dim=args.z_dim, **options)
+    except TypeError as error:
+        if "unexpected keyword" not in str(error):
+            raise
+        raise FlagError(f"models.py accepts z_dim only ({error}): omit --base, --networks and --posterior") from None
     if any(isinstance(weight, nn.UninitializedParameter) for weight in model.parameters()):
         with evaluation_mode(model):  # lazy layers get their weights in a first forward pass
             model.discriminator(model(torch.zeros(1, 1, 28, 28))[1])
@@ -61,7 +67,7 @@ class EMA:
 @contextlib.contextmanager
 def evaluation_mode(model):
     """Use a model in evaluation mode and without gradients; then restore its modes and torch's random state."""
-    random = RandomState(model.device)
+    random = RandomState(torch.device(model.device))  # a student's may be a string
     with contextlib.ExitStack() as stack, torch.no_grad():
         stack.callback(random.load_state_dict, random.state_dict())
         for module in model.modules():
