@@ -50,7 +50,7 @@ def accuracy(classifier, images, labels):
 
 def main(args):
     """Train on MNIST's training set, print the classifier's accuracy, and write its weights."""
-    device = setup_device(mps=False)
+    device = setup_device()
     torch.manual_seed(0)  # of the batches' order, too
     classifier = train_classifier(mnist(args.data_dir, 128), device=device)
     classifier.half().float()  # rounds the weights to the stored precision

@@ -97,7 +97,6 @@ class TrainGroup(FolderGroup):
 
     def setUp(self):
         super().setUp()
-        self.enterContext(mock.patch("torch.backends.mps.is_available", return_value=False))  # --no-cuda allows MPS
         self.few_digits = mock.patch.multiple(
             self.data, load_digits=lambda train: self.few_tests,
             digits=lambda batch_size, device: self.mnist.BatchLoader(*self.few, batch_size, device=device))

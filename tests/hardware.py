@@ -34,7 +34,9 @@ class Hardware(TrainGroup):
             else:
                 self.assert_refused(self.run_digits("--log_dir", self.folder(), "--precision", "bf16"), 2,
                                     "AVX512-BF16; train with --precision fp32 here, or resume the run where")
-        self.device.check_bf16(torch.device("cuda"))
+        with mock.patch("torch.cuda.is_bf16_supported", side_effect=[True, False]):
+            self.device.check_bf16(torch.device("cuda"))
+            self.assertRaises(self.cli.FlagError, self.device.check_bf16, torch.device("cuda"))
         file.write_text("model name\t: Old\n")
         self.assertEqual(self.device.device_name(torch.device("cpu")), f"Old, {torch.get_num_threads()} threads")
 

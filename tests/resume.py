@@ -133,7 +133,8 @@ class Resume(TrainGroup):
     def test_what_cannot_be_resumed(self):
         run, empty = self.finished_run("--epochs", "1"), self.folder({"training_state.pt": b""})
         for wrong, named in ((empty, empty), (empty / "none", "none"), (empty / "training_state.pt", empty),
-                             ("latest", empty), (run / "hparams.json", "hparams.json"), ("", ".")):
+                             ("latest", empty), (run / "hparams.json", "hparams.json"), ("", "."),
+                             ("/training_state.pt", "training_state.pt")):
             self.assert_refused(self.run_cli("--resume", wrong, "--log_dir", empty), 1, named, "resume")
         self.assert_refused(self.run_digits("--resume", run, "--z_dim", 3), 2, "--z_dim 3 contradicts the run")
         saved = runs.load_state(run)

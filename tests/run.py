@@ -172,8 +172,9 @@ class Shell(TrainGroup):
             path = self.folder({"torch.py": press + then})
             process = self.start([], {"PYTHONPATH": str(path)}, stderr=subprocess.PIPE, text=True)
             self.assertEqual((process.communicate()[1], process.returncode), ("\ninterrupted\n", status))
-        with mock.patch.object(self.cli, "presses", [signal.SIGINT]):  # C code has dropped it
+        with mock.patch.object(self.cli, "presses", [signal.SIGINT]), mock.patch("sys.excepthook"):  # C code dropped it
             self.assertEqual(self.run_cli("--help"), (130, "", "\ninterrupted\n"))
+            self.assertIs(sys.excepthook, sys.__excepthook__)  # a later error has its traceback
 
     def test_missing_streams(self):  # as after 2>&- and >&-
         with mock.patch.multiple(sys, stdout=None, stderr=None), self.few_digits:

@@ -1,8 +1,4 @@
-"""Tests of main, of the pictures and checkpoints that it saves, and of mnist.py and utils.py.
-
-This file needs unittests.py and train_step.py: copy both files of tests/ to a folder tests/ next to unittests.py and
-your models.py, train.py, mnist.py and utils.py.
-"""
+"""Runs of main of a train.py, and what the tests of train_main.py have to know of them."""
 
 import contextlib
 import functools

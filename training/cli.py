@@ -88,6 +88,7 @@ def shell_command(*words):
 def run_program(program, main, parse, argv):
     """Run `main(parse(argv))` and return the exit status; report errors that the user can fix in one sentence."""
     prepare_streams()
+    sys.excepthook = sys.__excepthook__  # from here on, errors are reported here
     try:
         if presses:  # while modules were imported
             raise KeyboardInterrupt

@@ -19,8 +19,8 @@ class RandomState:
 
     def __init__(self, device):
         self._generators = {"cpu": torch}
-        if device.type in ("cuda", "mps"):
-            self._generators[device.type] = getattr(torch, device.type)
+        if device.type == "cuda":
+            self._generators["cuda"] = torch.cuda
 
     def state_dict(self):
         return {name: generator.get_rng_state() for name, generator in self._generators.items()}
@@ -46,15 +46,15 @@ def default_torch_state():
         yield
 
 
-def setup_device(no_cuda=False, precision="fp32", deterministic=False, mps=True):
-    """Return the device to compute on: CUDA unless `no_cuda`, else MPS if `mps` (it lacks float64), else the CPU."""
+def setup_device(no_cuda=False, precision="fp32", deterministic=False):
+    """Return the device to compute on: CUDA if available, unless `no_cuda`, else the CPU."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is initialised
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a kernel per tensor
     torch.use_deterministic_algorithms(deterministic)
     if warning := unused_gpu_warning(no_cuda):
         warn(warning)
-    device = torch.device("mps" if mps and torch.backends.mps.is_available() else "cpu")
+    device = torch.device("cpu")
     if not no_cuda and torch.cuda.is_available():  # torch warns of a driver that it cannot use
         check_gpu()
         device = torch.device("cuda")
@@ -104,7 +104,8 @@ def cpuinfo(name):
 
 
 def check_bf16(device):
-    """Raise FlagError for a device without units for bf16: an epoch takes ten times as long there."""
-    if device.type != "cuda" and not {"amx_bf16", "avx512_bf16"} & set(cpuinfo("flags").split()):
-        raise FlagError("--precision bf16 needs an NVIDIA GPU, or Linux on a CPU with AMX or AVX512-BF16; train with "
-                        "--precision fp32 here, or resume the run where it was started")
+    """Raise FlagError for a device without units for bf16: on such a CPU, an epoch takes ten times as long."""
+    units = {"amx_bf16", "avx512_bf16"} & set(cpuinfo("flags").split())
+    if not (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else units):
+        raise FlagError("--precision bf16 needs a GPU with units for it, such as an A100, or Linux on a CPU with AMX "
+                        "or AVX512-BF16; train with --precision fp32 here, or resume the run where it was started")

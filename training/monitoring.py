@@ -37,8 +37,7 @@ def measurements(model, images):
     with evaluation_mode(model):
         reconstructions, codes = reconstruct(model, images)
         recon_loss = torch.nn.functional.mse_loss(reconstructions, images)
-    distance = ks_distance(codes.cpu() if codes.device.type == "mps" else codes)  # MPS has no float64
-    return codes.cpu(), {"recon_loss": recon_loss.item(), "ks_distance": distance}
+    return codes.cpu(), {"recon_loss": recon_loss.item(), "ks_distance": ks_distance(codes)}
 
 
 def save_measurements(model, epoch, summary_writer, images):

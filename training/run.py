@@ -51,7 +51,7 @@ def resolve(args, defaults, base):
 def find_run(resume, log_dir):
     """Return the folder of the run that --resume names: its folder or training state, or "latest" in `log_dir`."""
     place = Path(os.path.abspath(os.path.expanduser(log_dir if resume == "latest" else resume)))
-    folder = place.parents[1] if place.name == STATE else place
+    folder = place.parent.parent if place.name == STATE else place
     if resume == "latest":
         states = sorted(place.glob(f"*/checkpoints/{STATE}"), key=os.path.getmtime)
         folder = states[-1].parents[1] if states else place
