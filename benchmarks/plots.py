@@ -70,9 +70,9 @@ def loss(figures):
     for panel, key in zip(panels, ("reconstruction loss", "discriminator accuracy"), strict=True):
         for label, (names, color, style) in CURVES.items():
             runs = [figures["results"][name] for name in names if name in figures["results"]]
-            points = list(zip(*(run["curves"][key] for run in runs), strict=True))
-            x = [runs[0]["epochs"] * (index + 0.5) / len(points) for index in range(len(points))]
             if runs:
+                points = list(zip(*(run["curves"][key] for run in runs), strict=True))
+                x = [runs[0]["epochs"] * (index + 0.5) / len(points) for index in range(len(points))]
                 draw_curve(panel, x, points, style, color=color, label=label)
         panel.set(xlabel="epochs", ylabel=key, xlim=(0, None))
     panels[0].set(yscale="log", ylabel="reconstruction loss\n(mean squared error per pixel)", ylim=(0.01, 0.2))
